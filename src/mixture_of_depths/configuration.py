@@ -1,0 +1,231 @@
+"""The configuration of a Mixture-of-Depths transformer and of its baseline."""
+
+import math
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+ROUTER_TYPES = ("learned", "random")
+ROUTER_ACTIVATIONS = ("none", "sigmoid", "tanh")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+CAUSAL_ROUTERS = ("predictor", "auxiliary_loss")
+
+
+class MoDConfig(PreTrainedConfig):
+    """Llama-style decoder in which some blocks are routed: only the top-k tokens of a sequence enter them.
+
+    The baseline transformer is the same model with `routed_layers=[]`. All fields are keyword arguments, and a
+    configuration that cannot work is refused at construction.
+
+    Args:
+        vocab_size: number of entries of the vocabulary.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU MLP; by default 8/3 of `hidden_size`, rounded up to a multiple of 64.
+        num_hidden_layers: number of blocks, routed and dense.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads (grouped-query attention); by default as many as query
+            heads.
+        head_dim: width of a head; by default `hidden_size // num_attention_heads`.
+        hidden_act: activation of the MLP's gate; only "silu" (SwiGLU).
+        max_position_embeddings: longest sequence the model is meant for.
+        rms_norm_eps: epsilon of the RMSNorms.
+        rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}` or one of transformers' scaled variants.
+        attention_bias: whether the query, key, value and output projections have a bias.
+        query_key_norm: whether queries and keys are RMS-normalised per head before RoPE.
+        tie_word_embeddings: whether the head shares its weights with the embedding.
+        initializer_range: standard deviation of the initial weights.
+        use_cache: whether a causal forward pass outside training returns a key-value cache by default.
+        routed_layers: indices of the routed blocks. When absent, built from the keyword arguments `every` (default 2)
+            and `offset` (default `every - 1`): blocks `offset, offset + every, …`. Routing every other block was best
+            in the paper (section 4.1).
+        capacity: fraction of the sequence that enters a routed block, one number or one per routed block; 0.125 was
+            best in the paper. A sequence of S tokens gives `max(1, floor(capacity * S))` places.
+        router_type: "learned", a linear projection; or "random", weights drawn from a Gaussian, the paper's
+            stochastic control.
+        router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
+            paper's equation 1), "sigmoid" or "tanh".
+        causal_router: how a token decides without looking ahead whether it enters (section 3.5): "predictor", an MLP
+            behind a stop-gradient; or "auxiliary_loss", the router itself, trained to be positive for chosen tokens.
+        predictor_hidden_size: width of the predictor's MLP; by default `hidden_size // 8`, at least 16.
+        predictor_loss_weight: factor of the predictor's cross-entropy in the loss. It does not reach the language
+            model's weights, but counts in the norm by which gradients are clipped.
+        auxiliary_loss_weight: factor of the router's cross-entropy in the loss.
+        router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    model_type = "mixture_of_depths"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "routing"]
+
+    vocab_size: int = 4096
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    query_key_norm: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    routed_layers: list[int] | None = None
+    capacity: float | list[float] = 0.125
+    router_type: str = "learned"
+    router_activation: str = "sigmoid"
+    causal_router: str = "predictor"
+    predictor_hidden_size: int | None = None
+    predictor_loss_weight: float = 0.1
+    auxiliary_loss_weight: float = 0.01
+    router_seed: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        every, offset = kwargs.pop("every", None), kwargs.pop("offset", None)
+        self._require_positive_integers(
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
+        )
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}; change one of them or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.predictor_hidden_size is None:
+            self.predictor_hidden_size = max(16, self.hidden_size // 8)
+        if self.routed_layers is None:
+            self.routed_layers = self._layers_from(every, offset)
+        elif every is not None or offset is not None:
+            raise ValueError(
+                f"routed_layers={self.routed_layers} was given together with every={every}, offset={offset}; "
+                "give either the list or every and offset"
+            )
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    def _layers_from(self, every: int | None, offset: int | None) -> list[int]:
+        every = 2 if every is None else every
+        if not _is_integer(every) or every < 1:
+            raise ValueError(f"every={every!r} must be an integer of at least 1; 2 routes every other block")
+        offset = every - 1 if offset is None else offset
+        if not _is_integer(offset) or not 0 <= offset < self.num_hidden_layers:
+            raise ValueError(
+                f"offset={offset!r} must be the index of a block, 0 to {self.num_hidden_layers - 1}; lower it, lower "
+                "every, add blocks, or give routed_layers=[] for a model without routed blocks"
+            )
+        return list(range(offset, self.num_hidden_layers, every))
+
+    def _require_positive_integers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+    def validate(self) -> None:
+        """Checks all fields, at construction and again before saving.
+
+        Raises:
+            ValueError: naming the field, its value and the remedy.
+        """
+        self._require_positive_integers("intermediate_size", "num_key_value_heads", "head_dim", "predictor_hidden_size")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads="
+                f"{self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even, as RoPE rotates pairs; change head_dim")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; the MLP is SwiGLU: use 'silu'")
+        for name in ("attention_bias", "query_key_norm", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
+        for name in ("predictor_loss_weight", "auxiliary_loss_weight"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
+        for name, choices in (
+            ("router_type", ROUTER_TYPES),
+            ("router_activation", ROUTER_ACTIVATIONS),
+            ("causal_router", CAUSAL_ROUTERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
+        if not _is_integer(self.router_seed) or self.router_seed < 0:
+            raise ValueError(f"router_seed={self.router_seed!r} must be an integer of at least 0")
+        assert self.rope_parameters is not None
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters has rope_type={rope_type!r}; choose one of {', '.join(ROPE_TYPES)}")
+        self.validate_rope()
+        self._validate_routed_layers()
+
+    def _validate_routed_layers(self) -> None:
+        layers, capacity = self.routed_layers, self.capacity
+        if not isinstance(layers, list) or not all(_is_integer(layer) for layer in layers):
+            raise ValueError(f"routed_layers={layers!r} must be a list of block indices, such as [1, 3, 5]")
+        if layers != sorted(set(layers)):
+            raise ValueError(f"routed_layers={layers} must be in rising order and without repeats")
+        if layers and not (layers[0] >= 0 and layers[-1] < self.num_hidden_layers):
+            raise ValueError(
+                f"routed_layers={layers} names a block that is not there; with num_hidden_layers="
+                f"{self.num_hidden_layers} the indices are 0 to {self.num_hidden_layers - 1}"
+            )
+        if isinstance(capacity, list) and len(capacity) != len(layers):
+            raise ValueError(
+                f"capacity={capacity} has {len(capacity)} entries for {len(layers)} routed blocks; give one number, or "
+                "one for each of routed_layers"
+            )
+        for value in capacity if isinstance(capacity, list) else [capacity]:
+            if not _is_number(value) or not 0 < value <= 1:
+                raise ValueError(
+                    f"capacity={capacity!r} must be a fraction above 0 and at most 1, such as 0.125; for a model "
+                    "without routed blocks give routed_layers=[]"
+                )
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache each block needs, read by transformers when it builds a cache for `generate()`."""
+        routed = set(self.routed_layers or [])
+        return [
+            "mixture_of_depths_routed" if layer in routed else "full_attention"
+            for layer in range(self.num_hidden_layers)
+        ]
+
+    def capacity_fraction(self, layer_idx: int) -> float:
+        """The fraction of tokens that enters block `layer_idx`: its capacity, or 1 for a dense block."""
+        assert self.routed_layers is not None
+        if layer_idx not in self.routed_layers:
+            return 1.0
+        if isinstance(self.capacity, list):
+            return self.capacity[self.routed_layers.index(layer_idx)]
+        return self.capacity
+
+    def capacity_tokens(self, layer_idx: int, sequence_length: int) -> int:
+        """The number of tokens of a sequence that enters block `layer_idx` under top-k routing."""
+        # The small term keeps products such as 0.29 * 100 from falling just below a whole number.
+        return max(1, math.floor(self.capacity_fraction(layer_idx) * sequence_length + 1e-9))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

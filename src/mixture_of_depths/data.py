@@ -1,0 +1,382 @@
+"""From text to packed blocks of tokens: reading, splitting by document, tokenising, packing, caching by content."""
+
+import gzip
+import hashlib
+import json
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mixture_of_depths.options import BUILTIN, DataOptions
+
+END_OF_TEXT = "<|endoftext|>"
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+# Raised when the prepared form changes, so that older cache entries are not read.
+CACHE_VERSION = 1
+
+
+@dataclass
+class Skipped:
+    """Counts of what was read but not used."""
+
+    not_utf8: int = 0
+    empty: int = 0
+    not_json: int = 0
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the prepared text consists of."""
+
+    train_documents: int
+    validation_documents: int
+    train_tokens: int
+    validation_tokens: int
+    validation_bytes: int
+    split: str
+    skipped: Skipped = field(default_factory=Skipped)
+
+    @property
+    def validation_bytes_per_token(self) -> float:
+        return self.validation_bytes / self.validation_tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text, packed into blocks of one length; each data set has the column `input_ids`."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    facts: CorpusFacts
+
+
+def prepare(options: DataOptions) -> Corpus:
+    """Reads, splits, tokenises and packs text, or takes the result from the cache.
+
+    Raises:
+        ValueError: when there is no text, a path or column is missing, or the text is shorter than one block.
+    """
+    _check(options)
+    skipped = Skipped()
+    documents = list(read_documents(options, skipped))
+    if not documents:
+        raise ValueError(
+            f"data={' '.join(options.data)} holds no text ({skipped}); give other files, folders or globs of "
+            f"{' '.join(SUFFIXES)}"
+        )
+    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    folder = options.cache_dir / _cache_key(options, documents, given)
+    if not (folder / "facts.json").exists():
+        _write_cache(folder, options, documents, given, skipped)
+    facts = json.loads((folder / "facts.json").read_text())
+    return Corpus(
+        datasets.Dataset.load_from_disk(str(folder / "train")),
+        datasets.Dataset.load_from_disk(str(folder / "validation")),
+        load_tokenizer(str(folder / "tokenizer")),
+        CorpusFacts(**{**facts, "skipped": Skipped(**facts["skipped"])}),
+    )
+
+
+def _check(options: DataOptions) -> None:
+    if not 0 < options.validation_fraction < 1:
+        raise ValueError(f"validation_fraction={options.validation_fraction} must lie between 0 and 1")
+    if options.sequence_length < 2:
+        raise ValueError(f"sequence_length={options.sequence_length} must be at least 2")
+    if options.tokenizer is None and options.vocab_size < 257:
+        raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+    if options.max_characters is not None and options.max_characters < 1:
+        raise ValueError(f"max_characters={options.max_characters} must be at least 1")
+
+
+def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    """Yields the documents of `options.data` in a fixed order, and counts in `skipped` what is no text."""
+    remaining = options.max_characters
+    for source in options.data:
+        for text in _read_source(source, options, skipped):
+            if not text.strip():
+                skipped.empty += 1
+                continue
+            if remaining is not None:
+                text = text[:remaining]
+                remaining -= len(text)
+            yield text
+            if remaining == 0:
+                return
+
+
+def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    if source == BUILTIN:
+        yield from _read_files(builtin_files(), options, skipped)
+    elif source.startswith("hub:"):
+        yield from _read_hub(source.removeprefix("hub:"), options)
+    else:
+        yield from _read_files(find_files(source), options, skipped)
+
+
+def builtin_files() -> list[Path]:
+    """The Python standard library's own modules, without their tests."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    found = (path for path in library.rglob("*.py") if not left_out & set(path.relative_to(library).parts[:-1]))
+    return sorted(found, key=lambda path: path.relative_to(library).as_posix())
+
+
+def find_files(source: str) -> list[Path]:
+    """The text files that a path, folder or glob names.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        if not _kind(path):
+            raise ValueError(f"data={source} is not one of {' '.join(SUFFIXES)} (or these with .gz); rename or convert")
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+    elif has_magic(source):
+        found = sorted(Path(p) for p in glob(source, recursive=True) if Path(p).is_file() and _kind(Path(p)))
+    else:
+        raise ValueError(f"data={source} does not exist; give a file, folder, glob, hub:NAME or {BUILTIN}")
+    if not found:
+        raise ValueError(f"data={source} holds no file that ends in {' '.join(SUFFIXES)} (or these with .gz)")
+    return found
+
+
+def _kind(path: Path) -> str | None:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    for path in paths:
+        kind = _kind(path)
+        if kind == ".parquet":
+            yield from _read_parquet(path, options.text_column)
+            continue
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            skipped.not_utf8 += 1
+            continue
+        if kind == ".jsonl":
+            yield from _read_jsonl(path, text, options.text_column, skipped)
+        else:
+            yield text
+
+
+def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            skipped.not_json += 1
+            continue
+        if not isinstance(record, dict) or column not in record:
+            names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"text_column={column} is missing in line {number} of {path}, which has: {names}")
+        yield _text(record[column], column, path)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data={path} is not a Parquet file: {error}") from error
+    names = file.schema_arrow.names
+    if column not in names:
+        raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
+    for batch in file.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _text(value, column, path)
+
+
+def _read_hub(name: str, options: DataOptions) -> Iterator[str]:
+    name, _, config = name.partition(":")
+    try:
+        stream = datasets.load_dataset(name, config or None, split=options.split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data=hub:{name} with split={options.split} cannot be read: {error}") from error
+    for record in cast(Iterable[dict[str, Any]], stream):
+        if options.text_column not in record:
+            raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {', '.join(record)}")
+        yield _text(record[options.text_column], options.text_column, name)
+
+
+def _text(value: object, column: str, source: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
+    return value
+
+
+def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str], str]:
+    """Splits by document into train and validation; a document's content decides, so the split outlives reordering.
+
+    Where that leaves one side empty, as with a single file, the tail of every document is held out instead.
+
+    Returns:
+        The training documents, the validation documents, and "documents" or "tails".
+    """
+    threshold = int(validation_fraction * 2**64)
+    is_held_out = [int.from_bytes(_digest(text)[:8]) < threshold for text in documents]
+    train = [text for text, held_out in zip(documents, is_held_out, strict=True) if not held_out]
+    validation = [text for text, held_out in zip(documents, is_held_out, strict=True) if held_out]
+    if train and validation:
+        return train, validation, "documents"
+    cuts = [int(len(text) * (1 - validation_fraction)) for text in documents]
+    train = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
+    return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
+    )
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder.
+
+    Raises:
+        ValueError: when there is none, or it has no end-of-text token.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer={folder} is not a folder; give one that holds tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={folder} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """All documents as one row of tokens, each followed by the end-of-text token."""
+    pieces: list[np.ndarray] = []
+    for start in range(0, len(documents), 256):
+        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, verbose=False)
+        pieces += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
+    return np.concatenate(pieces)
+
+
+def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Dataset:
+    """Cuts a row of tokens into blocks; the rest that does not fill a block is dropped.
+
+    Raises:
+        ValueError: when the row is shorter than one block.
+    """
+    count = len(tokens) // sequence_length
+    if count == 0:
+        raise ValueError(
+            f"sequence_length={sequence_length} is longer than the {name} text, which has {len(tokens)} tokens; give "
+            "more text, a shorter sequence_length or another validation_fraction"
+        )
+    blocks = tokens[: count * sequence_length].reshape(count, sequence_length)
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=sequence_length)})
+    return datasets.Dataset.from_dict({"input_ids": blocks}, features=features)
+
+
+def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """Positions that start again at 0 after every end of text; of shape [B, T]."""
+    slots_T = torch.arange(input_ids_BT.shape[1])
+    is_start_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    is_start_BT[:, 1:] = input_ids_BT[:, :-1] == end_of_text
+    return slots_T - (is_start_BT * slots_T).cummax(dim=1).values
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Stacks blocks into a batch; the positions tell the model where documents begin."""
+
+    end_of_text: int
+
+    def __call__(self, blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
+        input_ids = torch.tensor(np.array([block["input_ids"] for block in blocks]), dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "labels": input_ids.clone(),
+            "position_ids": document_positions(input_ids, self.end_of_text),
+        }
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    name = hashlib.sha256()
+    tokenizer_key = f"bpe-{options.vocab_size}"
+    if tokenizer is not None:
+        tokenizer_key = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, str(tokenizer)])
+    name.update(f"{CACHE_VERSION} {options.sequence_length} {options.validation_fraction} {tokenizer_key}".encode())
+    for text in documents:
+        name.update(_digest(text))
+    return name.hexdigest()[:32]
+
+
+def _write_cache(
+    folder: Path,
+    options: DataOptions,
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    skipped: Skipped,
+) -> None:
+    train, validation, split = split_documents(documents, options.validation_fraction)
+    tokenizer = tokenizer or train_tokenizer(train, options.vocab_size)
+    train_tokens, validation_tokens = tokenize(train, tokenizer), tokenize(validation, tokenizer)
+    facts = CorpusFacts(
+        train_documents=len(train),
+        validation_documents=len(validation),
+        train_tokens=len(train_tokens),
+        validation_tokens=len(validation_tokens),
+        validation_bytes=sum(len(text.encode("utf-8", "surrogatepass")) for text in validation),
+        split=split,
+        skipped=replace(skipped),
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and renamed, so that a run that is stopped leaves no half entry behind.
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-"))
+    try:
+        pack(train_tokens, options.sequence_length, "training").save_to_disk(str(aside / "train"))
+        pack(validation_tokens, options.sequence_length, "validation").save_to_disk(str(aside / "validation"))
+        tokenizer.save_pretrained(str(aside / "tokenizer"))
+        (aside / "facts.json").write_text(json.dumps(asdict(facts)))
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""The options of a run, shared by the command line and by Python; a field's docstring is also its help text.
+
+This file imports nothing heavy, so that the command line can describe itself at once.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the text comes from and how it is cut into blocks."""
+
+    data: tuple[str, ...] = (BUILTIN,)
+    """Text to train on: "builtin" (the Python standard library's own source), files, folders or globs of .txt, .md,
+    .py, .jsonl and .parquet (also .gz), or hub:NAME for a data set of the Hugging Face hub, streamed."""
+    text_column: str = "text"
+    """Field or column that holds the text in .jsonl, .parquet and hub data."""
+    split: str = "train"
+    """Split of a hub data set."""
+    max_characters: int | None = None
+    """Stop reading after this many characters; needed for a hub data set that is larger than the disk."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer to use; by default a byte-level BPE is trained on the text."""
+    vocab_size: int = 4096
+    """Entries of the tokenizer that is trained."""
+    sequence_length: int = 256
+    """Tokens per block."""
+    validation_fraction: float = 0.04
+    """Share of the documents that is held out; which ones is decided by their content."""
+    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "mixture_of_depths")
+    """Where prepared text is kept, under a name made from its content."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Size of the model and what is routed; fields as in `MoDConfig`."""
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_hidden_layers: int = 6
+    """Number of blocks."""
+    num_attention_heads: int = 4
+    """Number of query heads."""
+    num_key_value_heads: int | None = None
+    """Number of key and value heads; by default as many as query heads."""
+    intermediate_size: int | None = None
+    """Width of the MLP; by default 8/3 of the hidden size."""
+    tie_word_embeddings: bool = False
+    """Whether the head shares its weights with the embedding."""
+    routed: bool = True
+    """Whether any block is routed; --no-routed gives the baseline."""
+    routed_layers: tuple[int, ...] | None = None
+    """Indices of the routed blocks, instead of every and offset."""
+    every: int = 2
+    """Route one block in this many."""
+    offset: int | None = None
+    """Index of the first routed block; by default every - 1."""
+    capacity: tuple[float, ...] = (0.125,)
+    """Fraction of the tokens that enters a routed block; one number, or one per routed block."""
+    router_type: Literal["learned", "random"] = "learned"
+    """Learned routing, or the stochastic control."""
+    router_activation: Literal["none", "sigmoid", "tanh"] = "sigmoid"
+    """What is applied to the router's output before it scales the block's delta."""
+    causal_router: Literal["predictor", "auxiliary_loss"] = "predictor"
+    """How a token decides in sampling whether it enters."""
+    predictor_hidden_size: int | None = None
+    """Width of the predictor's MLP; by default an eighth of the hidden size."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained. Give exactly one of max_steps, max_tokens and max_flops."""
+
+    max_steps: int | None = None
+    """Length of the run in optimiser steps."""
+    max_tokens: float | None = None
+    """Length of the run in tokens; rounded down to whole steps."""
+    max_flops: float | None = None
+    """Length of the run in training FLOPs, such as 1e13; rounded down to whole steps."""
+    batch_size: int = 16
+    """Sequences per optimiser step on one device."""
+    gradient_accumulation_steps: int = 1
+    """Number of parts a batch is computed in; must divide the batch size."""
+    learning_rate: float = 2e-3
+    """Highest learning rate, after the warm-up; it then falls along a cosine to a tenth."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.1
+    """Weight decay; never applied to routers, norms and biases."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast with fp32 weights."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; needs a C++ compiler on the CPU and half a minute."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    eval_every: int | None = None
+    """Steps between evaluations; by default a fifth of the run."""
+    eval_blocks: int = 64
+    """Blocks of validation text per evaluation."""
+    save_every: int | None = None
+    """Steps between checkpoints; by default a fifth of the run."""
+    seed: int = 0
+    """Seed of initialisation, data order and random routing."""

@@ -1,0 +1,441 @@
+"""Training: a `transformers.Trainer` with a horizon, both routings in evaluation, records, and exact resumption."""
+
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as HFTrainingArguments
+from transformers import set_seed
+
+from mixture_of_depths import plots
+from mixture_of_depths.checkpoint import (
+    SCHEDULE,
+    latest_checkpoint,
+    load_generators,
+    load_optimizer,
+    save_generators,
+    save_optimizer,
+)
+from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.data import Collator, Corpus
+from mixture_of_depths.evaluation import Evaluation, evaluate
+from mixture_of_depths.flops import model_parameters, training_flops_per_token
+from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.options import ModelOptions, TrainOptions
+from mixture_of_depths.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The exact length of a run."""
+
+    steps: int
+    tokens: int
+    flops: float
+
+
+def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> Horizon:
+    """The length of a run in steps, tokens and training FLOPs, from the one of them that the options give.
+
+    Raises:
+        ValueError: when not exactly one is given, or it is shorter than one step.
+    """
+    given = {
+        name: value
+        for name in ("max_steps", "max_tokens", "max_flops")
+        if (value := getattr(options, name)) is not None
+    }
+    if len(given) != 1:
+        raise ValueError(
+            f"give exactly one of max_steps, max_tokens and max_flops; given: {', '.join(given) or 'none'}"
+        )
+    (name, value), *_ = given.items()
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value} must be a finite number above 0")
+    tokens_per_step = options.batch_size * sequence_length
+    flops_per_step = training_flops_per_token(config, sequence_length) * tokens_per_step
+    per_step = {"max_steps": 1, "max_tokens": tokens_per_step, "max_flops": flops_per_step}[name]
+    steps = math.floor(value / per_step)
+    if steps < 1:
+        raise ValueError(f"{name}={value:g} is less than one step, which takes {per_step:g}; raise it")
+    return Horizon(steps, steps * tokens_per_step, steps * flops_per_step)
+
+
+def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> MoDConfig:
+    """The configuration that the options describe, for a tokenizer and blocks of `sequence_length` tokens."""
+    if not options.routed:
+        routed: dict[str, Any] = {"routed_layers": []}
+    elif options.routed_layers is not None:
+        routed = {"routed_layers": list(options.routed_layers)}
+    else:
+        routed = {"every": options.every, "offset": options.offset}
+    return MoDConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_hidden_layers,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        tie_word_embeddings=options.tie_word_embeddings,
+        max_position_embeddings=max(2048, sequence_length),
+        capacity=options.capacity[0] if len(options.capacity) == 1 else list(options.capacity),
+        router_type=options.router_type,
+        router_activation=options.router_activation,
+        causal_router=options.causal_router,
+        predictor_hidden_size=options.predictor_hidden_size,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **routed,
+    )
+
+
+class MoDTrainer(Trainer):
+    """The library's trainer; its own are only the evaluation, the FLOP count and the form of its checkpoints."""
+
+    def __init__(self, corpus: Corpus, options: TrainOptions, **kwargs: Any) -> None:
+        self.corpus = corpus
+        self.run_options = options
+        self.last_evaluation: Evaluation | None = None
+        super().__init__(**kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates under top-k and causal routing; returns and logs the figures."""
+        assert isinstance(self.model, MoDForCausalLM)
+        self.last_evaluation = evaluate(
+            self.model,
+            self.corpus.validation,
+            int(self.corpus.tokenizer.eos_token_id),
+            self.corpus.facts.validation_bytes_per_token,
+            max_blocks=self.run_options.eval_blocks,
+            bf16=self.run_options.precision == "bf16",
+        )
+        found = self.last_evaluation
+        metrics = {
+            "eval_loss": found.loss_causal,
+            "eval_loss_top_k": found.loss_top_k,
+            "eval_loss_causal": found.loss_causal,
+            "eval_bits_per_byte": found.bits_per_byte,
+        }
+        if found.causal_accuracy is not None:
+            metrics["eval_causal_accuracy"] = found.causal_accuracy
+        metrics |= {f"eval_share_entering_{layer}": share for layer, share in found.share_entering.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Training FLOPs of a batch, counted analytically."""
+        assert isinstance(self.model, MoDForCausalLM)
+        tokens, length = inputs["input_ids"].numel(), inputs["input_ids"].shape[1]
+        return round(training_flops_per_token(self.model.config, length) * tokens)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The matrices of the language model; routers, predictors, norms and biases do not decay."""
+        return [name for name, weight in model.named_parameters() if weight.ndim == 2 and ".router." not in name]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        assert isinstance(self.model, MoDForCausalLM) and folder is not None
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.corpus.tokenizer.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        save_optimizer(self.optimizer.state_dict(), Path(output_dir))
+        (Path(output_dir) / SCHEDULE).write_text(json.dumps(self.lr_scheduler.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        self.optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_generators(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_generators(Path(checkpoint))
+
+
+class Recorder(TrainerCallback):
+    """Writes `metrics.jsonl`, one line a logged step, and shows a progress bar with the time left."""
+
+    def __init__(self, folder: Path, flops_per_token: float, tokens_per_step: int, console: Console) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.flops_per_token = flops_per_token
+        self.tokens_per_step = tokens_per_step
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self.task: TaskID | None = None
+        self.last_time = self.last_step = 0.0
+        self.train_seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # What a run that was stopped logged after its last checkpoint is computed again.
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept))
+        self.train_seconds = max((json.loads(line).get("train_seconds", 0.0) for line in kept), default=0.0)
+        self.last_time, self.last_step = time.perf_counter(), state.global_step
+        self.progress.start()
+        self.task = self.progress.add_task("step", total=state.max_steps, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        record: dict[str, Any] = {"step": state.global_step, **(logs or {})}
+        if "loss" in record and self.task is not None:
+            now = time.perf_counter()
+            steps, seconds = state.global_step - self.last_step, now - self.last_time
+            self.train_seconds += seconds
+            record["tokens_per_second"] = steps * self.tokens_per_step / seconds
+            record["flops_per_second"] = record["tokens_per_second"] * self.flops_per_token
+            record["train_seconds"] = self.train_seconds
+            record["flops"] = state.global_step * self.tokens_per_step * self.flops_per_token
+            self.progress.update(self.task, completed=state.global_step, description=f"loss {record['loss']:.3f}")
+        elif "eval_loss_causal" in record:
+            self.progress.console.print(
+                f"  step {state.global_step}: validation loss {record['eval_loss_causal']:.4f} causal, "
+                f"{record['eval_loss_top_k']:.4f} top-k"
+            )
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.last_time, self.last_step = time.perf_counter(), state.global_step
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._receive)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it was stopped before its horizon; it can be resumed.
+        steps, tokens, flops: what was done, in all.
+        parameters: number of weights.
+        train_seconds: time spent in training steps, without evaluation and checkpoints.
+        evaluation: figures on the whole held-out text, when finished.
+    """
+
+    finished: bool
+    steps: int
+    tokens: int
+    flops: float
+    parameters: int
+    train_seconds: float
+    evaluation: Evaluation | None
+
+
+def train(
+    config: MoDConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    folder: Path,
+    resume: bool = False,
+    console: Console | None = None,
+) -> tuple[MoDForCausalLM, TrainResult]:
+    """Trains a model to its horizon and leaves model, tokenizer, records and curve in `folder`.
+
+    Args:
+        config: the model.
+        corpus: text to train and evaluate on.
+        options: how to train.
+        folder: where the run lives: the finished model, `checkpoint-*`, `metrics.jsonl`, `run.json`, `curve.png`.
+        resume: whether to go on from the newest checkpoint in `folder`.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: for options that contradict one another, a folder that holds another run, or no checkpoint to
+            resume from.
+    """
+    console = console or Console()
+    sequence_length = len(corpus.train[0]["input_ids"])
+    length = horizon(options, config, sequence_length)
+    _check(options, corpus)
+    start = _open_folder(folder, config, options, resume)
+
+    set_seed(options.seed)
+    model = MoDForCausalLM(config)
+    if options.compile:
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    recorder = Recorder(
+        folder,
+        training_flops_per_token(config, sequence_length),
+        options.batch_size * sequence_length,
+        console,
+    )
+    stop = StopOnSignal()
+    # Whole batches only: every step then costs the same, and the horizon is exact.
+    whole = len(corpus.train) // options.batch_size * options.batch_size
+    trainer = MoDTrainer(
+        corpus,
+        options,
+        model=model,
+        args=_arguments(options, length, folder),
+        train_dataset=corpus.train.select(range(whole)),
+        eval_dataset=corpus.validation,
+        data_collator=Collator(int(corpus.tokenizer.eos_token_id)),
+        callbacks=[recorder, stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+
+    finished = trainer.state.global_step >= length.steps
+    evaluation = None
+    if finished:
+        model.save_pretrained(folder)
+        corpus.tokenizer.save_pretrained(str(folder))
+        evaluation = _evaluate_whole(model, corpus, options)
+        plots.training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
+    steps = trainer.state.global_step
+    result = TrainResult(
+        finished=finished,
+        steps=steps,
+        tokens=steps * options.batch_size * sequence_length,
+        flops=steps * length.flops / length.steps,
+        parameters=model_parameters(config),
+        train_seconds=recorder.train_seconds,
+        evaluation=evaluation,
+    )
+    if finished:
+        (folder / "result.json").write_text(json.dumps({**asdict(result), **provenance()}, indent=2))
+    return model, result
+
+
+def _evaluate_whole(model: MoDForCausalLM, corpus: Corpus, options: TrainOptions) -> Evaluation:
+    return evaluate(
+        model,
+        corpus.validation,
+        int(corpus.tokenizer.eos_token_id),
+        corpus.facts.validation_bytes_per_token,
+        bf16=options.precision == "bf16",
+    )
+
+
+def _check(options: TrainOptions, corpus: Corpus) -> None:
+    for name in ("batch_size", "gradient_accumulation_steps", "eval_blocks", "learning_rate", "max_grad_norm"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name}={getattr(options, name)} must be above 0")
+    if options.batch_size % options.gradient_accumulation_steps:
+        raise ValueError(
+            f"gradient_accumulation_steps={options.gradient_accumulation_steps} must divide batch_size="
+            f"{options.batch_size}"
+        )
+    if not 0 <= options.warmup_fraction < 1:
+        raise ValueError(f"warmup_fraction={options.warmup_fraction} must be at least 0 and below 1")
+    if options.weight_decay < 0:
+        raise ValueError(f"weight_decay={options.weight_decay} must be at least 0")
+    for name in ("eval_every", "save_every"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if len(corpus.train) < options.batch_size:
+        raise ValueError(
+            f"batch_size={options.batch_size} is more than the {len(corpus.train)} blocks of training text; lower it, "
+            "shorten sequence_length or give more text"
+        )
+
+
+def _open_folder(folder: Path, config: MoDConfig, options: TrainOptions, resume: bool) -> Path | None:
+    """Makes the run's folder, or checks that it holds the same run; returns the checkpoint to go on from."""
+    described = json.loads(json.dumps({"model": config.to_diff_dict(), "train": asdict(options)}))
+    path = folder / "run.json"
+    if resume:
+        if not path.exists():
+            raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+        earlier = json.loads(path.read_text())
+        for part in ("model", "train"):
+            for name in sorted(described[part].keys() | earlier[part].keys()):
+                old, new = earlier[part].get(name), described[part].get(name)
+                if old != new and name != "transformers_version":
+                    raise ValueError(
+                        f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "
+                        "use another folder"
+                    )
+        return latest_checkpoint(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**described, **provenance()}, indent=2))
+    return None
+
+
+def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTrainingArguments:
+    part = math.ceil(length.steps / 5)
+    return HFTrainingArguments(
+        output_dir=str(folder),
+        max_steps=length.steps,
+        per_device_train_batch_size=options.batch_size // options.gradient_accumulation_steps,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dataloader_drop_last=True,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=round(options.warmup_fraction * length.steps),
+        weight_decay=options.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.precision == "bf16",
+        gradient_checkpointing=options.gradient_checkpointing,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_every or part,
+        save_steps=options.save_every or part,
+        save_total_limit=2,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+
+datasets.disable_progress_bars()
