@@ -83,9 +83,9 @@ class RoutedCacheLayer(DynamicLayer):
         """Forgets the last `-tokens_to_remove` tokens of the sequence, of which this block stored only some."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: the number of tokens to forget")
+        self.num_tokens_seen += tokens_to_remove
         if tokens_to_remove == 0 or self.slots_BK is None:
             return
-        self.num_tokens_seen += tokens_to_remove
         self.slots_BK = self.slots_BK.masked_fill(self.slots_BK >= self.num_tokens_seen, EMPTY)
         self._compact()
 
@@ -123,7 +123,7 @@ class MoDCache(DynamicCache):
         """Bytes of the stored keys and values; entries that only fill a routed block's rectangle are not counted."""
         total = 0
         for layer in self.layers:
-            if layer.keys is None or layer.values is None:
+            if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
                 continue
             size = layer.keys.nbytes + layer.values.nbytes
             if isinstance(layer, RoutedCacheLayer):

@@ -142,6 +142,7 @@ class MoDConfig(PreTrainedConfig):
             ValueError: naming the field, its value and the remedy.
         """
         self._require_positive_integers("intermediate_size", "num_key_value_heads", "head_dim", "predictor_hidden_size")
+        assert self.num_key_value_heads is not None and self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads="

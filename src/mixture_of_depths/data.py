@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -62,6 +63,18 @@ class Corpus:
     validation: datasets.Dataset
     tokenizer: PreTrainedTokenizerBase
     facts: CorpusFacts
+
+    @property
+    def end_of_text(self) -> int:
+        """The token after every document."""
+        return end_of_text(self.tokenizer)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after every document."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
 
 
 def prepare(options: DataOptions) -> Corpus:
@@ -215,11 +228,12 @@ def _read_hub(name: str, options: DataOptions) -> Iterator[str]:
     name, _, config = name.partition(":")
     try:
         stream = datasets.load_dataset(name, config or None, split=options.split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"data=hub:{name} with split={options.split} cannot be read: {error}") from error
     for record in cast(Iterable[dict[str, Any]], stream):
         if options.text_column not in record:
-            raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {', '.join(record)}")
+            names = ", ".join(record)
+            raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {names}")
         yield _text(record[options.text_column], options.text_column, name)
 
 
@@ -287,9 +301,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """All documents as one row of tokens, each followed by the end-of-text token."""
     pieces: list[np.ndarray] = []
+    last = end_of_text(tokenizer)
     for start in range(0, len(documents), 256):
         encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, verbose=False)
-        pieces += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
+        pieces += [np.array([*ids, last], dtype=np.int32) for ids in cast(list[list[int]], encoded["input_ids"])]
     return np.concatenate(pieces)
 
 

@@ -216,6 +216,7 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
 class MoDPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, by transformers."""
 
+    config: MoDConfig
     config_class = MoDConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -448,7 +449,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Sampling never looks ahead, whatever mode the module is in."""
-        return {"routing": "causal", **super().prepare_inputs_for_generation(*args, **kwargs)}
+        return {"routing": "causal", **GenerationMixin.prepare_inputs_for_generation(cast(Any, self), *args, **kwargs)}
 
 
 AutoConfig.register(MoDConfig.model_type, MoDConfig)

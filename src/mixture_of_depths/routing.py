@@ -145,6 +145,8 @@ class Router(nn.Module):
 def select_top_k(router_logits_BT: Tensor, capacity: int, real_BT: Tensor | None = None) -> Selection:
     """Expert choice: the `capacity` tokens of each row with the largest logits, in the order of the sequence.
 
+    Equal logits, as equal tokens have in the first block, go to the earlier token.
+
     Args:
         router_logits_BT (torch.Tensor): of shape [B, T].
         capacity: number of tokens to choose, at most T.
@@ -152,11 +154,14 @@ def select_top_k(router_logits_BT: Tensor, capacity: int, real_BT: Tensor | None
             chosen and the rest of its entries marked as not valid.
     """
     if real_BT is None:
-        index_BK = router_logits_BT.topk(capacity, dim=1, sorted=False).indices.sort(dim=1).values
-        return Selection(index_BK, None)
-    scores_BT = router_logits_BT.masked_fill(~real_BT, -math.inf)
-    index_BK = scores_BT.topk(capacity, dim=1, sorted=False).indices.sort(dim=1).values
+        return Selection(_largest(router_logits_BT, capacity), None)
+    index_BK = _largest(router_logits_BT.masked_fill(~real_BT, -math.inf), capacity)
     return Selection(index_BK, real_BT.gather(1, index_BK))
+
+
+def _largest(scores_BT: Tensor, capacity: int) -> Tensor:
+    # Not topk: it breaks ties as it likes, differently on each device.
+    return scores_BT.argsort(dim=1, descending=True, stable=True)[:, :capacity].sort(dim=1).values
 
 
 def select_entered(entered_BT: Tensor) -> Selection:

@@ -7,16 +7,25 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
 from transformers import TrainingArguments as HFTrainingArguments
-from transformers import set_seed
 
 from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
@@ -28,7 +37,7 @@ from mixture_of_depths.checkpoint import (
     save_optimizer,
 )
 from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.data import Collator, Corpus
+from mixture_of_depths.data import Collator, Corpus, end_of_text
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import model_parameters, training_flops_per_token
 from mixture_of_depths.modeling import MoDForCausalLM
@@ -94,8 +103,8 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
         router_activation=options.router_activation,
         causal_router=options.causal_router,
         predictor_hidden_size=options.predictor_hidden_size,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_of_text(tokenizer),
+        pad_token_id=cast(int | None, tokenizer.pad_token_id),
         **routed,
     )
 
@@ -115,7 +124,7 @@ class MoDTrainer(Trainer):
         self.last_evaluation = evaluate(
             self.model,
             self.corpus.validation,
-            int(self.corpus.tokenizer.eos_token_id),
+            self.corpus.end_of_text,
             self.corpus.facts.validation_bytes_per_token,
             max_blocks=self.run_options.eval_blocks,
             bf16=self.run_options.precision == "bf16",
@@ -151,16 +160,16 @@ class MoDTrainer(Trainer):
         self.corpus.tokenizer.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        save_optimizer(self.optimizer.state_dict(), Path(output_dir))
-        (Path(output_dir) / SCHEDULE).write_text(json.dumps(self.lr_scheduler.state_dict()))
+        optimizer, schedule = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
+        save_optimizer(optimizer.state_dict(), Path(output_dir))
+        (Path(output_dir) / SCHEDULE).write_text(json.dumps(schedule.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        self.optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
-        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
+        optimizer, schedule = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
+        optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
+        schedule.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_generators(Path(output_dir))
@@ -317,7 +326,7 @@ def train(
         args=_arguments(options, length, folder),
         train_dataset=corpus.train.select(range(whole)),
         eval_dataset=corpus.validation,
-        data_collator=Collator(int(corpus.tokenizer.eos_token_id)),
+        data_collator=Collator(corpus.end_of_text),
         callbacks=[recorder, stop],
     )
     trainer.remove_callback(PrinterCallback)
@@ -349,7 +358,7 @@ def _evaluate_whole(model: MoDForCausalLM, corpus: Corpus, options: TrainOptions
     return evaluate(
         model,
         corpus.validation,
-        int(corpus.tokenizer.eos_token_id),
+        corpus.end_of_text,
         corpus.facts.validation_bytes_per_token,
         bf16=options.precision == "bf16",
     )

@@ -1,0 +1,88 @@
+"""What a configuration derives, and what it refuses."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixture_of_depths import MoDConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layers"),
+    [
+        ({}, [1, 3, 5, 7]),
+        ({"every": 2}, [1, 3, 5, 7]),
+        ({"every": 2, "offset": 0}, [0, 2, 4, 6]),
+        ({"every": 3, "offset": 1}, [1, 4, 7]),
+        ({"every": 1}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ({"routed_layers": [2, 5]}, [2, 5]),
+        ({"routed_layers": []}, []),
+    ],
+)
+def test_routed_layers_are_a_list_or_come_from_every_and_offset(arguments: dict[str, Any], layers: list[int]) -> None:
+    assert MoDConfig(num_hidden_layers=8, **arguments).routed_layers == layers
+
+
+def test_defaults_are_the_papers_best() -> None:
+    config = MoDConfig()
+    assert config.routed_layers == [1, 3, 5, 7]
+    assert config.capacity == 0.125
+    assert config.intermediate_size == 1408
+
+
+@given(capacity=st.floats(0.001, 1.0), length=st.integers(1, 4096))
+def test_capacity_is_at_least_one_token_and_at_most_all(capacity: float, length: int) -> None:
+    tokens = MoDConfig(num_hidden_layers=2, capacity=capacity).capacity_tokens(1, length)
+    assert 1 <= tokens <= length
+    assert tokens <= max(1, capacity * length + 1e-6)
+
+
+def test_capacity_is_not_cut_by_rounding() -> None:
+    for hundredths in range(1, 101):
+        config = MoDConfig(num_hidden_layers=2, capacity=hundredths / 100)
+        assert config.capacity_tokens(1, 100) == hundredths
+        assert config.capacity_tokens(0, 100) == 100
+
+
+def test_capacity_may_differ_by_block() -> None:
+    config = MoDConfig(num_hidden_layers=4, capacity=[0.5, 0.25])
+    assert [config.capacity_tokens(i, 16) for i in range(4)] == [16, 8, 16, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"hidden_size": "wide"}, "hidden_size='wide'"),
+        ({"hidden_size": 10, "num_attention_heads": 4}, "hidden_size=10 is not a multiple of num_attention_heads=4"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=8"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"capacity": 0}, "capacity=0 must be a fraction"),
+        ({"capacity": 1.5}, "capacity=1.5 must be a fraction"),
+        ({"capacity": float("nan")}, "capacity=nan must be a fraction"),
+        ({"capacity": [0.5, 0.5]}, r"capacity=\[0.5, 0.5\] has 2 entries for 4 routed blocks"),
+        ({"routed_layers": [8]}, r"routed_layers=\[8\] names a block that is not there"),
+        ({"routed_layers": [-1]}, r"routed_layers=\[-1\] names a block"),
+        ({"routed_layers": [3, 1]}, r"routed_layers=\[3, 1\] must be in rising order"),
+        ({"routed_layers": [1, 1]}, r"routed_layers=\[1, 1\] must be in rising order"),
+        ({"routed_layers": [1.5]}, r"routed_layers=\[1.5\] must be a list"),
+        ({"routed_layers": [1], "every": 2}, "either the list or every and offset"),
+        ({"every": 0}, "every=0"),
+        ({"every": 20}, "offset=19"),
+        ({"offset": 8}, "offset=8"),
+        ({"router_type": "hash"}, "router_type='hash' is unknown; choose one of learned, random"),
+        ({"router_activation": "softmax"}, "router_activation='softmax'"),
+        ({"causal_router": "oracle"}, "causal_router='oracle'"),
+        ({"predictor_loss_weight": -1}, "predictor_loss_weight=-1"),
+        ({"router_seed": -1}, "router_seed=-1"),
+        ({"tie_word_embeddings": 3}, "tie_word_embeddings=3"),
+        ({"initializer_range": 0}, "initializer_range=0"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+    ],
+)
+def test_what_cannot_work_is_refused_naming_the_field(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoDConfig(**arguments)

@@ -1,0 +1,385 @@
+"""The model against its per-token oracle, Llama, and itself under another order of evaluation."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import reference_forward
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "predictor_hidden_size": 8,
+    "initializer_range": 0.5,
+}
+
+
+def tiny(**changes: Any) -> MoDForCausalLM:
+    """A small float64 model with large weights, so that routers decide and errors show."""
+    return MoDForCausalLM(MoDConfig(**{**TINY, **changes})).double()
+
+
+def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tuple[Any, Any, Any, Any, Any]:
+    """Inputs of the model and the lists of the oracle: real tokens, positions, documents."""
+    real = [[True] * length for _ in range(batch)]
+    positions = [list(range(length)) for _ in range(batch)]
+    documents = [[0] * length for _ in range(batch)]
+    mask = position_ids = None
+    if kind in ("left", "right") and length > 1:
+        for b in range(batch):
+            pad = int(torch.randint(0, length, (), generator=generator))
+            real[b] = [i >= pad if kind == "left" else i < length - pad for i in range(length)]
+            positions[b] = [max(0, sum(real[b][: i + 1]) - 1) for i in range(length)]
+        mask = torch.tensor(real).long()
+    elif kind == "packed" and length > 1:
+        for b in range(batch):
+            start = int(torch.randint(1, length, (), generator=generator))
+            positions[b] = list(range(start)) + list(range(length - start))
+            documents[b] = [0] * start + [1] * (length - start)
+        position_ids = torch.tensor(positions)
+    return mask, position_ids, real, positions, documents
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 13),
+    kind=st.sampled_from(["plain", "left", "right", "packed"]),
+    routing=st.sampled_from(["top_k", "causal"]),
+    activation=st.sampled_from(["none", "sigmoid", "tanh"]),
+    causal_router=st.sampled_from(["predictor", "auxiliary_loss"]),
+    capacity=st.sampled_from([0.125, 0.3, 0.5, 0.95, 1.0]),
+    extras=st.booleans(),
+)
+def test_forward_and_gradients_equal_the_per_token_oracle(
+    seed: int,
+    batch: int,
+    length: int,
+    kind: str,
+    routing: Any,
+    activation: str,
+    causal_router: str,
+    capacity: float,
+    extras: bool,
+) -> None:
+    torch.manual_seed(seed)
+    model = tiny(
+        routed_layers=[0, 2],
+        capacity=[capacity, 0.5],
+        router_activation=activation,
+        causal_router=causal_router,
+        query_key_norm=extras,
+        attention_bias=extras,
+        tie_word_embeddings=extras,
+    ).train()
+    input_ids = torch.randint(0, 31, (batch, length))
+    mask, position_ids, *lists = layout(kind, batch, length, torch.Generator().manual_seed(seed))
+    real = torch.tensor(lists[0])
+
+    output = model(
+        input_ids, attention_mask=mask, position_ids=position_ids, labels=input_ids, use_cache=False, routing=routing
+    )
+    expected, expected_loss = reference_forward(model, input_ids, *lists, routing=routing)
+    assert (output.logits - expected)[real].abs().max() < 1e-9
+    weights = torch.randn_like(expected) * real[..., None]
+    loss, reference_loss = (output.logits * weights).sum(), (expected * weights).sum()
+    if routing == "top_k":
+        # The package takes the cross-entropy in float32, as autocast would.
+        assert output.router_loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    else:
+        assert output.router_loss is None
+
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    wanted = torch.autograd.grad(reference_loss, parameters, allow_unused=True)
+    for name, a, b in zip([n for n, _ in model.named_parameters()], got, wanted, strict=True):
+        a = torch.zeros(()) if a is None else a
+        b = torch.zeros(()) if b is None else b
+        scale = max(1.0, b.abs().max().item())
+        assert (a - b).abs().max().item() / scale < 1e-9, name
+
+
+def test_gradients_of_the_router_loss_equal_the_oracle() -> None:
+    for causal_router in ("predictor", "auxiliary_loss"):
+        model = tiny(routed_layers=[0, 2], capacity=0.5, causal_router=causal_router).train()
+        input_ids = torch.randint(0, 31, (2, 8))
+        _, _, *lists = layout("plain", 2, 8, torch.Generator())
+        parameters = list(model.parameters())
+        got = torch.autograd.grad(model(input_ids, labels=input_ids).router_loss, parameters, allow_unused=True)
+        _, expected = reference_forward(model, input_ids, *lists, routing="top_k")
+        wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+        for (name, _), a, b in zip(model.named_parameters(), got, wanted, strict=True):
+            if b is None or b.abs().max() == 0:
+                assert a is None or a.abs().max() == 0, name
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_predictor_loss_reaches_nothing_but_the_predictors() -> None:
+    model = tiny(routed_layers=[0, 2]).train()
+    input_ids = torch.randint(0, 31, (2, 8))
+    model(input_ids, labels=input_ids).router_loss.backward()
+    touched = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert touched
+    assert all(".predictor." in name for name in touched)
+
+
+def test_auxiliary_loss_reaches_the_language_model() -> None:
+    model = tiny(routed_layers=[2], causal_router="auxiliary_loss").train()
+    input_ids = torch.randint(0, 31, (2, 8))
+    model(input_ids, labels=input_ids).router_loss.backward()
+    grad = model.model.embed_tokens.weight.grad
+    assert grad is not None
+    assert grad.abs().max() > 0
+
+
+def test_the_router_is_on_the_gradient_path_of_the_language_model() -> None:
+    model = tiny(routed_layers=[0, 2]).train()
+    input_ids = torch.randint(0, 31, (2, 8))
+    model(input_ids, labels=input_ids).lm_loss.backward()
+    for layer_idx in (0, 2):
+        assert model.model.layers[layer_idx].router.proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("routing", ["top_k", "causal"])
+def test_a_routed_block_with_capacity_one_and_weight_one_equals_the_dense_block(routing: Any) -> None:
+    routed = tiny(routed_layers=[0, 1, 2], capacity=1.0, router_activation="sigmoid").eval()
+    dense = tiny(routed_layers=[]).eval()
+    dense.load_state_dict({k: v for k, v in routed.state_dict().items() if ".router." not in k})
+    for layer in routed.model.layers:
+        layer.router.gate = torch.ones_like
+        layer.router.predictor.down_proj.bias.data.fill_(1e6)
+    input_ids = torch.randint(0, 31, (2, 9))
+    difference = routed(input_ids, routing=routing, use_cache=False).logits - dense(input_ids).logits
+    assert difference.abs().max() < 1e-9
+
+
+def llama_pair(**changes: Any) -> tuple[LlamaForCausalLM, MoDForCausalLM]:
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **changes,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.3)).eval()
+    ours = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
+    ours.load_state_dict(llama.state_dict())
+    return llama, ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True},
+        {"tie_word_embeddings": True},
+        {"head_dim": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+)
+def test_without_routed_blocks_it_gives_the_logits_of_llama(changes: dict[str, Any]) -> None:
+    llama, ours = llama_pair(**changes)
+    input_ids = torch.randint(0, 97, (2, 40))
+    torch.testing.assert_close(ours(input_ids).logits, llama(input_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_left_padded_batches_and_greedy_tokens_equal_llama() -> None:
+    llama, ours = llama_pair()
+    input_ids = torch.randint(0, 97, (3, 12))
+    mask = torch.ones_like(input_ids)
+    mask[1, :4] = 0
+    mask[2, :9] = 0
+    arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(input_ids, **arguments), llama.generate(input_ids, **arguments))
+
+
+def test_top_k_takes_exactly_the_capacity_of_every_sequence() -> None:
+    model = tiny(routed_layers=[0, 1, 2], capacity=[0.125, 0.3, 0.95]).eval()
+    for length in (1, 2, 7, 8, 10, 40):
+        input_ids = torch.randint(0, 31, (3, length))
+        routing = model(input_ids, routing="top_k", output_routing=True).routing
+        for layer, capacity in zip(routing, (0.125, 0.3, 0.95), strict=True):
+            assert layer.entered.sum(1).tolist() == [max(1, math.floor(capacity * length))] * 3
+
+
+def test_padding_never_enters_a_routed_block() -> None:
+    model = tiny(routed_layers=[0, 1, 2], capacity=0.5).eval()
+    input_ids = torch.randint(0, 31, (3, 12))
+    mask = torch.ones_like(input_ids)
+    mask[1, :5] = 0
+    mask[2, 1:] = 0
+    for routing in ("top_k", "causal"):
+        for layer in model(input_ids, attention_mask=mask, routing=routing, output_routing=True).routing:
+            assert not layer.entered[mask == 0].any()
+            if routing == "top_k":
+                assert layer.entered.sum(1).tolist() == [6, 6, 1]
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss"])
+@pytest.mark.parametrize("router_type", ["learned", "random"])
+def test_later_tokens_change_nothing_before_them_under_causal_routing(causal_router: str, router_type: str) -> None:
+    model = tiny(routed_layers=[0, 2], causal_router=causal_router, router_type=router_type, capacity=0.5).eval()
+    first = torch.randint(0, 31, (2, 20))
+    second = first.clone()
+    second[:, 12:] = torch.randint(0, 31, (2, 8))
+    difference = model(first).logits - model(second).logits
+    assert difference[:, :12].abs().max() < 1e-12
+    assert difference[:, 12:].abs().max() > 1e-3
+
+
+def test_later_tokens_do_change_those_before_them_under_top_k() -> None:
+    model = tiny(routed_layers=[0, 2], capacity=0.25).eval()
+    first = torch.randint(0, 31, (8, 20))
+    second = first.clone()
+    second[:, 12:] = torch.randint(0, 31, (8, 8))
+    difference = model(first, routing="top_k").logits - model(second, routing="top_k").logits
+    assert difference[:, :12].abs().max() > 1e-3
+
+
+def test_rows_of_a_batch_do_not_touch_one_another() -> None:
+    model = tiny(routed_layers=[0, 1, 2], capacity=0.5).eval()
+    input_ids = torch.randint(0, 31, (3, 10))
+    for routing in ("top_k", "causal"):
+        together = model(input_ids, routing=routing, use_cache=False).logits
+        alone = torch.cat([model(row[None], routing=routing, use_cache=False).logits for row in input_ids])
+        assert (together - alone).abs().max() < 1e-12
+
+
+def test_packed_documents_give_the_logits_of_each_alone_under_causal_routing() -> None:
+    model = tiny(routed_layers=[0, 2]).eval()
+    first, second = torch.randint(0, 31, (1, 7)), torch.randint(0, 31, (1, 9))
+    packed = torch.cat([first, second], dim=1)
+    position_ids = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    together = model(packed, position_ids=position_ids).logits
+    alone = torch.cat([model(first).logits, model(second).logits], dim=1)
+    assert (together - alone).abs().max() < 1e-9
+
+
+def test_default_routing_is_top_k_in_training_and_causal_outside_it() -> None:
+    model = tiny()
+    input_ids = torch.randint(0, 31, (2, 10))
+    assert torch.equal(model.train()(input_ids).logits, model(input_ids, routing="top_k", use_cache=False).logits)
+    assert torch.equal(model.eval()(input_ids).logits, model(input_ids, routing="causal").logits)
+
+
+def test_random_routing_is_fresh_in_training_and_repeats_with_the_seed() -> None:
+    model = tiny(router_type="random", routed_layers=[0, 1, 2], capacity=0.25).train()
+    input_ids = torch.randint(0, 31, (2, 16))
+
+    def entered() -> torch.Tensor:
+        return torch.stack([layer.entered for layer in model(input_ids, output_routing=True).routing])
+
+    torch.manual_seed(1)
+    first, second = entered(), entered()
+    torch.manual_seed(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, entered())
+    model.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(entered(), entered())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(".router." in name for name, _ in model.named_parameters())
+
+
+def test_random_routing_lets_the_capacity_in_when_causal() -> None:
+    model = tiny(router_type="random", routed_layers=[0, 1, 2], capacity=0.125, max_position_embeddings=4096).eval()
+    routing = model(torch.randint(0, 31, (1, 4096)), output_routing=True).routing
+    for layer in routing:
+        assert layer.entered.float().mean().item() == pytest.approx(0.125, abs=0.02)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    for router_type in ("learned", "random"):
+        model = tiny(router_type=router_type).train()
+        input_ids = torch.randint(0, 31, (2, 10))
+
+        def gradients(model: MoDForCausalLM, input_ids: torch.Tensor) -> list[torch.Tensor]:
+            torch.manual_seed(3)
+            model.zero_grad()
+            model(input_ids, labels=input_ids).loss.backward()
+            return [weight.grad.clone() for weight in model.parameters()]
+
+        plain = gradients(model, input_ids)
+        model.gradient_checkpointing_enable()
+        for a, b in zip(plain, gradients(model, input_ids), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_loss_parts_add_up_and_a_batch_given_in_parts_sums_to_the_whole() -> None:
+    model = tiny(predictor_loss_weight=0.3).train()
+    input_ids = torch.randint(0, 31, (4, 10))
+    whole = model(input_ids, labels=input_ids)
+    assert whole.loss.item() == pytest.approx((whole.lm_loss + 0.3 * whole.router_loss).item())
+    parts = [model(row, labels=row, num_items_in_batch=4 * 9).loss for row in input_ids.split(2)]
+    assert sum(parts).item() == pytest.approx(whole.loss.item(), rel=1e-6)
+
+
+def test_saving_and_loading_through_the_auto_classes_keeps_logits(tmp_path: Any) -> None:
+    one_block: dict[str, Any] = {"tie_word_embeddings": True, "capacity": [0.5], "routed_layers": [1]}
+    for changes in ({}, {"router_type": "random"}, one_block):
+        model = MoDForCausalLM(MoDConfig(**{**TINY, **changes})).eval()
+        model.save_pretrained(tmp_path)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert isinstance(loaded, MoDForCausalLM)
+        kept = AutoConfig.from_pretrained(tmp_path).to_dict()
+        for name, value in model.config.to_dict().items():
+            if name not in ("dtype", "_name_or_path"):
+                assert kept[name] == value, name
+        input_ids = torch.randint(0, 31, (2, 10))
+        for routing in ("top_k", "causal"):
+            a, b = (m(input_ids, routing=routing, use_cache=False).logits for m in (model, loaded))
+            assert torch.equal(a, b)
+
+
+def test_the_training_step_compiles_without_a_graph_break() -> None:
+    model = MoDForCausalLM(MoDConfig(**TINY)).train()
+    input_ids = torch.randint(0, 31, (2, 16))
+    position_ids = torch.arange(16).expand(2, 16)
+    eager = model(input_ids, position_ids=position_ids, labels=input_ids).loss
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    loss = compiled(input_ids=input_ids, position_ids=position_ids, labels=input_ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(eager.item(), rel=1e-5)
+
+
+def test_contradicting_arguments_are_refused_by_name() -> None:
+    model = tiny().eval()
+    input_ids = torch.randint(0, 31, (2, 6))
+    with pytest.raises(ValueError, match="routing='top_k' looks ahead"):
+        model(input_ids, routing="top_k", use_cache=True)
+    with pytest.raises(ValueError, match="routing='sometimes' is unknown"):
+        model(input_ids, routing="sometimes")
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids, output_attentions=True)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 5\)"):
+        model(input_ids, attention_mask=torch.ones(2, 5))
+    other = MoDCache(config=MoDConfig(**{**TINY, "routed_layers": [0]}))
+    with pytest.raises(ValueError, match="build it with MoDCache"):
+        model(input_ids, past_key_values=other)
