@@ -449,7 +449,9 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Sampling never looks ahead, whatever mode the module is in."""
-        return {"routing": "causal", **GenerationMixin.prepare_inputs_for_generation(cast(Any, self), *args, **kwargs)}
+        # The mixin annotates itself with a private protocol that no public class satisfies.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return {"routing": "causal", **inputs}
 
 
 AutoConfig.register(MoDConfig.model_type, MoDConfig)

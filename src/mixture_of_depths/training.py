@@ -1,5 +1,6 @@
 """Training: a `transformers.Trainer` with a horizon, both routings in evaluation, records, and exact resumption."""
 
+import copy
 import json
 import math
 import signal
@@ -9,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-import datasets
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -306,7 +306,9 @@ def train(
     start = _open_folder(folder, config, options, resume)
 
     set_seed(options.seed)
-    model = MoDForCausalLM(config)
+    model = MoDForCausalLM(copy.deepcopy(config))
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if options.compile:
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
@@ -397,8 +399,11 @@ def _open_folder(folder: Path, config: MoDConfig, options: TrainOptions, resume:
         earlier = json.loads(path.read_text())
         for part in ("model", "train"):
             for name in sorted(described[part].keys() | earlier[part].keys()):
+                # What transformers adds of its own accord may differ.
+                if name in ("transformers_version", "architectures", "dtype"):
+                    continue
                 old, new = earlier[part].get(name), described[part].get(name)
-                if old != new and name != "transformers_version":
+                if old != new:
                     raise ValueError(
                         f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "
                         "use another folder"
@@ -427,7 +432,6 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
         adam_beta2=0.95,
         max_grad_norm=options.max_grad_norm,
         bf16=options.precision == "bf16",
-        gradient_checkpointing=options.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -445,6 +449,3 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True) if path.exists() else []
-
-
-datasets.disable_progress_bars()

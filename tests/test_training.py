@@ -1,0 +1,246 @@
+"""The horizon, the records, and that an interrupted run goes on as if nothing had happened."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_data import SENTENCE, options
+from transformers import TrainerCallback
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths import training as training_module
+from mixture_of_depths.data import Corpus, prepare
+from mixture_of_depths.evaluation import blocks_used, evaluate
+from mixture_of_depths.flops import training_flops_per_token
+from mixture_of_depths.options import ModelOptions, TrainOptions
+from mixture_of_depths.training import horizon, model_config, train
+
+QUIET = Console(quiet=True)
+SMALL = ModelOptions(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, capacity=(0.25,))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
+    return prepare(options(folder, str(folder / "*.txt")))
+
+
+def config_for(corpus: Corpus, **changes: Any) -> MoDConfig:
+    return model_config(replace(SMALL, **changes), corpus.tokenizer, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [({"max_steps": 7}, 7), ({"max_tokens": 5 * 64 + 63}, 5), ({"max_flops": 3.5}, 3)],
+)
+def test_the_horizon_is_whole_steps_of_what_was_given(arguments: dict[str, float], steps: int) -> None:
+    config = MoDConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+    per_step = training_flops_per_token(config, 16) * 64
+    if "max_flops" in arguments:
+        arguments = {"max_flops": arguments["max_flops"] * per_step}
+    length = horizon(TrainOptions(batch_size=4, **arguments), config, 16)  # pyright: ignore[reportArgumentType]
+    assert length.steps == steps
+    assert length.tokens == steps * 64
+    assert length.flops == pytest.approx(steps * per_step)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of max_steps, max_tokens and max_flops; given: none"),
+        ({"max_steps": 5, "max_flops": 1e12}, "given: max_steps, max_flops"),
+        ({"max_steps": 0}, "max_steps=0 must be a finite number above 0"),
+        ({"max_flops": math.inf}, "max_flops=inf"),
+        ({"max_tokens": 63}, "max_tokens=63 is less than one step, which takes 64"),
+    ],
+)
+def test_an_impossible_horizon_is_refused(arguments: dict[str, Any], message: str) -> None:
+    config = MoDConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+    with pytest.raises(ValueError, match=message):
+        horizon(TrainOptions(batch_size=4, **arguments), config, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3 must divide batch_size=4"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction=1.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"save_every": 0}, "save_every=0"),
+        ({"batch_size": 100_000}, "batch_size=100000 is more than the"),
+    ],
+)
+def test_impossible_training_options_are_refused(
+    corpus: Corpus, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config_for(corpus), corpus, TrainOptions(max_steps=2, **{"batch_size": 4, **arguments}), tmp_path / "run")
+
+
+class Stop(TrainerCallback):
+    """Sends this process a signal after some step, as Ctrl-C would."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("router_type", ["learned", "random"])
+@pytest.mark.parametrize(("accumulation", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    router_type: str,
+    accumulation: int,
+    number: signal.Signals,
+) -> None:
+    # An epoch has 4 * n blocks, so that step 7 lies in the middle of the second epoch.
+    few = Corpus(corpus.train.select(range(18)), corpus.validation, corpus.tokenizer, corpus.facts)
+    config = config_for(corpus, router_type=router_type)
+    opts = TrainOptions(max_steps=13, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=5)
+    _, whole = train(config, few, opts, tmp_path / "whole", console=QUIET)
+
+    original = training_module.StopOnSignal
+    monkeypatch.setattr(training_module, "StopOnSignal", lambda: _with(original(), Stop(7, number)))
+    _, stopped = train(config, few, opts, tmp_path / "parts", console=QUIET)
+    monkeypatch.setattr(training_module, "StopOnSignal", original)
+    assert not stopped.finished
+    assert stopped.steps == 7
+    assert signal.getsignal(number) is not None
+
+    torch.manual_seed(999)
+    _, resumed = train(config, few, opts, tmp_path / "parts", resume=True, console=QUIET)
+    assert resumed.finished
+    assert resumed.evaluation == whole.evaluation
+    for name in ("model.safetensors", "checkpoint-13/optimizer.safetensors"):
+        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def _with(callback: Any, other: TrainerCallback) -> Any:
+    """`callback`, with the other's start of a step."""
+    callback.on_step_begin = other.on_step_begin
+    return callback
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss_causal", "eval_loss_top_k")
+    return [tuple(r.get(key) for key in keys) for r in records(folder) if "loss" in r or "eval_loss" in r]
+
+
+def test_a_run_leaves_its_model_records_and_curve(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=10, batch_size=4, learning_rate=1e-2)
+    _, result = train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    assert result.evaluation is not None
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "curve.png", "run.json"} <= names
+    forbidden = {".bin", ".pt", ".pth", ".pkl"}
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in forbidden]
+    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+    steps = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 11))
+    assert {"tokens_per_second", "flops_per_second", "grad_norm", "learning_rate"} <= steps[0].keys()
+    assert steps[-1]["flops"] == pytest.approx(result.flops)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluation = [r for r in records(tmp_path / "run") if "eval_loss" in r][-1]
+    assert {"eval_loss_top_k", "eval_loss_causal", "eval_causal_accuracy", "eval_share_entering_1"} <= evaluation.keys()
+    loaded = MoDForCausalLM.from_pretrained(tmp_path / "run")
+    again = evaluate(loaded, corpus.validation, corpus.end_of_text, corpus.facts.validation_bytes_per_token)
+    assert again == result.evaluation
+    described = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {"git_commit", "command", "versions", "machine"} <= described.keys()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth_over_the_horizon(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=40, batch_size=4, learning_rate=1e-3, warmup_fraction=0.1, eval_blocks=1)
+    train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    rates = [r["learning_rate"] for r in records(tmp_path / "run") if "loss" in r]
+    assert max(rates) == rates[4] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4, rel=0.02)
+
+
+def test_a_folder_is_never_overwritten_and_resuming_needs_the_same_run(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=2, batch_size=4)
+    config = config_for(corpus)
+    train(config, corpus, opts, tmp_path / "run", console=QUIET)
+    with pytest.raises(ValueError, match="is not empty"):
+        train(config, corpus, opts, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"learning_rate=0\.5 differs from 0\.002"):
+        train(config, corpus, replace(opts, learning_rate=0.5), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"capacity=0\.5 differs from 0\.25"):
+        train(config_for(corpus, capacity=(0.5,)), corpus, opts, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(config, corpus, opts, tmp_path / "other", resume=True)
+
+
+def test_accumulated_parts_of_a_batch_train_as_the_whole_batch(corpus: Corpus, tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 4):
+        opts = TrainOptions(max_steps=3, batch_size=8, gradient_accumulation_steps=parts)
+        train(config_for(corpus), corpus, opts, tmp_path / str(parts), console=QUIET)
+        found.append([r["loss"] for r in records(tmp_path / str(parts)) if "loss" in r])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_routers_norms_and_biases_do_not_decay(corpus: Corpus, tmp_path: Path) -> None:
+    model = MoDForCausalLM(config_for(corpus))
+    names = training_module.MoDTrainer.get_decay_parameter_names(None, model)  # pyright: ignore[reportArgumentType]
+    assert "model.layers.1.mlp.up_proj.weight" in names
+    assert "model.embed_tokens.weight" in names
+    assert not any("router" in name or "norm" in name or "bias" in name for name in names)
+
+
+def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus) -> None:
+    model = MoDForCausalLM(config_for(corpus, capacity=(0.25,), num_hidden_layers=4)).train()
+    found = evaluate(model, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5, batch_size=2)
+    assert model.training
+    assert found.tokens == 5 * 15
+    assert found.share_entering.keys() == {1, 3}
+    assert found.bits_per_byte == pytest.approx(found.loss_causal / math.log(2) / 2)
+    assert found.causal_accuracy is not None
+    dense = MoDForCausalLM(config_for(corpus, routed=False))
+    without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5)
+    assert without.loss_causal == without.loss_top_k
+    assert without.causal_accuracy is None
+
+
+def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
+    config = MoDConfig(vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+    model = MoDForCausalLM(config).eval()
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.predictor.down_proj.bias.data.fill_(100.0 if layer.layer_idx == 1 else -100.0)
+    assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]
+
+
+@pytest.mark.slow
+def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: Corpus, tmp_path: Path) -> None:
+    found = []
+    for name, changes in (("plain", {}), ("fast", {"compile": True, "precision": "bf16"})):
+        opts = TrainOptions(max_steps=30, batch_size=4, learning_rate=1e-2, **changes)
+        _, result = train(config_for(corpus), corpus, opts, tmp_path / name, console=QUIET)
+        assert result.evaluation is not None
+        found.append(result.evaluation.loss_top_k)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
