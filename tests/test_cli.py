@@ -1,0 +1,145 @@
+"""The command line as a user meets it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_data import SENTENCE
+
+from mixture_of_depths.cli import main
+
+SIZE = ["--hidden-size", "16", "--num-hidden-layers", "3", "--num-attention-heads", "2"]
+TINY = [*SIZE, "--batch-size", "4", "--learning-rate", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
+    return folder
+
+
+def data(text: Path, *more: str) -> list[str]:
+    small = ["--vocab-size", "300", "--sequence-length", "16", "--cache-dir", str(text / "cache")]
+    return ["--data", str(text / "*.txt"), *small, *more]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["mod", *arguments])
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def checkpoint(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpoint") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mod", "train", "--out", str(out), *data(text), *TINY, "--max-steps", "20"])
+        main()
+    return out
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    command = [sys.executable, "-m", "mixture_of_depths.cli", "--help"]
+    subprocess.run(command, check=True, capture_output=True)
+    start = time.perf_counter()
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert time.perf_counter() - start < 0.5
+    for name in ("train", "evaluate", "generate", "demo"):
+        assert name in output
+
+
+def test_train_then_evaluate_gives_the_figures_of_the_run(
+    text: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    result = json.loads((checkpoint / "result.json").read_text())
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), *data(text))
+    assert status == 0
+    found = json.loads(output)
+    for name in ("loss_causal", "loss_top_k", "bits_per_byte", "tokens"):
+        assert found[name] == pytest.approx(result["evaluation"][name])
+    assert found["parameters"] == result["parameters"]
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), *data(text), "--whole")
+    assert json.loads(output)["tokens"] > found["tokens"]
+
+
+def test_generate_repeats_with_its_seed_and_shows_depth(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router [red]", "--max-new-tokens", "12"]
+    first = run(monkeypatch, capsys, *arguments)
+    assert first[0] == 0
+    assert first[1].startswith("The router [red]")
+    assert run(monkeypatch, capsys, *arguments) == first
+    assert run(monkeypatch, capsys, *arguments, "--seed", "1") != first
+    greedy = [run(monkeypatch, capsys, *arguments, "--temperature", "0", "--seed", seed)[1] for seed in "12"]
+    assert greedy[0] == greedy[1]
+    status, output, _ = run(monkeypatch, capsys, *arguments, "--show-depth")
+    assert status == 0
+    assert output.startswith(first[1].rstrip("\n"))
+    assert re.search(r"blocks used:  2 \(\d+%\) 3 \(\d+%\)   mean \d\.\d\d of 3", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "checkpoint=nowhere holds no config.json"),
+        (["generate", "nowhere", "--prompt", "x"], "checkpoint=nowhere"),
+        (["generate", "CHECKPOINT", "--prompt", ""], "prompt='' is empty"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--top-p", "0"], "top_p=0.0"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--max-new-tokens", "99999"], "max_position_embeddings=2048"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["evaluate", "CHECKPOINT", "--data", "nowhere"], "data=nowhere does not exist"),
+        (["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3"], "data=nowhere does not exist"),
+        (["train", "--out", "OUT", "DATA"], "exactly one of max_steps, max_tokens and max_flops"),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--capacity", "2"], "capacity=2.0 must be a fraction"),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "15"], "hidden_size=15"),
+        (["train", "--out", "CHECKPOINT", "DATA", "--max-steps", "3"], "is not empty"),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--resume"], "holds no run to resume"),
+        (["demo", "--out", "OUT", "DATA", "--max-flops", "1"], "max_flops=1 is less than one step"),
+        (["frobnicate"], "frobnicate"),
+        (["train", "--out", "OUT", "--max-steps", "many"], "many"),
+    ],
+)
+def test_what_a_user_can_mend_ends_with_status_2_and_no_traceback(
+    text: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    arguments: list[str],
+    message: str,
+) -> None:
+    places = {"CHECKPOINT": [str(checkpoint)], "OUT": [str(tmp_path / "out")], "DATA": data(text)}
+    words = [word for argument in arguments for word in places.get(argument, [argument])]
+    before = sorted(path.name for path in checkpoint.iterdir())
+    status, output, errors = run(monkeypatch, capsys, *words)
+    assert status == 2
+    assert message in " ".join((output + errors).split())
+    assert "Traceback" not in output + errors
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_the_demo_trains_compares_and_samples(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "demo"
+    status, output, _ = run(monkeypatch, capsys, "demo", "--out", str(out), *data(text, "--max-flops", "2e10"))
+    assert status == 0
+    for words in ("held-out loss, causal routing", "bits per byte", "FLOPs per token", "tokens/s", "blocks used"):
+        assert words in output
+    assert (out / "curves.png").stat().st_size > 10_000
+    models = json.loads((out / "demo.json").read_text())["models"]
+    assert models["MoD"]["flops"] == pytest.approx(models["baseline"]["flops"], rel=0.1)
+    assert models["MoD"]["blocks"] > models["baseline"]["blocks"]
