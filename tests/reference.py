@@ -81,7 +81,8 @@ def causal_logit(layer: DecoderLayer, x_D: Tensor, eps: float) -> Tensor:
         return layer.router.proj.weight[0] @ x_D
     x_D = x_D.detach()
     hidden = linear(predictor.up_proj, x_D / torch.sqrt((x_D * x_D).mean() + eps))
-    return linear(predictor.down_proj, hidden / (1 + torch.exp(-hidden)))[0]
+    r = (layer.router.proj.weight[0] @ x_D).detach()
+    return linear(predictor.down_proj, hidden / (1 + torch.exp(-hidden)))[0] + predictor.router_scale[0] * r
 
 
 def reference_forward(

@@ -141,7 +141,7 @@ def router_parameters(config: MoDConfig) -> int:
     predictor = 0
     if config.causal_router == "predictor":
         assert config.predictor_hidden_size is not None
-        predictor = (config.hidden_size + 2) * config.predictor_hidden_size + 1
+        predictor = (config.hidden_size + 2) * config.predictor_hidden_size + 2
     return config.hidden_size + predictor
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mixture_of_depths.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.routing import LayerRouting, Router, Routing, Selection, add_weighted, gather_tokens
+from mixture_of_depths.routing import LayerRouting, Predictor, Router, Routing, Selection, add_weighted, gather_tokens
 
 
 @dataclass
@@ -223,6 +224,11 @@ class MoDPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Predictor):
+            init.ones_(module.router_scale)
 
 
 class MoDModel(MoDPreTrainedModel):

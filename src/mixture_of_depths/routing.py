@@ -59,7 +59,8 @@ class LayerRouting(NamedTuple):
 class Predictor(nn.Module):
     """The small MLP that predicts, from a token alone, whether top-k would choose it (section 3.5).
 
-    It reads the router's input behind a stop-gradient, so it leaves the language model alone.
+    It reads the router's input and output behind a stop-gradient, so it leaves the language model alone. The router's
+    output enters as a learned multiple: what is left for the MLP is where the threshold lies.
     """
 
     def __init__(self, config: MoDConfig) -> None:
@@ -67,13 +68,15 @@ class Predictor(nn.Module):
         assert config.predictor_hidden_size is not None
         self.up_proj = nn.Linear(config.hidden_size, config.predictor_hidden_size)
         self.down_proj = nn.Linear(config.predictor_hidden_size, 1)
+        self.router_scale = nn.Parameter(torch.ones(1))
         self.eps = config.rms_norm_eps
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Returns the logits of entering, of shape [B, T], for hidden states of shape [B, T, D]."""
+    def forward(self, hidden_BTD: Tensor, router_logits_BT: Tensor) -> Tensor:
+        """The logits of entering, of shape [B, T]; for hidden states [B, T, D] and the router's logits [B, T]."""
         hidden_BTD = hidden_BTD.detach()
         normed_BTD = F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], eps=self.eps)
-        return self.down_proj(F.silu(self.up_proj(normed_BTD))).squeeze(-1)
+        mlp_BT = self.down_proj(F.silu(self.up_proj(normed_BTD))).squeeze(-1)
+        return mlp_BT + self.router_scale * router_logits_BT.detach()
 
 
 class Router(nn.Module):
@@ -97,7 +100,7 @@ class Router(nn.Module):
         router_logits_BT = self.proj(hidden_BTD).squeeze(-1)
         if self.predictor is None:
             return router_logits_BT, router_logits_BT
-        return router_logits_BT, self.predictor(hidden_BTD)
+        return router_logits_BT, self.predictor(hidden_BTD, router_logits_BT)
 
     def _random_logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> Tensor:
         if self.training:
