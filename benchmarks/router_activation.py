@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     corpus = prepare(DataOptions())
-    base = ModelOptions(hidden_size=192, num_hidden_layers=6, num_attention_heads=6)
+    base = ModelOptions(hidden_size=128, num_hidden_layers=8, num_attention_heads=4)
     records = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = {(r["router_activation"], r["seed"], r["max_flops"]) for r in records}
     for seed in arguments.seeds:
@@ -38,7 +38,7 @@ def main() -> None:
                 continue
             config = model_config(replace(base, router_activation=activation), corpus.tokenizer, 256)
             with tempfile.TemporaryDirectory() as folder:
-                options = TrainOptions(max_flops=arguments.max_flops, seed=seed)
+                options = TrainOptions(max_flops=arguments.max_flops, batch_size=4, learning_rate=4e-3, seed=seed)
                 _, result = train(config, corpus, options, Path(folder) / "run", console=Console(quiet=True))
             assert result.evaluation is not None
             record = {

@@ -2,15 +2,16 @@
 
     python benchmarks/train_step.py                 # both precisions, eager and compiled
     python benchmarks/train_step.py --precision fp32 --repeats 11
+    python benchmarks/train_step.py --profile       # where a compiled step's time goes
 
 d 512, 8 layers, 8 heads, S 512, B 4, SwiGLU 1408, vocabulary 4,096; forward and backward pass, no optimiser. All sides
 are timed in turns in this process. Prints one JSON line.
 
 Per precision: `dense_ms`, `mod_ms`, `hf_llama_ms` are the better of eager and compiled, each a median; `speedup` =
 dense_ms / mod_ms; `flop_ratio` = training FLOPs per token of the dense model over the MoD model's; `realised` = speedup
-/ flop_ratio; `matmul_peak_gflops` is the best of several 4096-cubed products in the same precision; `mfu` = the dense
-step's FLOP/s over that peak; `peak_rss_ratio` = peak memory of a process that runs MoD steps over one that runs dense
-steps.
+/ flop_ratio; `matmul_peak_gflops` is the median of 4096-cubed products in the same precision, taken in the same turns;
+`mfu` = the dense step's FLOP/s over that peak; `peak_rss_ratio` = peak memory of a process that runs eager MoD steps
+over one that runs dense steps.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -79,26 +81,41 @@ def matmul_peak(bf16: bool, repeats: int) -> float:
     return 2 * 4096**3 / min(seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
 
 
-def _report_peak(side: str, bf16: bool, queue: "multiprocessing.Queue[int]", threads: int) -> None:
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(side: str, bf16: bool, threads: int) -> int:
+    """Peak resident kilobytes of this process after a few eager steps."""
     torch.set_num_threads(threads)
     step = make_step(side, bf16, compiled=False)
     for _ in range(3):
         step()
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak_memory(side: str, bf16: bool, threads: int) -> int:
-    """Peak resident kilobytes of a fresh process that runs a few eager steps."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_report_peak, args=(side, bf16, queue, threads))
-    process.start()
-    peak = queue.get()
-    process.join()
-    return peak
+def profile(side: str, bf16: bool, threads: int) -> str:
+    """Where the time of a compiled step goes: milliseconds a step by kind of operation."""
+    torch.set_num_threads(threads)
+    step = make_step(side, bf16, compiled=True)
+    step()
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    kinds = {"aten::mm": "matmul", "aten::bmm": "attention", "flash_attention": "attention", "Compiled": "fused"}
+    spent: dict[str, float] = {}
+    for event in profiler.key_averages():
+        kind = next((name for word, name in kinds.items() if word in event.key), "other")
+        spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total / 3e3
+    return f"{side} {'bf16' if bf16 else 'fp32'}: " + ", ".join(f"{kind} {ms:.0f} ms" for kind, ms in spent.items())
 
 
 def measure(bf16: bool, repeats: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    # Before this process grows: a child's peak starts at what its parent held.
+    memory = {side: in_fresh_process(peak_memory, side, bf16, threads) for side in ("mod", "dense")}
     sides = [(side, compiled) for side in ("dense", "mod", "hf_llama") for compiled in (False, True)]
     steps = {side: make_step(side[0], bf16, side[1]) for side in sides}
     for step in steps.values():
@@ -115,7 +132,7 @@ def measure(bf16: bool, repeats: int, threads: int) -> dict[str, Any]:
     }
     flops = {side: training_flops_per_token(config_of(side), LENGTH) for side in ("dense", "mod")}
     speedup, flop_ratio = best["dense"] / best["mod"], flops["dense"] / flops["mod"]
-    peak = max(peaks)
+    peak = median(peaks)
     return {
         **{f"{side}_ms": round(value * 1e3, 1) for side, value in best.items()},
         **{
@@ -128,7 +145,7 @@ def measure(bf16: bool, repeats: int, threads: int) -> dict[str, Any]:
         "dense_over_hf_llama": round(best["dense"] / best["hf_llama"], 3),
         "matmul_peak_gflops": round(peak, 1),
         "mfu": round(flops["dense"] * BATCH * LENGTH / best["dense"] / 1e9 / peak, 3),
-        "peak_rss_ratio": round(peak_memory("mod", bf16, threads) / peak_memory("dense", bf16, threads), 3),
+        "peak_rss_ratio": round(memory["mod"] / memory["dense"], 3),
     }
 
 
@@ -137,11 +154,18 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--profile", action="store_true", help="print where a compiled step's time goes, and end")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.profile:
+        for precision in arguments.precision:
+            for side in ("dense", "mod", "hf_llama"):
+                print(in_fresh_process(profile, side, precision == "bf16", arguments.threads))
+        return
     record: dict[str, Any] = {"benchmark": "train_step", "repeats": arguments.repeats}
     for precision in arguments.precision:
-        record[precision] = measure(precision == "bf16", arguments.repeats, arguments.threads)
+        bf16 = precision == "bf16"
+        record[precision] = in_fresh_process(measure, bf16, arguments.repeats, arguments.threads)
     if {"fp32", "bf16"} <= record.keys():
         record["bf16_speedup_dense"] = round(record["fp32"]["dense_ms"] / record["bf16"]["dense_ms"], 3)
         record["bf16_speedup_mod"] = round(record["fp32"]["mod_ms"] / record["bf16"]["mod_ms"], 3)

@@ -21,11 +21,10 @@ from mixture_of_depths.training import TrainResult, model_config, train
 PROMPT = "def read_file(path, encoding=None):\n    "
 SAMPLED = 96
 
-# A routed block costs about an eighth of a dense one, so ten blocks, five of them routed, cost a forward pass about
-# what six dense ones do; the paper finds that the saving is best spent on depth.
+# A routed block costs about an eighth of a dense one; the paper finds that the saving is best spent on depth.
 SIZES = {
     "baseline": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=6, routed=False),
-    "MoD": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=10, capacity=(0.125,), every=2),
+    "MoD": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=8, capacity=(0.125,), every=2),
 }
 
 
@@ -37,7 +36,7 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int) -> None:
     """
     console = Console(highlight=False)
     corpus = prepare(data)
-    options = TrainOptions(max_flops=max_flops, batch_size=8, learning_rate=4e-3, seed=seed)
+    options = TrainOptions(max_flops=max_flops, batch_size=4, learning_rate=4e-3, seed=seed)
     models: dict[str, MoDForCausalLM] = {}
     results: dict[str, TrainResult] = {}
     for name, size in SIZES.items():
