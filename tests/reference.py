@@ -74,9 +74,11 @@ def activate(r: Tensor, name: str) -> Tensor:
 
 
 def causal_logit(layer: DecoderLayer, x_D: Tensor, eps: float) -> Tensor:
-    """The predictor's logit where there is one, behind a stop-gradient; else the router's."""
+    """The predictor's logit behind a stop-gradient, or the router's own, against a threshold if it has one."""
     assert layer.router is not None
     predictor = layer.router.predictor
+    if layer.router.config.causal_router == "threshold":
+        return layer.router.proj.weight[0] @ x_D - layer.router.threshold[0]
     if predictor is None:
         return layer.router.proj.weight[0] @ x_D
     x_D = x_D.detach()
@@ -113,7 +115,7 @@ def reference_forward(
                     for i in alive:
                         p = 1 / (1 + torch.exp(-logits[i]))
                         entropy = entropy - torch.log(p if i in chosen else 1 - p)
-                    counted += len(alive)
+                    counted += len(alive) if config.causal_router != "threshold" else 0
                 else:
                     chosen = [i for i in alive if float(logits[i]) > 0]
                 weights = {i: activate(r[i], config.router_activation) for i in chosen}

@@ -27,7 +27,7 @@ def left_padded(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 4),
     cuts=st.lists(st.integers(1, 7), min_size=1, max_size=5),
-    causal_router=st.sampled_from(["predictor", "auxiliary_loss"]),
+    causal_router=st.sampled_from(["predictor", "auxiliary_loss", "threshold"]),
     router_type=st.sampled_from(["learned", "random"]),
     routed=st.sampled_from([[0], [1], [0, 1, 2], []]),
 )

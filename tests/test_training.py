@@ -217,13 +217,16 @@ def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus)
     found = evaluate(model, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5, batch_size=2)
     assert model.training
     assert found.tokens == 5 * 15
-    assert found.share_entering.keys() == {1, 3}
+    assert list(found.causal_routers) == ["predictor", "threshold"]
+    for causal in found.causal_routers.values():
+        assert causal.share_entering.keys() == {1, 3}
+        assert 0 <= causal.accuracy <= 1
+    assert found.causal_routers["predictor"].loss == found.loss_causal
     assert found.bits_per_byte == pytest.approx(found.loss_causal / math.log(2) / 2)
-    assert found.causal_accuracy is not None
     dense = MoDForCausalLM(config_for(corpus, routed=False))
     without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5)
     assert without.loss_causal == without.loss_top_k
-    assert without.causal_accuracy is None
+    assert without.causal_routers == {}
 
 
 def test_blocks_used_are_dense_blocks_and_those_entered() -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 ROUTER_TYPES = ("learned", "random")
 ROUTER_ACTIVATIONS = ("none", "sigmoid", "tanh")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-CAUSAL_ROUTERS = ("predictor", "auxiliary_loss")
+CAUSAL_ROUTERS = ("predictor", "auxiliary_loss", "threshold")
 
 
 class MoDConfig(PreTrainedConfig):
@@ -45,11 +45,14 @@ class MoDConfig(PreTrainedConfig):
         router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
             paper's equation 1), "sigmoid" or "tanh".
         causal_router: how a token decides without looking ahead whether it enters (section 3.5): "predictor", an MLP
-            behind a stop-gradient; or "auxiliary_loss", the router itself, trained to be positive for chosen tokens.
+            behind a stop-gradient; "auxiliary_loss", the router itself, trained to be positive for chosen tokens; or
+            "threshold", the router's output against a running average of the top-k threshold, which is kept with the
+            weights of every learned router and costs nothing.
         predictor_hidden_size: width of the predictor's MLP; by default `hidden_size // 8`, at least 16.
         predictor_loss_weight: factor of the predictor's cross-entropy in the loss. It does not reach the language
             model's weights, but counts in the norm by which gradients are clipped.
         auxiliary_loss_weight: factor of the router's cross-entropy in the loss.
+        threshold_decay: how much of the running average of the top-k threshold a training step keeps.
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
 
     Raises:
@@ -87,6 +90,7 @@ class MoDConfig(PreTrainedConfig):
     predictor_hidden_size: int | None = None
     predictor_loss_weight: float = 0.1
     auxiliary_loss_weight: float = 0.01
+    threshold_decay: float = 0.99
     router_seed: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -168,6 +172,8 @@ class MoDConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
+        if not _is_number(self.threshold_decay) or not 0 <= self.threshold_decay < 1:
+            raise ValueError(f"threshold_decay={self.threshold_decay!r} must be at least 0 and below 1")
         if not _is_integer(self.router_seed) or self.router_seed < 0:
             raise ValueError(f"router_seed={self.router_seed!r} must be an integer of at least 0")
         assert self.rope_parameters is not None

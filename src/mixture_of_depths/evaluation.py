@@ -3,37 +3,51 @@
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
+from mixture_of_depths.calibration import causal_routers, using_causal_router
 from mixture_of_depths.data import Collator
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.routing import Routing
 
 
 @dataclass(frozen=True)
+class CausalEvaluation:
+    """What one causal router did.
+
+    Attributes:
+        loss: in nats per token, when it decides.
+        accuracy: share of the decisions in which it agrees with top-k, under top-k routing.
+        share_entering: share of the tokens that enter each routed block when it decides, by block index.
+    """
+
+    loss: float
+    accuracy: float
+    share_entering: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What one pass over held-out blocks found; losses in nats per token.
+    """What a pass over held-out blocks found; losses in nats per token.
 
     Attributes:
         loss_top_k: loss when the k largest router weights of the sequence decide, which looks ahead.
         loss_causal: loss when every token decides by itself, as in sampling; equal to the above without routed blocks.
         bits_per_byte: of the causal loss.
-        causal_accuracy: share of the tokens for which the causal decision and top-k agree, under top-k routing; None
-            without routed blocks.
-        share_entering: share of the tokens that enter each routed block under causal routing, by block index.
+        causal_routers: figures of each causal router that was asked for, the configured one first; empty without
+            routed blocks.
         tokens: number of tokens that were predicted.
     """
 
     loss_top_k: float
     loss_causal: float
     bits_per_byte: float
-    causal_accuracy: float | None
-    share_entering: dict[int, float]
+    causal_routers: dict[str, CausalEvaluation]
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +63,7 @@ def evaluate(
     max_blocks: int | None = None,
     batch_size: int = 16,
     bf16: bool = False,
+    all_causal_routers: bool = True,
 ) -> Evaluation:
     """Evaluates a model on packed blocks.
 
@@ -60,57 +75,63 @@ def evaluate(
         max_blocks: how many blocks to use, evenly spaced; None for all.
         batch_size: blocks per forward pass.
         bf16: whether to compute under bf16 autocast.
+        all_causal_routers: whether to try every causal router the model has, or only the configured one.
     """
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
     chosen = np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()
     collate = Collator(end_of_text)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = list(blocks.select(chosen[start : start + batch_size]))
+        batch = collate(rows)  # pyright: ignore[reportArgumentType]
+        batches.append({name: value.to(model.device) for name, value in batch.items()})
+
     was_training = model.training
     model.eval()
-    tally = _Tally(model.config.routed_layers or [])
     precision = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
+    names = causal_routers(model.config)
+    found: dict[str, CausalEvaluation] = {}
+    loss_top_k = loss_causal = 0.0
     try:
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
-            for start in range(0, count, batch_size):
-                rows = blocks.select(chosen[start : start + batch_size])
-                batch = {name: value.to(model.device) for name, value in collate(list(rows)).items()}  # pyright: ignore
-                tally.add(model, batch)
+            if not names:
+                loss_causal, _ = _run(model, batches, "causal")
+                loss_top_k = loss_causal if not model.config.routed_layers else _run(model, batches, "top_k")[0]
+            for name in names if all_causal_routers else names[:1]:
+                with using_causal_router(model, name):
+                    loss_top_k, layers = _run(model, batches, "top_k")
+                    agreed = [((causal > 0) == entered).float().mean().item() for entered, causal in layers.values()]
+                    loss, layers = _run(model, batches, "causal")
+                    shares = {layer: entered.float().mean().item() for layer, (entered, _) in layers.items()}
+                found[name] = CausalEvaluation(loss, sum(agreed) / len(agreed), shares)
     finally:
         model.train(was_training)
-    return tally.result(bytes_per_token)
+    if names:
+        loss_causal = found[names[0]].loss
+    return Evaluation(
+        loss_top_k=loss_top_k,
+        loss_causal=loss_causal,
+        bits_per_byte=loss_causal / math.log(2) / bytes_per_token,
+        causal_routers=found,
+        tokens=sum(batch["labels"][:, 1:].numel() for batch in batches),
+    )
 
 
-class _Tally:
-    def __init__(self, routed_layers: list[int]) -> None:
-        self.routed_layers = routed_layers
-        self.loss: dict[Routing, float] = {"top_k": 0.0, "causal": 0.0}
-        self.predicted = self.seen = self.agreed = 0
-        self.entered = dict.fromkeys(routed_layers, 0)
-
-    def add(self, model: MoDForCausalLM, batch: dict[str, Tensor]) -> None:
+def _run(
+    model: MoDForCausalLM, batches: list[dict[str, Tensor]], routing: Routing
+) -> tuple[float, dict[int, tuple[Tensor, Tensor]]]:
+    """The mean loss, and per routed block which tokens entered and the causal logits, each of shape [N, T]."""
+    total, tokens = 0.0, 0
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in model.config.routed_layers or []}
+    for batch in batches:
+        output = model(**batch, use_cache=False, routing=routing, output_routing=True)
         predicted = batch["labels"][:, 1:].numel()
-        self.predicted += predicted
-        self.seen += batch["labels"].numel()
-        for routing in self.loss if self.routed_layers else ("causal",):
-            output = model(**batch, use_cache=False, routing=routing, output_routing=True)
-            self.loss[routing] += output.lm_loss.item() * predicted
-            for layer_idx in self.routed_layers:
-                layer = output.routing[layer_idx]
-                if routing == "top_k":
-                    self.agreed += int(((layer.causal_logits > 0) == layer.entered).sum())
-                else:
-                    self.entered[layer_idx] += int(layer.entered.sum())
-
-    def result(self, bytes_per_token: float) -> Evaluation:
-        causal = self.loss["causal"] / self.predicted
-        return Evaluation(
-            loss_top_k=self.loss["top_k"] / self.predicted if self.routed_layers else causal,
-            loss_causal=causal,
-            bits_per_byte=causal / math.log(2) / bytes_per_token,
-            causal_accuracy=self.agreed / self.seen / len(self.routed_layers) if self.routed_layers else None,
-            share_entering={layer_idx: count / self.seen for layer_idx, count in self.entered.items()},
-            tokens=self.predicted,
-        )
+        total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted
+        for layer_idx, seen in layers.items():
+            seen.append((output.routing[layer_idx].entered, output.routing[layer_idx].causal_logits))
+    joined = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
+    return total / tokens, cast(dict[int, tuple[Tensor, Tensor]], joined)
 
 
 @torch.no_grad()

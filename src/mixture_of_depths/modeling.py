@@ -229,6 +229,8 @@ class MoDPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Predictor):
             init.ones_(module.router_scale)
+        if isinstance(module, Router) and not module.is_random:
+            init.zeros_(module.threshold)
 
 
 class MoDModel(MoDPreTrainedModel):

@@ -65,7 +65,7 @@ class ModelOptions:
     """Learned routing, or the stochastic control."""
     router_activation: Literal["none", "sigmoid", "tanh"] = "sigmoid"
     """What is applied to the router's output before it scales the block's delta."""
-    causal_router: Literal["predictor", "auxiliary_loss"] = "predictor"
+    causal_router: Literal["predictor", "auxiliary_loss", "threshold"] = "predictor"
     """How a token decides in sampling whether it enters."""
     predictor_hidden_size: int | None = None
     """Width of the predictor's MLP; by default an eighth of the hidden size."""

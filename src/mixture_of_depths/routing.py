@@ -47,7 +47,7 @@ class LayerRouting(NamedTuple):
         router_logits (torch.Tensor): the router's output before its activation; of shape [B, T].
         causal_logits (torch.Tensor): positive where causal routing lets the token in; of shape [B, T].
         loss (torch.Tensor | None): binary cross-entropy of the causal decision against the top-k choice, a mean over
-            real tokens; None under causal routing and for random routers.
+            real tokens; None under causal routing, for thresholds and for random routers.
     """
 
     entered: Tensor
@@ -90,6 +90,7 @@ class Router(nn.Module):
         if not self.is_random:
             self.proj = nn.Linear(config.hidden_size, 1, bias=False)
             self.predictor = Predictor(config) if config.causal_router == "predictor" else None
+            self.threshold = nn.Buffer(torch.zeros(1))
 
     def logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the router's logits and the causal logits, both of shape [B, T]."""
@@ -98,9 +99,14 @@ class Router(nn.Module):
             threshold = NormalDist().inv_cdf(1 - min(self.config.capacity_fraction(self.layer_idx), 1 - 1e-12))
             return router_logits_BT, router_logits_BT - threshold
         router_logits_BT = self.proj(hidden_BTD).squeeze(-1)
-        if self.predictor is None:
-            return router_logits_BT, router_logits_BT
-        return router_logits_BT, self.predictor(hidden_BTD, router_logits_BT)
+        match self.config.causal_router:
+            case "predictor":
+                assert self.predictor is not None
+                return router_logits_BT, self.predictor(hidden_BTD, router_logits_BT)
+            case "threshold":
+                return router_logits_BT, router_logits_BT - self.threshold
+            case _:
+                return router_logits_BT, router_logits_BT
 
     def _random_logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> Tensor:
         if self.training:
@@ -141,7 +147,12 @@ class Router(nn.Module):
         capacity = self.config.capacity_tokens(self.layer_idx, hidden_BTD.shape[1])
         selection = select_top_k(router_logits_BT.detach(), capacity, real_BT)
         entered_BT = membership(selection, hidden_BTD.shape[1])
-        loss = None if self.is_random else membership_loss(causal_logits_BT, entered_BT, real_BT)
+        loss = None
+        if not self.is_random and self.config.causal_router != "threshold":
+            loss = membership_loss(causal_logits_BT, entered_BT, real_BT)
+        if not self.is_random and self.training:
+            boundary = top_k_boundary(router_logits_BT.detach(), entered_BT, real_BT)
+            self.threshold.lerp_(boundary.to(self.threshold.dtype), 1 - self.config.threshold_decay)
         return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss)
 
 
@@ -165,6 +176,18 @@ def select_top_k(router_logits_BT: Tensor, capacity: int, real_BT: Tensor | None
 def _largest(scores_BT: Tensor, capacity: int) -> Tensor:
     # Not topk: it breaks ties as it likes, differently on each device.
     return scores_BT.argsort(dim=1, descending=True, stable=True)[:, :capacity].sort(dim=1).values
+
+
+def top_k_boundary(router_logits_BT: Tensor, entered_BT: Tensor, real_BT: Tensor | None) -> Tensor:
+    """Where the top-k choice cut: midway between the least chosen and the greatest other logit, a mean over rows."""
+    others_BT = ~entered_BT if real_BT is None else ~entered_BT & real_BT
+    least_B = router_logits_BT.masked_fill(~entered_BT, math.inf).amin(dim=1)
+    greatest_B = router_logits_BT.masked_fill(~others_BT, -math.inf).amax(dim=1)
+    # A row may have been chosen whole, or be padding altogether.
+    greatest_B = torch.where(greatest_B.isinf(), least_B, greatest_B)
+    middle_B = (least_B + greatest_B) / 2
+    usable_B = middle_B.isfinite()
+    return middle_B.masked_fill(~usable_B, 0).sum() / usable_B.sum().clamp(min=1)
 
 
 def select_entered(entered_BT: Tensor) -> Selection:

@@ -128,6 +128,7 @@ class MoDTrainer(Trainer):
             self.corpus.facts.validation_bytes_per_token,
             max_blocks=self.run_options.eval_blocks,
             bf16=self.run_options.precision == "bf16",
+            all_causal_routers=False,
         )
         found = self.last_evaluation
         metrics = {
@@ -136,9 +137,9 @@ class MoDTrainer(Trainer):
             "eval_loss_causal": found.loss_causal,
             "eval_bits_per_byte": found.bits_per_byte,
         }
-        if found.causal_accuracy is not None:
-            metrics["eval_causal_accuracy"] = found.causal_accuracy
-        metrics |= {f"eval_share_entering_{layer}": share for layer, share in found.share_entering.items()}
+        for causal in found.causal_routers.values():
+            metrics["eval_causal_accuracy"] = causal.accuracy
+            metrics |= {f"eval_share_entering_{layer}": share for layer, share in causal.share_entering.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

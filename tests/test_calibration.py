@@ -1,0 +1,90 @@
+"""Calibration makes the capacity's share of the tokens enter, and the threshold follows the top-k choice."""
+
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from test_modeling import TINY
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.calibration import calibrate, causal_routers, using_causal_router
+from mixture_of_depths.evaluation import evaluate
+from mixture_of_depths.routing import membership, select_top_k, top_k_boundary
+
+
+def some_blocks(count: int = 12, length: int = 64) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"input_ids": torch.randint(1, 31, (count, length)).tolist()})
+
+
+def model_with(**changes: Any) -> MoDForCausalLM:
+    return MoDForCausalLM(MoDConfig(**{**TINY, "routed_layers": [0, 2], "capacity": [0.25, 0.125], **changes}))
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "threshold", "auxiliary_loss"])
+def test_after_calibration_the_capacity_enters_every_block(causal_router: str) -> None:
+    model, blocks = model_with(causal_router=causal_router), some_blocks()
+    calibrate(model, blocks, end_of_text=0)
+    found = evaluate(model, blocks, 0, 1.0).causal_routers
+    assert list(found) == list(causal_routers(model.config))
+    for name, figures in found.items():
+        if name != "auxiliary_loss":
+            assert figures.share_entering[2] == pytest.approx(0.125, abs=2e-3)
+            # Equal tokens have equal weights in the first block, so its share moves in steps of their frequency.
+            assert figures.share_entering[0] == pytest.approx(0.25, abs=0.04)
+
+
+def test_calibration_is_stored_in_the_checkpoint(tmp_path: Any) -> None:
+    model, blocks = model_with(), some_blocks()
+    calibrate(model, blocks, end_of_text=0)
+    model.save_pretrained(tmp_path)
+    loaded = MoDForCausalLM.from_pretrained(tmp_path)
+    assert evaluate(loaded, blocks, 0, 1.0) == evaluate(model, blocks, 0, 1.0)
+    assert loaded.model.layers[0].router.threshold.item() != 0
+
+
+def test_the_boundary_lies_between_the_least_chosen_and_the_greatest_other() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0, 2.0], [0.0, -4.0, 9.0, 8.0]])
+    entered = membership(select_top_k(logits, 2), 4)
+    assert top_k_boundary(logits, entered, None).item() == ((3 + 2) / 2 + (8 + 0) / 2) / 2
+    real = torch.tensor([[True, True, True, False], [False] * 4])
+    entered = membership(select_top_k(logits, 2, real), 4)
+    assert top_k_boundary(logits, entered, real).item() == (3 + 1) / 2
+    whole = torch.ones_like(entered)
+    assert top_k_boundary(logits, whole, None).item() == (1 + -4) / 2
+
+
+def test_the_threshold_is_a_running_average_over_training_steps_only() -> None:
+    model = model_with(causal_router="threshold", threshold_decay=0.5, capacity=0.25)
+    router = model.model.layers[0].router
+    input_ids = torch.randint(0, 31, (2, 16))
+
+    def boundary() -> torch.Tensor:
+        layer = model.eval()(input_ids, routing="top_k", output_routing=True).routing[0]
+        return top_k_boundary(layer.router_logits, layer.entered, None)
+
+    model.eval()(input_ids, routing="top_k")
+    model(input_ids)
+    assert router.threshold.item() == 0
+    for _ in range(2):
+        model.train()(input_ids)
+    assert router.threshold.item() == pytest.approx(0.75 * boundary().item(), rel=1e-5)
+
+
+def test_a_threshold_router_has_no_loss_and_no_predictor() -> None:
+    model = model_with(causal_router="threshold").train()
+    input_ids = torch.randint(0, 31, (2, 16))
+    output = model(input_ids, labels=input_ids)
+    assert output.router_loss is None
+    assert torch.equal(output.loss, output.lm_loss)
+    assert not any("predictor" in name for name, _ in model.named_parameters())
+
+
+def test_a_router_the_model_was_not_trained_for_is_refused() -> None:
+    model = model_with(causal_router="threshold")
+    with (
+        pytest.raises(ValueError, match="causal_router=predictor is not among"),
+        using_causal_router(model, "predictor"),
+    ):
+        pass
+    assert causal_routers(model_with(router_type="random").config) == ()
