@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -169,6 +169,12 @@ def _quiet() -> None:
 
 
 def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+    """The model and the tokenizer in a folder.
+
+    Raises:
+        ValueError: when there is none, or its weights are damaged or do not fit its configuration.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     from mixture_of_depths.data import load_tokenizer
@@ -176,10 +182,20 @@ def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
-    config = AutoConfig.from_pretrained(checkpoint)
-    if config.model_type != "mixture_of_depths":
-        raise ValueError(f"checkpoint={checkpoint} is a {config.model_type} model, not mixture_of_depths")
-    return MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type != "mixture_of_depths":
+            raise ValueError(f"it is a {config.model_type} model, not mixture_of_depths")
+        # The library annotates the model alone; asked for it, it returns what it found beside the model.
+        loaded: Any = MoDForCausalLM.from_pretrained(checkpoint, output_loading_info=True, use_safetensors=True)
+        model, found = loaded
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint={checkpoint} cannot be read: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            names = ", ".join(sorted(map(str, found[kind]))[:3])
+            raise ValueError(f"checkpoint={checkpoint} does not fit its config.json: {kind}: {names}")
+    return model.eval(), load_tokenizer(str(checkpoint))
 
 
 def main() -> None:
