@@ -1,5 +1,6 @@
 """Decoding with the cache equals the full causal pass, and the cache holds what entered, no more."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_sequence_given_in_pieces_gives_the_logits_of_the_whole(
     done = 0
     for cut in cuts:
         seen = slice(done, done + cut)
-        piece = model(input_ids[:, seen], attention_mask=mask[:, : done + cut], past_key_values=past)
+        piece = model(input_ids[:, seen], attention_mask=mask[:, : done + cut], cache=past)
         done += cut
         real = mask[:, seen].bool()
         assert (piece.logits - whole.logits[:, seen])[real].abs().max() < 1e-9
@@ -106,7 +107,7 @@ def test_a_conversation_goes_on_from_a_returned_cache() -> None:
     out = model.generate(first, return_dict_in_generate=True, **arguments)
     second = torch.cat([out.sequences, torch.randint(0, 31, (1, 4))], dim=1)
     arguments["attention_mask"] = torch.ones_like(second)
-    continued = model.generate(second, past_key_values=out.past_key_values, **arguments)
+    continued = model.generate(second, cache=out.cache, **arguments)
     assert torch.equal(continued, model.generate(second, **arguments))
 
 
@@ -117,13 +118,13 @@ def test_crop_leaves_the_cache_as_it_was_before_the_forgotten_tokens(length: int
     removed = min(removed, length - 1)
     model = tiny(routed_layers=[0, 2]).eval()
     input_ids = torch.randint(0, 31, (batch, length))
-    cropped = model(input_ids).past_key_values
+    cropped = model(input_ids).cache
     cropped.crop(-removed)
-    short = model(input_ids[:, : length - removed]).past_key_values
+    short = model(input_ids[:, : length - removed]).cache
     assert cropped.get_seq_length() == short.get_seq_length() == length - removed
     assert cropped.num_bytes() == short.num_bytes()
     following = torch.randint(0, 31, (batch, 3))
-    a, b = (model(following, past_key_values=past).logits for past in (cropped, short))
+    a, b = (model(following, cache=past).logits for past in (cropped, short))
     assert (a - b).abs().max() < 1e-9
 
 
@@ -136,12 +137,12 @@ def test_rows_can_be_reordered_repeated_and_selected() -> None:
         (lambda past: past.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
         (lambda past: past.batch_select_indices(torch.tensor([1])), [1]),
     ):
-        past = model(input_ids).past_key_values
+        past = model(input_ids).cache
         change(past)
-        again = model(input_ids[rows]).past_key_values
+        again = model(input_ids[rows]).cache
         assert past.num_bytes() == again.num_bytes()
         token = following.expand(len(rows), 1)
-        difference = model(token, past_key_values=past).logits - model(token, past_key_values=again).logits
+        difference = model(token, cache=past).logits - model(token, cache=again).logits
         assert difference.abs().max() < 1e-9
 
 
@@ -150,7 +151,7 @@ def test_bytes_held_are_those_of_the_tokens_that_entered() -> None:
         vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, router_type="random", capacity=0.125
     )
     model = MoDForCausalLM(config).eval()
-    past = model(torch.randint(0, 31, (3, 2000))).past_key_values
+    past = model(torch.randint(0, 31, (3, 2000))).cache
     dense = 2 * 4 * 4 * 4 * 2000 * 3
     entered = sum(int(past.layers[i].num_stored().sum()) for i in (1, 3))
     assert past.num_bytes() == 2 * dense + 2 * 4 * 4 * 4 * entered
@@ -160,11 +161,11 @@ def test_bytes_held_are_those_of_the_tokens_that_entered() -> None:
 def test_reset_empties_the_cache() -> None:
     model = tiny(routed_layers=[0, 2]).eval()
     input_ids = torch.randint(0, 31, (2, 10))
-    past = model(input_ids).past_key_values
+    past = model(input_ids).cache
     past.reset()
     assert past.get_seq_length() == 0
     assert past.num_bytes() == 0
-    assert torch.equal(model(input_ids, past_key_values=past).logits, model(input_ids).logits)
+    assert torch.equal(model(input_ids, cache=past).logits, model(input_ids).logits)
 
 
 def test_the_librarys_cache_takes_the_routed_layers_from_the_configuration() -> None:
@@ -174,6 +175,15 @@ def test_the_librarys_cache_takes_the_routed_layers_from_the_configuration() -> 
 
 def test_a_positive_crop_is_refused() -> None:
     model = tiny(routed_layers=[0]).eval()
-    past = model(torch.randint(0, 31, (1, 4))).past_key_values
+    past = model(torch.randint(0, 31, (1, 4))).cache
     with pytest.raises(ValueError, match="tokens_to_remove=2 must be negative"):
         past.crop(2)
+
+
+@torch.no_grad()
+def test_the_earlier_name_of_the_cache_is_still_taken() -> None:
+    model = tiny(routed_layers=[0, 2]).eval()
+    past = model(torch.randint(0, 31, (1, 4))).cache
+    following = torch.randint(0, 31, (1, 1))
+    by_name = model(following, cache=copy.deepcopy(past)).logits
+    assert torch.equal(by_name, model(following, past_key_values=past).logits)

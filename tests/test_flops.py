@@ -74,9 +74,9 @@ def test_parameters_equal_those_of_the_model(changes: dict[str, Any]) -> None:
 def test_decode_step_of_a_dense_model_equals_the_counter_and_its_weights() -> None:
     config = config_of({"routed_layers": []})
     model = MoDForCausalLM(config).eval()
-    past = model(torch.randint(0, 101, (1, 19))).past_key_values
+    past = model(torch.randint(0, 101, (1, 19))).cache
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.randint(0, 101, (1, 1)), past_key_values=past)
+        model(torch.randint(0, 101, (1, 1)), cache=past)
     assert counter.get_total_flops() == decode_flops(config, 20).total
     read = decode_bytes(config, 20)
     embedding = config.vocab_size * config.hidden_size

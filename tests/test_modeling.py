@@ -324,7 +324,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             return [weight.grad.clone() for weight in model.parameters()]
 
         plain = gradients(model, input_ids)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         for a, b in zip(plain, gradients(model, input_ids), strict=True):
             assert torch.equal(a, b)
 
@@ -382,4 +382,4 @@ def test_contradicting_arguments_are_refused_by_name() -> None:
         model(input_ids, attention_mask=torch.ones(2, 5))
     other = MoDCache(config=MoDConfig(**{**TINY, "routed_layers": [0]}))
     with pytest.raises(ValueError, match="build it with MoDCache"):
-        model(input_ids, past_key_values=other)
+        model(input_ids, cache=other)

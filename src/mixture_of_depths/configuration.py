@@ -60,7 +60,7 @@ class MoDConfig(PreTrainedConfig):
     """
 
     model_type = "mixture_of_depths"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "routing"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "routing"]
 
     vocab_size: int = 4096
     hidden_size: int = 512

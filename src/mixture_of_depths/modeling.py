@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from mixture_of_depths.cache import EMPTY, MoDCache, RoutedCacheLayer
@@ -173,19 +174,19 @@ class DecoderLayer(GradientCheckpointingLayer):
         position_BT: Tensor,
         real_BT: Tensor | None,
         routing: Routing,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, LayerRouting | None]:
         num_tokens = hidden_BTD.shape[1]
         if self.router is None:
-            return hidden_BTD + self.delta(hidden_BTD, placement, past_key_values, num_tokens), None
+            return hidden_BTD + self.delta(hidden_BTD, placement, cache, num_tokens), None
 
         selection, layer_routing = self.router.select(hidden_BTD, position_BT, real_BT, routing)
         if selection.index_BK.shape[1] == 0:
-            if past_key_values is not None:
-                cast(RoutedCacheLayer, past_key_values.layers[self.layer_idx]).skip(num_tokens)
+            if cache is not None:
+                cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
             return hidden_BTD, layer_routing
         chosen_BKD = gather_tokens(hidden_BTD, selection)
-        delta_BKD = self.delta(chosen_BKD, placement.of(selection), past_key_values, num_tokens)
+        delta_BKD = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens)
         weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
         return add_weighted(hidden_BTD, selection, delta_BKD, weight_BK), layer_routing
 
@@ -222,7 +223,7 @@ class MoDPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -244,13 +245,14 @@ class MoDModel(MoDPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -265,16 +267,16 @@ class MoDModel(MoDPreTrainedModel):
         routing = self._resolve_routing(routing)
         if use_cache is None:
             use_cache = self.config.use_cache and routing == "causal" and not self.training
-        if routing == "top_k" and (use_cache or past_key_values is not None):
+        if routing == "top_k" and (use_cache or cache is not None):
             raise ValueError(
                 "routing='top_k' looks ahead and cannot be used with a cache; use routing='causal', or use_cache=False"
             )
-        if past_key_values is None and use_cache:
-            past_key_values = MoDCache(config=self.config)
-        self._check_cache(past_key_values)
+        if cache is None and use_cache:
+            cache = MoDCache(config=self.config)
+        self._check_cache(cache)
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         position_BT, real_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, past_length)
         layer_routings, hidden_states = [], []
         for layer in self.layers:
@@ -286,7 +288,7 @@ class MoDModel(MoDPreTrainedModel):
                 position_BT=position_BT,
                 real_BT=real_BT,
                 routing=routing,
-                past_key_values=past_key_values,
+                cache=cache,
             )
             layer_routings.append(layer_routing)
         hidden_BTD = self.norm(hidden_BTD)
@@ -294,7 +296,7 @@ class MoDModel(MoDPreTrainedModel):
             hidden_states.append(hidden_BTD)
         return MoDModelOutput(
             last_hidden_state=hidden_BTD,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             routing=tuple(layer_routings),
         )
@@ -313,7 +315,7 @@ class MoDModel(MoDPreTrainedModel):
         routed = {i for i, layer in enumerate(layers) if isinstance(layer, RoutedCacheLayer)}
         if routed != set(self.config.routed_layers) or len(layers) != self.config.num_hidden_layers:
             raise ValueError(
-                f"past_key_values={type(past).__name__} has routed layers {sorted(routed)} where this model has "
+                f"cache={type(past).__name__} has routed layers {sorted(routed)} where this model has "
                 f"{self.config.routed_layers}; build it with MoDCache(config=model.config)"
             )
 
@@ -370,13 +372,14 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -394,7 +397,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             attention_mask (torch.Tensor): 0 for padding; of shape [B, S], past tokens included.
             position_ids (torch.Tensor): of shape [B, T]. Documents packed in one row are told apart by their positions:
                 wherever a position is not the one before plus one, a new document starts, and attention stops there.
-            past_key_values (Cache): keys and values of past tokens, as returned by an earlier call.
+            cache (Cache): keys and values of past tokens, as returned by an earlier call.
             inputs_embeds (torch.Tensor): instead of `input_ids`; of shape [B, T, D].
             labels (torch.Tensor): the tokens themselves, -100 where no loss is wanted; of shape [B, T].
             use_cache: whether to return a cache; by default only under causal routing outside training.
@@ -412,7 +415,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -438,7 +441,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         return MoDCausalLMOutput(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,
             router_loss=router_loss,

@@ -309,7 +309,7 @@ def train(
     set_seed(options.seed)
     model = MoDForCausalLM(copy.deepcopy(config))
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if options.compile:
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
