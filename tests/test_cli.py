@@ -65,13 +65,13 @@ def test_train_then_evaluate_gives_the_figures_of_the_run(
     text: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     result = json.loads((checkpoint / "result.json").read_text())
-    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), *data(text))
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint))
     assert status == 0
     found = json.loads(output)
     for name in ("loss_causal", "loss_top_k", "bits_per_byte", "tokens"):
         assert found[name] == pytest.approx(result["evaluation"][name])
     assert found["parameters"] == result["parameters"]
-    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), *data(text), "--whole")
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--data", str(text / "*.txt"))
     assert json.loads(output)["tokens"] > found["tokens"]
 
 
@@ -109,6 +109,13 @@ def test_generate_repeats_with_its_seed_and_shows_depth(
         (["train", "--out", "CHECKPOINT", "DATA", "--max-steps", "3"], "is not empty"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--resume"], "holds no run to resume"),
         (["demo", "--out", "OUT", "DATA", "--max-flops", "1"], "max_flops=1 is less than one step"),
+        (["evaluate", "CHECKPOINT", "--max-blocks", "0"], "max_blocks=0"),
+        (["generate", "CHECKPOINT", "--prompt", "a\udcffb"], "is not UTF-8"),
+        (
+            ["train", "--out", "OUT", "DATA", "--max-steps", "3", "--no-routed", "--every", "2"],
+            "every and no-routed contradict",
+        ),
+        (["train", "--out", "OUT", "DATA", *TINY, "--max-steps", "3", "--learning-rate", "1e30"], "is no number"),
         (["frobnicate"], "frobnicate"),
         (["train", "--out", "OUT", "--max-steps", "many"], "many"),
     ],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from mixture_of_depths.data import (
     END_OF_TEXT,
@@ -103,7 +104,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
         ("a.parquet", b"no parquet", "a.parquet is not a Parquet file"),
         ("a.csv", b"x", "a.csv is not one of"),
         ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\xff", r"holds no text \(Skipped\(not_utf8=1"),
+        ("a.txt", b"\xff", r"holds no text \(skipped: 1 not UTF-8"),
         ("a.txt", b"short", "sequence_length=16 is longer than the"),
     ],
 )
@@ -217,3 +218,41 @@ def test_a_batch_holds_tokens_labels_and_positions() -> None:
     batch = Collator(9)([{"input_ids": [1, 9, 2]}, {"input_ids": [3, 4, 5]}])
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 9, 2], [3, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 0], [0, 1, 2]]
+
+
+def test_a_byte_order_mark_and_half_surrogates_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "a\\ud800b"}')
+    documents, skipped = read(options(tmp_path, str(tmp_path / "a.jsonl")))
+    assert documents == ["one", "a?b"]
+    assert skipped == Skipped()
+
+
+def test_end_of_text_in_a_document_is_text_not_a_border(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    (tmp_path / "b.txt").write_text(f"{SENTENCE}{END_OF_TEXT}{SENTENCE}" * 20)
+    corpus = prepare(options(tmp_path, str(tmp_path / "*.txt")))
+    tokens = [token for split in (corpus.train, corpus.validation) for block in split["input_ids"] for token in block]
+    assert tokens.count(corpus.end_of_text) <= 41
+
+
+def test_bytes_per_token_count_the_validation_text(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    corpus = prepare(options(tmp_path, str(tmp_path / "*.txt")))
+    documents, _ = read(options(tmp_path, str(tmp_path / "*.txt")))
+    _, validation, _ = split_documents(documents, 0.2)
+    tokens = sum(len(corpus.tokenizer(text)["input_ids"]) + 1 for text in validation)
+    expected = sum(len(text.encode()) for text in validation) / tokens
+    assert corpus.facts.validation_bytes_per_token == pytest.approx(expected)
+
+
+def test_a_tokenizer_that_normalises_has_its_own_cache_entry(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    counts = []
+    for name, normalizer in (("plain", None), ("lower", normalizers.Replace("e", "eeee"))):
+        tokenizer = train_tokenizer([SENTENCE * 50], 300)
+        if normalizer is not None:
+            tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.save_pretrained(str(tmp_path / name))
+        corpus = prepare(options(tmp_path, str(tmp_path / "*.txt"), tokenizer=str(tmp_path / name)))
+        counts.append(corpus.facts.train_tokens)
+    assert counts[1] > counts[0]

@@ -84,6 +84,25 @@ def test_decode_step_of_a_dense_model_equals_the_counter_and_its_weights() -> No
     assert read.cache == past.num_bytes() == cache_bytes(config, 20)
 
 
+def test_decoding_expects_a_routed_block_at_its_capacity() -> None:
+    config = config_of({"routed_layers": [2], "capacity": 0.25})
+    without_heads = config_of({"routed_layers": []})
+    projections, mlp = 2 * 64 * 4 * 64, 2 * 64 * 3 * 192
+    router, predictor = 2 * 64, 2 * 65 * 16
+    found, dense = decode_flops(config, 100), decode_flops(without_heads, 100)
+    assert dense.projections == 5 * projections
+    assert found.projections == 4.25 * projections
+    assert found.mlp == 4.25 * mlp
+    assert found.attention == dense.attention / 5 * (4 + 0.25 * 0.25)
+    assert (found.router, found.predictor) == (router, predictor)
+    block = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64
+    for rows in (1, 3):
+        expected = 64 * (101 + rows + 1) + (4 + 1 - 0.75**rows) * block + 64 + (64 + 2) * 16 + 2
+        assert decode_bytes(config, 100, batch_size=rows, bytes_per_element=1).weights == pytest.approx(expected)
+        read = decode_bytes(config, 100, batch_size=rows, bytes_per_element=1).cache
+        assert read == rows * 2 * 64 * 100 * (4 + 0.25 * 0.25)
+
+
 def test_a_routed_block_is_read_when_any_row_enters() -> None:
     config, dense = config_of({}), config_of({"routed_layers": []})
     one, four = decode_bytes(config, 100), decode_bytes(config, 100, batch_size=4)

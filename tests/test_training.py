@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths import training as training_module
-from mixture_of_depths.data import Corpus, prepare
+from mixture_of_depths.data import Corpus, document_positions, prepare
 from mixture_of_depths.evaluation import blocks_used, evaluate
 from mixture_of_depths.flops import training_flops_per_token
 from mixture_of_depths.options import ModelOptions, TrainOptions
@@ -111,18 +112,18 @@ def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
     number: signal.Signals,
 ) -> None:
     # An epoch has 4 * n blocks, so that step 7 lies in the middle of the second epoch.
-    few = Corpus(corpus.train.select(range(18)), corpus.validation, corpus.tokenizer, corpus.facts)
+    few = replace(corpus, train=corpus.train.select(range(18)))
     config = config_for(corpus, router_type=router_type)
     opts = TrainOptions(max_steps=13, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=5)
     _, whole = train(config, few, opts, tmp_path / "whole", console=QUIET)
 
-    original = training_module.StopOnSignal
+    original, before = training_module.StopOnSignal, signal.getsignal(number)
     monkeypatch.setattr(training_module, "StopOnSignal", lambda: _with(original(), Stop(7, number)))
     _, stopped = train(config, few, opts, tmp_path / "parts", console=QUIET)
     monkeypatch.setattr(training_module, "StopOnSignal", original)
     assert not stopped.finished
     assert stopped.steps == 7
-    assert signal.getsignal(number) is not None
+    assert signal.getsignal(number) == before
 
     torch.manual_seed(999)
     _, resumed = train(config, few, opts, tmp_path / "parts", resume=True, console=QUIET)
@@ -222,6 +223,19 @@ def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus)
         assert causal.share_entering.keys() == {1, 3}
         assert 0 <= causal.accuracy <= 1
     assert found.causal_routers["predictor"].loss == found.loss_causal
+    # The same by hand.
+    ids = torch.tensor(
+        corpus.validation[np.linspace(0, len(corpus.validation) - 1, 5).round().astype(int)]["input_ids"]
+    )
+    positions = document_positions(ids, corpus.end_of_text)
+    model.eval()
+    top_k = model(ids, position_ids=positions, routing="top_k", output_routing=True).routing
+    causal = model(ids, position_ids=positions, routing="causal", output_routing=True).routing
+    agreed = [((top_k[i].causal_logits > 0) == top_k[i].entered).float().mean().item() for i in (1, 3)]
+    assert found.causal_routers["predictor"].accuracy == pytest.approx(sum(agreed) / 2)
+    for i in (1, 3):
+        share = causal[i].entered.float().mean().item()
+        assert found.causal_routers["predictor"].share_entering[i] == pytest.approx(share)
     assert found.bits_per_byte == pytest.approx(found.loss_causal / math.log(2) / 2)
     dense = MoDForCausalLM(config_for(corpus, routed=False))
     without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5)
@@ -238,10 +252,63 @@ def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
     assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]
 
 
+def test_resuming_a_finished_run_only_evaluates_it_again(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=4, batch_size=4)
+    _, first = train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "result.json").unlink()
+    _, again = train(config_for(corpus), corpus, opts, tmp_path / "run", resume=True, console=QUIET)
+    assert again == first
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_resuming_with_other_text_is_refused_and_changes_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=4, batch_size=4)
+    train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="the text, its tokenizer or sequence_length differs"):
+        train(config_for(corpus), replace(corpus, key="other"), opts, tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_resuming_passes_over_a_damaged_checkpoint_and_a_cut_off_record(corpus: Corpus, tmp_path: Path) -> None:
+    opts = TrainOptions(max_steps=6, batch_size=4, save_every=2)
+    _, whole = train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    (tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    _, again = train(config_for(corpus), corpus, opts, tmp_path / "run", resume=True, console=QUIET)
+    assert again.evaluation == whole.evaluation
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_gives_signals_back(corpus: Corpus, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    opts = TrainOptions(max_steps=20, batch_size=4, learning_rate=1e30, save_every=1, eval_every=100)
+    with pytest.raises(ValueError, match=r"(loss|grad_norm)=nan at step \d+ is no number"):
+        train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(corpus: Corpus, tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        opts = TrainOptions(max_steps=3, batch_size=4, precision=precision)  # pyright: ignore[reportArgumentType]
+        model, _ = train(config_for(corpus), corpus, opts, tmp_path / precision, console=QUIET)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
+        found[precision] = [r["loss"] for r in records(tmp_path / precision) if "loss" in r]
+    assert found["fp32"] == pytest.approx(found["bf16"], rel=1e-2)
+    assert found["fp32"] != found["bf16"]
+
+
 @pytest.mark.slow
 def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: Corpus, tmp_path: Path) -> None:
     found = []
-    for name, changes in (("plain", {}), ("fast", {"compile": True, "precision": "bf16"})):
+    for name, changes in (
+        ("plain", {}),
+        ("fast", {"compile": True, "precision": "bf16", "gradient_checkpointing": True}),
+    ):
         opts = TrainOptions(max_steps=30, batch_size=4, learning_rate=1e-2, **changes)
         _, result = train(config_for(corpus), corpus, opts, tmp_path / name, console=QUIET)
         assert result.evaluation is not None

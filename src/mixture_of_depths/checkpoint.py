@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 OPTIMIZER, SCHEDULE, GENERATORS = "optimizer", "schedule.json", "generators"
@@ -28,7 +29,7 @@ def save_optimizer(state: dict[str, Any], folder: Path) -> None:
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
     """Reads what `save_optimizer` wrote, as a `state_dict`."""
-    rest = json.loads((folder / f"{OPTIMIZER}.json").read_text())
+    rest = read_json(folder / f"{OPTIMIZER}.json")
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*load_file(folder / f"{OPTIMIZER}.safetensors").items(), *rest["scalars"].items()]:
         index, name = key.split(".", 1)
@@ -51,7 +52,7 @@ def save_generators(folder: Path) -> None:
 
 def load_generators(folder: Path) -> None:
     """Restores what `save_generators` wrote."""
-    states = json.loads((folder / f"{GENERATORS}.json").read_text())
+    states = read_json(folder / f"{GENERATORS}.json")
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -64,7 +65,27 @@ def load_generators(folder: Path) -> None:
                 torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps in a run's folder; one without its last-written file is passed over."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: naming the file, when it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The whole checkpoint with the most steps in a run's folder, and its steps; damaged ones are passed over."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found.append((path, int(read_json(path / "trainer_state.json")["global_step"])))
+            for tensors in ("model.safetensors", f"{OPTIMIZER}.safetensors", f"{GENERATORS}.safetensors"):
+                with safe_open(path / tensors, "pt"):
+                    pass
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            found = [entry for entry in found if entry[0] != path]
+    return max(found, key=lambda entry: entry[1], default=None)

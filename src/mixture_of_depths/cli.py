@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,8 +48,7 @@ def train(
     facts = corpus.facts
     console.print(
         f"{facts.train_documents} documents, {facts.train_tokens:,} tokens to train on; held out "
-        f"{facts.validation_documents} ({facts.split}), {facts.validation_tokens:,} tokens; skipped: "
-        f"{facts.skipped.not_utf8} not UTF-8, {facts.skipped.empty} empty, {facts.skipped.not_json} not JSON"
+        f"{facts.validation_documents} ({facts.split}), {facts.validation_tokens:,} tokens; skipped: {facts.skipped}"
     )
     config = model_config(model, corpus.tokenizer, data.sequence_length)
     length = horizon(training, config, data.sequence_length)
@@ -63,41 +62,61 @@ def train(
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: DataOptions = DataOptions(),
-    whole: bool = False,
+    data: tuple[str, ...] = (),
+    text_column: str = "text",
+    sequence_length: int | None = None,
     max_blocks: int | None = None,
 ) -> None:
-    """Loss and bits per byte of a model under top-k and causal routing, as JSON.
+    """Loss and bits per byte of a model under top-k and every causal routing, as JSON.
+
+    Without --data on the text that its training held out; with it on all of the text given.
 
     Args:
         checkpoint: Folder of a trained model.
-        data: Text; its tokenizer and vocabulary options are the checkpoint's own.
-        whole: Evaluate on all of the text, instead of the part that training would hold out.
+        data: Text to evaluate on: files, folders, globs, hub:NAME or "builtin".
+        text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
+        sequence_length: Tokens per block; by default as in training.
         max_blocks: Use this many blocks, evenly spaced, instead of all.
     """
+    from mixture_of_depths.checkpoint import read_json
     from mixture_of_depths.data import Skipped, end_of_text, pack, prepare, read_documents, tokenize
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
 
     _quiet()
+    if max_blocks is not None and max_blocks < 1:
+        raise ValueError(f"max_blocks={max_blocks} must be at least 1")
     model, tokenizer = _load(checkpoint)
-    data = replace(data, tokenizer=str(checkpoint))
-    if whole:
-        documents = list(read_documents(data, Skipped()))
+    trained = checkpoint / "run.json"
+    if not trained.exists() and not (data and sequence_length):
+        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
+    text = read_json(trained)["text"] if trained.exists() else {}
+    if data:
+        length = sequence_length or text["options"]["sequence_length"]
+        documents = list(read_documents(DataOptions(data=data, text_column=text_column), Skipped()))
         if not documents:
-            raise ValueError(f"data={' '.join(data.data)} holds no text")
+            raise ValueError(f"data={' '.join(data)} holds no text")
         tokens = tokenize(documents, tokenizer)
-        blocks = pack(tokens, data.sequence_length, "given")
-        bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in documents) / len(tokens)
+        blocks = pack(tokens, length, "given")
+        bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
     else:
-        corpus = prepare(data)
+        options = text["options"]
+        kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
+        corpus = prepare(kept)
+        if corpus.key != text["key"]:
+            raise ValueError(f"data={' '.join(kept.data)} has changed since the training; give data to evaluate on")
+        length = kept.sequence_length
         blocks, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
+        if sequence_length not in (None, length):
+            raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
     found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks=max_blocks)
     record = {
+        "text": list(data) or "held out in training",
         **found.as_dict(),
+        "sequence_length": length,
         "parameters": model_parameters(model.config),
-        "forward_flops_per_token": forward_flops_per_token(model.config, data.sequence_length),
+        "forward_flops_per_token": forward_flops_per_token(model.config, length),
         **provenance(),
     }
     print(json.dumps(record, indent=2))
@@ -144,6 +163,7 @@ def demo(
     max_flops: float = 1e13,
     data: DataOptions = DataOptions(),
     seed: int = 0,
+    resume: bool = False,
 ) -> None:
     """Train a baseline and a Mixture-of-Depths model to the same training FLOPs, and compare them.
 
@@ -152,11 +172,12 @@ def demo(
         max_flops: Training FLOPs of each run.
         data: Text and tokens.
         seed: Seed of both runs.
+        resume: Go on with a demo that was stopped.
     """
     from mixture_of_depths.demo import run
 
     _quiet()
-    run(out, max_flops, data, seed)
+    run(out, max_flops, data, seed, resume)
 
 
 def _quiet() -> None:

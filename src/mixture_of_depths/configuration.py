@@ -60,7 +60,7 @@ class MoDConfig(PreTrainedConfig):
     """
 
     model_type = "mixture_of_depths"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "routing"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "lm_loss", "router_loss", "routing"]
 
     vocab_size: int = 4096
     hidden_size: int = 512

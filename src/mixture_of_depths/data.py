@@ -37,6 +37,9 @@ class Skipped:
     empty: int = 0
     not_json: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON"
+
 
 @dataclass(frozen=True)
 class CorpusFacts:
@@ -57,12 +60,17 @@ class CorpusFacts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised text, packed into blocks of one length; each data set has the column `input_ids`."""
+    """Tokenised text, packed into blocks of one length; each data set has the column `input_ids`.
+
+    `key` names its content: text, split, tokenizer and length of the blocks.
+    """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     tokenizer: PreTrainedTokenizerBase
     facts: CorpusFacts
+    options: DataOptions
+    key: str
 
     @property
     def end_of_text(self) -> int:
@@ -88,7 +96,7 @@ def prepare(options: DataOptions) -> Corpus:
     documents = list(read_documents(options, skipped))
     if not documents:
         raise ValueError(
-            f"data={' '.join(options.data)} holds no text ({skipped}); give other files, folders or globs of "
+            f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files, folders or globs of "
             f"{' '.join(SUFFIXES)}"
         )
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
@@ -101,6 +109,8 @@ def prepare(options: DataOptions) -> Corpus:
         datasets.Dataset.load_from_disk(str(folder / "validation")),
         load_tokenizer(str(folder / "tokenizer")),
         CorpusFacts(**{**facts, "skipped": Skipped(**facts["skipped"])}),
+        options,
+        folder.name,
     )
 
 
@@ -186,7 +196,7 @@ def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -
         except (gzip.BadGzipFile, EOFError) as error:
             raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
         try:
-            text = raw.decode("utf-8")
+            text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             skipped.not_utf8 += 1
             continue
@@ -202,7 +212,7 @@ def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterato
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             skipped.not_json += 1
             continue
         if not isinstance(record, dict) or column not in record:
@@ -242,7 +252,8 @@ def _text(value: object, column: str, source: object) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
-    return value
+    # JSON can spell half a surrogate pair, which is no text.
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str], str]:
@@ -281,7 +292,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     """Loads a tokenizer from a folder.
 
     Raises:
@@ -293,6 +304,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer={folder} has no tokenizer.json; save it as a fast tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={folder} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
@@ -303,7 +316,7 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.nda
     pieces: list[np.ndarray] = []
     last = end_of_text(tokenizer)
     for start in range(0, len(documents), 256):
-        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, verbose=False)
+        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, split_special_tokens=True)
         pieces += [np.array([*ids, last], dtype=np.int32) for ids in cast(list[list[int]], encoded["input_ids"])]
     return np.concatenate(pieces)
 
@@ -349,14 +362,14 @@ class Collator:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode("utf-8")).digest()
 
 
-def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrainedTokenizerFast | None) -> str:
     name = hashlib.sha256()
     tokenizer_key = f"bpe-{options.vocab_size}"
     if tokenizer is not None:
-        tokenizer_key = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, str(tokenizer)])
+        tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
     name.update(f"{CACHE_VERSION} {options.sequence_length} {options.validation_fraction} {tokenizer_key}".encode())
     for text in documents:
         name.update(_digest(text))
@@ -367,7 +380,7 @@ def _write_cache(
     folder: Path,
     options: DataOptions,
     documents: list[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerFast | None,
     skipped: Skipped,
 ) -> None:
     train, validation, split = split_documents(documents, options.validation_fraction)
@@ -378,7 +391,7 @@ def _write_cache(
         validation_documents=len(validation),
         train_tokens=len(train_tokens),
         validation_tokens=len(validation_tokens),
-        validation_bytes=sum(len(text.encode("utf-8", "surrogatepass")) for text in validation),
+        validation_bytes=sum(len(text.encode("utf-8")) for text in validation),
         split=split,
         skipped=replace(skipped),
     )

@@ -28,13 +28,16 @@ SIZES = {
 }
 
 
-def run(out: Path, max_flops: float, data: DataOptions, seed: int) -> None:
+def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool) -> None:
     """Trains both models in `out`, prints a table and samples, and writes curves.png and demo.json.
 
     Raises:
-        ValueError: for a folder that is not empty, unusable text, or a budget below one step.
+        ValueError: for a folder that holds a demo, unless it is resumed, unusable text, or a budget below one step.
     """
     console = Console(highlight=False)
+    for name in SIZES:
+        if not resume and (out / name).exists():
+            raise ValueError(f"out={out} holds a demo; name another folder, or give resume to go on with it")
     corpus = prepare(data)
     options = TrainOptions(max_flops=max_flops, batch_size=4, learning_rate=4e-3, seed=seed)
     models: dict[str, MoDForCausalLM] = {}
@@ -42,9 +45,11 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int) -> None:
     for name, size in SIZES.items():
         config = model_config(size, corpus.tokenizer, data.sequence_length)
         console.print(f"[bold]{name}[/bold]: training to {max_flops:.3g} FLOPs")
-        models[name], results[name] = train(config, corpus, options, out / name, console=console)
+        models[name], results[name] = train(
+            config, corpus, options, out / name, resume=(out / name / "run.json").exists(), console=console
+        )
         if not results[name].finished:
-            console.print("stopped; remove the folder to start again, or use `mod train --resume` on the run")
+            console.print("stopped; go on with the same command and --resume")
             raise SystemExit(130)
     speeds = _speeds(models, corpus)
     rows = {name: _row(models[name], results[name], speeds[name], data.sequence_length) for name in models}

@@ -127,8 +127,6 @@ class Attention(nn.Module):
             if isinstance(layer, RoutedCacheLayer):
                 assert layer.slots_BK is not None
                 is_causal, mask = False, visible(placement.slots, layer.slots_BK, None)
-                if placement.documents is not None:
-                    mask = placement.mask
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
@@ -265,11 +263,17 @@ class MoDModel(MoDPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are never materialised")
         routing = self._resolve_routing(routing)
+        documents_BT = self._documents(attention_mask, position_ids)
         if use_cache is None:
-            use_cache = self.config.use_cache and routing == "causal" and not self.training
+            use_cache = self.config.use_cache and routing == "causal" and not self.training and documents_BT is None
         if routing == "top_k" and (use_cache or cache is not None):
             raise ValueError(
                 "routing='top_k' looks ahead and cannot be used with a cache; use routing='causal', or use_cache=False"
+            )
+        if documents_BT is not None and (use_cache or cache is not None):
+            raise ValueError(
+                "position_ids start again within the row: documents packed in one row cannot be used with a cache; "
+                "give use_cache=False, or one document a row"
             )
         if cache is None and use_cache:
             cache = MoDCache(config=self.config)
@@ -277,7 +281,9 @@ class MoDModel(MoDPreTrainedModel):
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
-        position_BT, real_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, past_length)
+        position_BT, real_BT, placement = self._place(
+            hidden_BTD, attention_mask, position_ids, documents_BT, past_length
+        )
         layer_routings, hidden_states = [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -319,8 +325,26 @@ class MoDModel(MoDPreTrainedModel):
                 f"{self.config.routed_layers}; build it with MoDCache(config=model.config)"
             )
 
+    def _documents(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        """Which of the documents packed in a row each token belongs to, [B, T]; None when no row holds several.
+
+        With an attention mask positions start again for padding, too, so that documents are told apart without one.
+        """
+        if attention_mask is not None or position_ids is None or position_ids.shape[-1] == 1:
+            return None
+        is_start = position_ids.diff(dim=-1) != 1
+        # A compiled graph cannot look at the data.
+        if not torch.compiler.is_compiling() and not bool(is_start.any()):
+            return None
+        return F.pad(is_start.cumsum(dim=-1), (1, 0))
+
     def _place(
-        self, hidden_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_length: int
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        documents_BT: Tensor | None,
+        past_length: int,
     ) -> tuple[Tensor, Tensor | None, Placement]:
         """Positions, which tokens are no padding, and the placement of the given tokens."""
         num_tokens, device = hidden_BTD.shape[1], hidden_BTD.device
@@ -339,17 +363,15 @@ class MoDModel(MoDPreTrainedModel):
 
         slots_1S = torch.arange(past_length + num_tokens, device=device)[None]
         if position_ids is not None:
+            if position_ids.shape not in ((hidden_BTD.shape[0], num_tokens), (1, num_tokens)):
+                raise ValueError(
+                    f"position_ids has shape {tuple(position_ids.shape)}; expected {(hidden_BTD.shape[0], num_tokens)}"
+                )
             position_BT = position_ids
         elif known_BS is not None:
             position_BT = (known_BS.cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
         else:
             position_BT = slots_1S[:, past_length:]
-        documents_BT = None
-        if position_ids is not None and past_length == 0 and num_tokens > 1:
-            is_start = position_ids.diff(dim=1) != 1
-            if torch.compiler.is_compiling() or bool(is_start.any()):
-                documents_BT = F.pad(is_start.cumsum(dim=1), (1, 0))
-
         key_slots_BS = slots_1S if known_BS is None else slots_1S.masked_fill(~known_BS, EMPTY)
         slots_BT = key_slots_BS[:, past_length:]
         mask = None
@@ -395,8 +417,9 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         Args:
             input_ids (torch.Tensor): of shape [B, T].
             attention_mask (torch.Tensor): 0 for padding; of shape [B, S], past tokens included.
-            position_ids (torch.Tensor): of shape [B, T]. Documents packed in one row are told apart by their positions:
-                wherever a position is not the one before plus one, a new document starts, and attention stops there.
+            position_ids (torch.Tensor): of shape [B, T]. Without an attention mask, documents packed in one row are
+                told apart by their positions: wherever a position is not the one before plus one, a new document
+                starts, and attention stops there.
             cache (Cache): keys and values of past tokens, as returned by an earlier call.
             inputs_embeds (torch.Tensor): instead of `input_ids`; of shape [B, T, D].
             labels (torch.Tensor): the tokens themselves, -100 where no loss is wanted; of shape [B, T].
@@ -458,10 +481,14 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             return weight
         return weight * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Sampling never looks ahead, whatever mode the module is in."""
         # The mixin annotates itself with a private protocol that no public class satisfies.
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         return {"routing": "causal", **inputs}
 
 

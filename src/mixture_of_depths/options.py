@@ -55,8 +55,8 @@ class ModelOptions:
     """Whether any block is routed; --no-routed gives the baseline."""
     routed_layers: tuple[int, ...] | None = None
     """Indices of the routed blocks, instead of every and offset."""
-    every: int = 2
-    """Route one block in this many."""
+    every: int | None = None
+    """Route one block in this many; by default 2."""
     offset: int | None = None
     """Index of the first routed block; by default every - 1."""
     capacity: tuple[float, ...] = (0.125,)

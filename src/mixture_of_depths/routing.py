@@ -111,12 +111,14 @@ class Router(nn.Module):
     def _random_logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> Tensor:
         if self.training:
             return torch.randn(hidden_BTD.shape[:2], dtype=hidden_BTD.dtype, device=hidden_BTD.device)
-        # One draw per position: decoding token by token must repeat the decisions of the full forward pass, and
+        # Drawn from the position: decoding token by token must repeat the decisions of the full forward pass, and
         # evaluation must not disturb the generator that training uses.
-        generator = torch.Generator().manual_seed(self.config.router_seed * 10_007 + self.layer_idx)
-        table_P = torch.randn(self.config.max_position_embeddings, generator=generator)
-        table_P = table_P.to(device=hidden_BTD.device, dtype=hidden_BTD.dtype)
-        return table_P[position_BT].expand(hidden_BTD.shape[:2])
+        bits_BT = position_BT + (self.config.router_seed * 10_007 + self.layer_idx + 1) * 1_000_003
+        for multiplier in (-49064778989728563, -4265267296055464877):
+            bits_BT = (bits_BT ^ (bits_BT >> 30)) * multiplier
+        uniform_BT = (((bits_BT >> 24) & 0xFFFFFF).double() + 0.5) / 2**24
+        normal_BT = math.sqrt(2) * torch.erfinv(2 * uniform_BT - 1)
+        return normal_BT.to(hidden_BTD.dtype).expand(hidden_BTD.shape[:2])
 
     def gate(self, router_logits: Tensor) -> Tensor:
         """The factor of the block's delta, of the logits' shape."""
@@ -214,9 +216,8 @@ def membership(selection: Selection, sequence_length: int) -> Tensor:
 
 def membership_loss(causal_logits_BT: Tensor, entered_BT: Tensor, real_BT: Tensor | None) -> Tensor:
     """Binary cross-entropy with the top-k membership as target, a mean over real tokens (section 3.5)."""
-    loss_BT = F.binary_cross_entropy_with_logits(
-        causal_logits_BT.float(), entered_BT.to(torch.float32), reduction="none"
-    )
+    logits_BT = causal_logits_BT.to(torch.promote_types(causal_logits_BT.dtype, torch.float32))
+    loss_BT = F.binary_cross_entropy_with_logits(logits_BT, entered_BT.to(logits_BT.dtype), reduction="none")
     if real_BT is None:
         return loss_BT.mean()
     return loss_BT.masked_fill(~real_BT, 0).sum() / real_BT.sum().clamp(min=1)

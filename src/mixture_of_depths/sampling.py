@@ -23,6 +23,10 @@ def encode(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: st
     """
     if not prompt:
         raise ValueError("prompt='' is empty; give at least one character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt={prompt!r} is not UTF-8: {error}") from error
     input_ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

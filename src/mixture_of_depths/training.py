@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from mixture_of_depths.checkpoint import (
     latest_checkpoint,
     load_generators,
     load_optimizer,
+    read_json,
     save_generators,
     save_optimizer,
 )
@@ -83,6 +85,10 @@ def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> H
 
 def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> MoDConfig:
     """The configuration that the options describe, for a tokenizer and blocks of `sequence_length` tokens."""
+    explicit = [name for name in ("routed_layers", "every", "offset") if getattr(options, name) is not None]
+    if (not options.routed and explicit) or ("routed_layers" in explicit and len(explicit) > 1):
+        names = " and ".join(explicit if options.routed else [*explicit, "no-routed"])
+        raise ValueError(f"{names} contradict one another; give no-routed, or routed_layers, or every and offset")
     if not options.routed:
         routed: dict[str, Any] = {"routed_layers": []}
     elif options.routed_layers is not None:
@@ -170,7 +176,7 @@ class MoDTrainer(Trainer):
             return
         optimizer, schedule = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
         optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
-        schedule.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
+        schedule.load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_generators(Path(output_dir))
@@ -194,13 +200,15 @@ class Recorder(TrainerCallback):
         self.last_time = self.last_step = 0.0
         self.train_seconds = 0.0
 
+    def recall(self, steps: int) -> None:
+        """Drops what a stopped run logged after its last checkpoint, which is computed again."""
+        records = [record for record in read_records(self.path) if record["step"] <= steps]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.train_seconds = max((record.get("train_seconds", 0.0) for record in records), default=0.0)
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # What a run that was stopped logged after its last checkpoint is computed again.
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept))
-        self.train_seconds = max((json.loads(line).get("train_seconds", 0.0) for line in kept), default=0.0)
+        self.recall(state.global_step)
         self.last_time, self.last_step = time.perf_counter(), state.global_step
-        self.progress.start()
         self.task = self.progress.add_task("step", total=state.max_steps, completed=state.global_step)
 
     def on_log(
@@ -212,6 +220,12 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         record: dict[str, Any] = {"step": state.global_step, **(logs or {})}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record.get(name, 0.0)):
+                raise ValueError(
+                    f"{name}={record[name]} at step {state.global_step} is no number; the checkpoints up to here are "
+                    "kept. Lower learning_rate or max_grad_norm and start again in another folder"
+                )
         if "loss" in record and self.task is not None:
             now = time.perf_counter()
             steps, seconds = state.global_step - self.last_step, now - self.last_time
@@ -230,31 +244,45 @@ class Recorder(TrainerCallback):
             file.write(json.dumps(record) + "\n")
         self.last_time, self.last_step = time.perf_counter(), state.global_step
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.last_time = time.perf_counter()
+
+    def __enter__(self) -> "Recorder":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint."""
+    """Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint; a second one ends it at once.
+
+    Used as a context manager around the run; outside the main thread, where signals do not arrive, it does nothing.
+    """
 
     def __init__(self) -> None:
         self.received = False
         self.previous: dict[signal.Signals, Any] = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
         self.received = True
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._receive)
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -265,7 +293,7 @@ class TrainResult:
         finished: False when it was stopped before its horizon; it can be resumed.
         steps, tokens, flops: what was done, in all.
         parameters: number of weights.
-        train_seconds: time spent in training steps, without evaluation and checkpoints.
+        train_seconds: time spent in training steps, without evaluation and checkpoints; compiling counts.
         evaluation: figures on the whole held-out text, when finished.
     """
 
@@ -293,68 +321,86 @@ def train(
         corpus: text to train and evaluate on.
         options: how to train.
         folder: where the run lives: the finished model, `checkpoint-*`, `metrics.jsonl`, `run.json`, `curve.png`.
-        resume: whether to go on from the newest checkpoint in `folder`.
+        resume: whether to go on from the newest whole checkpoint in `folder`; a finished run is only evaluated again.
         console: where progress is shown.
 
     Raises:
-        ValueError: for options that contradict one another, a folder that holds another run, or no checkpoint to
-            resume from.
+        ValueError: for options that contradict one another, a folder that holds another run or none to resume, or a
+            loss that is no number.
     """
     console = console or Console()
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
     _check(options, corpus)
-    start = _open_folder(folder, config, options, resume)
+    arguments = _arguments(options, length, folder)
+    start = _open_folder(folder, config, corpus, options, resume)
+    if resume and start is None:
+        console.print("no whole checkpoint yet; starting from the beginning")
 
     set_seed(options.seed)
     model = MoDForCausalLM(copy.deepcopy(config))
-    if options.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    if options.compile:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
-    recorder = Recorder(
-        folder,
-        training_flops_per_token(config, sequence_length),
-        options.batch_size * sequence_length,
-        console,
-    )
-    stop = StopOnSignal()
-    # Whole batches only: every step then costs the same, and the horizon is exact.
-    whole = len(corpus.train) // options.batch_size * options.batch_size
-    trainer = MoDTrainer(
-        corpus,
-        options,
-        model=model,
-        args=_arguments(options, length, folder),
-        train_dataset=corpus.train.select(range(whole)),
-        eval_dataset=corpus.validation,
-        data_collator=Collator(corpus.end_of_text),
-        callbacks=[recorder, stop],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    tokens_per_step = options.batch_size * sequence_length
+    recorder = Recorder(folder, training_flops_per_token(config, sequence_length), tokens_per_step, console)
+    steps = start[1] if start else 0
+    if start and steps >= length.steps:
+        # The trainer would take one step before it looks at the horizon.
+        model = MoDForCausalLM.from_pretrained(start[0])
+        recorder.recall(steps)
+    else:
+        steps = _run(model, corpus, options, arguments, recorder, start[0] if start else None)
 
-    finished = trainer.state.global_step >= length.steps
+    finished = steps >= length.steps
     evaluation = None
     if finished:
         model.save_pretrained(folder)
         corpus.tokenizer.save_pretrained(str(folder))
         evaluation = _evaluate_whole(model, corpus, options)
         plots.training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
-    steps = trainer.state.global_step
     result = TrainResult(
         finished=finished,
         steps=steps,
-        tokens=steps * options.batch_size * sequence_length,
+        tokens=steps * tokens_per_step,
         flops=steps * length.flops / length.steps,
         parameters=model_parameters(config),
         train_seconds=recorder.train_seconds,
         evaluation=evaluation,
     )
     if finished:
-        (folder / "result.json").write_text(json.dumps({**asdict(result), **provenance()}, indent=2))
+        record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
+        (folder / "result.json").write_text(record)
     return model, result
+
+
+def _run(
+    model: MoDForCausalLM,
+    corpus: Corpus,
+    options: TrainOptions,
+    arguments: HFTrainingArguments,
+    recorder: Recorder,
+    start: Path | None,
+) -> int:
+    """Trains to the horizon, or until a signal; returns the steps done in all."""
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if options.compile:
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    # Whole batches only: every step then costs the same, and the horizon is exact.
+    whole = len(corpus.train) // options.batch_size * options.batch_size
+    with StopOnSignal() as stop, recorder:
+        trainer = MoDTrainer(
+            corpus,
+            options,
+            model=model,
+            args=arguments,
+            train_dataset=corpus.train.select(range(whole)),
+            eval_dataset=corpus.validation,
+            data_collator=Collator(corpus.end_of_text),
+            callbacks=[recorder, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return trainer.state.global_step
 
 
 def _evaluate_whole(model: MoDForCausalLM, corpus: Corpus, options: TrainOptions) -> Evaluation:
@@ -369,8 +415,8 @@ def _evaluate_whole(model: MoDForCausalLM, corpus: Corpus, options: TrainOptions
 
 def _check(options: TrainOptions, corpus: Corpus) -> None:
     for name in ("batch_size", "gradient_accumulation_steps", "eval_blocks", "learning_rate", "max_grad_norm"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be above 0")
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"{name}={getattr(options, name)} must be a finite number above 0")
     if options.batch_size % options.gradient_accumulation_steps:
         raise ValueError(
             f"gradient_accumulation_steps={options.gradient_accumulation_steps} must divide batch_size="
@@ -390,14 +436,24 @@ def _check(options: TrainOptions, corpus: Corpus) -> None:
         )
 
 
-def _open_folder(folder: Path, config: MoDConfig, options: TrainOptions, resume: bool) -> Path | None:
+def _open_folder(
+    folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool
+) -> tuple[Path, int] | None:
     """Makes the run's folder, or checks that it holds the same run; returns the checkpoint to go on from."""
-    described = json.loads(json.dumps({"model": config.to_diff_dict(), "train": asdict(options)}))
+    text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
+    described = json.loads(
+        json.dumps({"model": config.to_diff_dict(), "train": asdict(options), "text": text}, allow_nan=False)
+    )
     path = folder / "run.json"
     if resume:
         if not path.exists():
             raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path)
+        if earlier["text"]["key"] != corpus.key:
+            raise ValueError(
+                f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}, which had "
+                f"{earlier['text']['options']}; resume with the same or use another folder"
+            )
         for part in ("model", "train"):
             for name in sorted(described[part].keys() | earlier[part].keys()):
                 # What transformers adds of its own accord may differ.
@@ -410,6 +466,8 @@ def _open_folder(folder: Path, config: MoDConfig, options: TrainOptions, resume:
                         "use another folder"
                     )
         return latest_checkpoint(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
     folder.mkdir(parents=True, exist_ok=True)
@@ -433,6 +491,7 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
         adam_beta2=0.95,
         max_grad_norm=options.max_grad_norm,
         bf16=options.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -448,5 +507,14 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
     )
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} is damaged in line {number}: {error}") from error
+    return records
