@@ -1,0 +1,226 @@
+"""The fast decode step: an eager prefill, then one graph a token with static buffers and real branches.
+
+The prefill is the model's own causal pass. A decode step is a single function over static buffers that
+`torch.compile` turns into one graph: no Python per block, and a routed block inside `torch.cond`, so that one that no
+row enters reads none of its weights.
+
+Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots of a buffer,
+O outputs, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixture_of_depths.cache import RoutedCacheLayer
+from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors
+
+# Buffers grow by this many slots.
+GROWTH = 64
+
+
+@dataclass
+class LayerState:
+    """Keys and values of one block, each of shape [B, H, S, h]; of which each row uses the first `length_B`."""
+
+    keys: Tensor
+    values: Tensor
+    length_B: Tensor
+
+
+@dataclass
+class State:
+    """All that a decode step reads and writes.
+
+    Attributes:
+        layers: one state a block.
+        position_B (torch.Tensor): position of the next token, padding not counted; of shape [B].
+        real_BS (torch.Tensor): False for the slots of padding, in the dense blocks' buffers; of shape [B, S].
+    """
+
+    layers: list[LayerState]
+    position_B: Tensor
+    real_BS: Tensor
+
+
+def matvec(layer: nn.Linear, x_BD: Tensor) -> Tensor:
+    """`layer(x_BD)` in float32, of shape [B, O].
+
+    For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
+    in bfloat16 too, where a library's matrix product does not.
+    """
+    if x_BD.shape[0] > 1:
+        return layer(x_BD.to(layer.weight.dtype)).float()
+    out_1O = (layer.weight.float() * x_BD.float()).sum(dim=-1)[None]
+    return out_1O if layer.bias is None else out_1O + layer.bias.float()
+
+
+def attend(
+    query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
+) -> Tensor:
+    """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
+    query_BHGh = query_BHGh * query_BHGh.shape[-1] ** -0.5
+    scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
+    scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
+    own_BHG1 = (query_BHGh * key_BHh[:, :, None]).sum(dim=-1, keepdim=True)
+    largest_BHG1 = torch.maximum(scores_BHGS.amax(dim=-1, keepdim=True), own_BHG1)
+    shares_BHGS, own_BHG1 = (scores_BHGS - largest_BHG1).exp(), (own_BHG1 - largest_BHG1).exp()
+    sum_BHGh = (shares_BHGS[..., None] * values_BHSh[:, :, None].float()).sum(dim=-2)
+    attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / (shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1)
+    return attended.flatten(1)
+
+
+def rotate_token(states_BHh: Tensor, cos_Bh: Tensor, sin_Bh: Tensor) -> Tensor:
+    first, second = states_BHh.chunk(2, dim=-1)
+    return states_BHh * cos_Bh[:, None] + torch.cat([-second, first], dim=-1) * sin_Bh[:, None]
+
+
+def decode_block(
+    layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
+    attention, mlp, rows = layer.self_attn, layer.mlp, x_BD.shape[0]
+    normed = layer.input_layernorm(x_BD)
+    query = attention.q_norm(matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
+    key = attention.k_norm(matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
+    value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
+    query, key = rotate_token(query, cos_Bh, sin_Bh), rotate_token(key, cos_Bh, sin_Bh)
+    grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
+    attended = matvec(attention.o_proj, attend(grouped, key, value, keys, values, used_BS))
+    normed = layer.post_attention_layernorm(x_BD + attended)
+    delta = attended + matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, normed)) * matvec(mlp.up_proj, normed))
+    return delta, key, value
+
+
+def decode_step(model: MoDForCausalLM, token_B: Tensor, state: State) -> Tensor:
+    """One token a row through the whole model; returns float32 logits [B, V] and stores what the token leaves."""
+    x_BD = model.model.embed_tokens(token_B).float()
+    cos_B1h, sin_B1h = rotary_factors(model.config, state.position_B[:, None], x_BD.dtype)
+    cos_Bh, sin_Bh = cos_B1h[:, 0], sin_B1h[:, 0]
+    for layer, stored in zip(cast(list[DecoderLayer], list(model.model.layers)), state.layers, strict=True):
+        slots_S = torch.arange(stored.keys.shape[2], device=token_B.device)
+        used_BS = slots_S < stored.length_B[:, None]
+        if layer.router is None:
+            used_BS = used_BS & state.real_BS
+            delta_BD, key, value = decode_block(layer, x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+            entered_B = torch.ones_like(token_B, dtype=torch.bool)
+            x_BD = x_BD + delta_BD
+        else:
+            router_logits, causal_logits = layer.router.logits(x_BD[:, None], state.position_B[:, None])
+            entered_B = causal_logits[:, 0] > 0
+            delta_BD, key, value = enter_or_skip(layer, entered_B, x_BD, cos_Bh, sin_Bh, stored, used_BS)
+            weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
+            x_BD = x_BD + weight_B[:, None] * delta_BD
+        index = stored.length_B[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[2])
+        # A token that skips leaves its empty key behind the last one, where the next that enters replaces it.
+        stored.keys.scatter_(2, index, key[:, :, None].to(stored.keys.dtype))
+        stored.values.scatter_(2, index, value[:, :, None].to(stored.values.dtype))
+        stored.length_B.add_(entered_B)
+    state.position_B.add_(1)
+    return matvec(model.lm_head, model.model.norm(x_BD))
+
+
+def enter_or_skip(
+    layer: DecoderLayer,
+    entered_B: Tensor,
+    x_BD: Tensor,
+    cos_Bh: Tensor,
+    sin_Bh: Tensor,
+    stored: LayerState,
+    used_BS: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_block` if any row enters; else nothing of the block is read."""
+    heads, head_dim = stored.keys.shape[1], stored.keys.shape[3]
+    sizes = (x_BD.shape[1], heads * head_dim, heads * head_dim)
+
+    # Both branches hand out one fresh tensor: their outputs must agree in strides, too.
+    def enter(*operands: Tensor) -> Tensor:
+        delta_BD, key_BHh, value_BHh = decode_block(layer, *operands)
+        return torch.cat([delta_BD, key_BHh.flatten(1), value_BHh.flatten(1)], dim=1)
+
+    def skip(*operands: Tensor) -> Tensor:
+        return operands[0].new_zeros(operands[0].shape[0], sum(sizes))
+
+    operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+    if torch.compiler.is_compiling():
+        left = torch.cond(entered_B.any(), enter, skip, operands)
+    else:
+        left = enter(*operands) if bool(entered_B.any()) else skip(*operands)
+    delta_BD, key, value = left.split(sizes, dim=1)
+    return delta_BD, key.unflatten(1, (heads, head_dim)), value.unflatten(1, (heads, head_dim))
+
+
+def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Tensor, State]:
+    """Runs the prompts through the model; returns the last logits [B, V] and the state to decode from.
+
+    Args:
+        model: the model.
+        input_ids (torch.Tensor): left-padded prompts, of shape [B, T].
+        attention_mask (torch.Tensor): 0 for padding; of shape [B, T].
+        room: number of tokens that will be decoded. Routed blocks have room for what entered and grow as tokens enter.
+    """
+    output = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=True, routing="causal", logits_to_keep=1
+    )
+    batch, length = input_ids.shape
+    layers = []
+    for cached in output.cache.layers:
+        stored_B, size = torch.full((batch,), length, device=input_ids.device), length + room
+        if isinstance(cached, RoutedCacheLayer):
+            entered = cached.slots_BK is not None
+            stored_B = cached.num_stored() if entered else torch.zeros_like(stored_B)
+            size = int(stored_B.max()) + 1
+        heads, head_dim = cast(int, model.config.num_key_value_heads), cast(int, model.config.head_dim)
+        empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
+        keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))
+        layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B))
+    real_BS = F.pad(attention_mask.bool(), (0, _rounded(length + room) - length), value=True)
+    # One graph serves buffers of any length.
+    torch._dynamo.mark_dynamic(real_BS, 1)
+    return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)
+
+
+def grow(state: State) -> None:
+    """Makes room in the routed blocks whose fullest row has reached the end of its buffer."""
+    for layer in state.layers:
+        needed = int(layer.length_B.max()) + 1
+        if needed > layer.keys.shape[2]:
+            layer.keys, layer.values = _padded(layer.keys, needed), _padded(layer.values, needed)
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // GROWTH) * GROWTH
+
+
+def _padded(buffer_BHSh: Tensor, size: int) -> Tensor:
+    """The buffer with zeros behind it up to `size` slots, rounded up."""
+    padded = F.pad(buffer_BHSh, (0, 0, 0, _rounded(size) - buffer_BHSh.shape[2])).contiguous()
+    torch._dynamo.mark_dynamic(padded, 2)
+    return padded
+
+
+@torch.no_grad()
+def stream(
+    model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, compiled: bool = True
+) -> Iterator[Tensor]:
+    """Yields the likeliest next token of every row, [B], token by token.
+
+    Args:
+        model: the model, in evaluation mode.
+        input_ids (torch.Tensor): left-padded prompts, of shape [B, T].
+        attention_mask (torch.Tensor): 0 for padding; of shape [B, T].
+        max_new_tokens: number of tokens to yield.
+        compiled: whether to compile the step, which needs a C++ compiler on the CPU.
+    """
+    step = torch.compile(decode_step, fullgraph=True) if compiled else decode_step
+    logits_BV, state = prefill(model, input_ids, attention_mask, max_new_tokens)
+    for number in range(max_new_tokens):
+        token_B = logits_BV.argmax(dim=-1)
+        yield token_B
+        if number + 1 < max_new_tokens:
+            grow(state)
+            logits_BV = step(model, token_B, state)
