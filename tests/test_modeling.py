@@ -422,3 +422,11 @@ def test_generate_starts_from_embeddings() -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     by_embedding = model.generate(inputs_embeds=model.model.embed_tokens(input_ids), **arguments)
     assert torch.equal(by_embedding, model.generate(input_ids, **arguments)[:, 6:])
+
+
+def test_logits_can_be_kept_for_the_last_or_for_chosen_positions() -> None:
+    model = tiny(routed_layers=[0, 2]).eval()
+    input_ids = torch.randint(0, 31, (2, 8))
+    whole = model(input_ids).logits
+    assert torch.allclose(model(input_ids, logits_to_keep=3).logits, whole[:, -3:])
+    assert torch.allclose(model(input_ids, logits_to_keep=torch.tensor([1, 6])).logits, whole[:, [1, 6]])

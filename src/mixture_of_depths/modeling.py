@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -407,7 +408,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         routing: Routing | None = None,
         output_routing: bool = False,
@@ -426,7 +427,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache; by default only under causal routing outside training.
             output_attentions: not supported; must be false.
             output_hidden_states: whether to return the residual stream before each block and after the final norm.
-            logits_to_keep: how many last positions to compute logits for; 0 for all.
+            logits_to_keep: how many last positions to compute logits for, 0 for all; or the positions, of shape [N].
             num_items_in_batch: number of labels the loss is averaged over, when a batch is given in several parts.
             routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
             output_routing: whether to return each block's routing.
@@ -447,7 +448,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden_BTD = outputs.last_hidden_state
-        logits_BTV = self.lm_head(hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD)
+        logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
         loss = lm_loss = router_loss = None
         if labels is not None:
             lm_loss = self.loss_function(
