@@ -113,8 +113,9 @@ def reference_forward(
                     capacity = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))
                     chosen = sorted(sorted(alive, key=lambda i: -float(r[i]))[:capacity])
                     for i in alive:
-                        p = 1 / (1 + torch.exp(-logits[i]))
-                        entropy = entropy - torch.log(p if i in chosen else 1 - p)
+                        # -log p for members and -log (1 - p) for others, p = 1 / (1 + exp(-logit)); 1 - p itself
+                        # would lose its digits to cancellation for a large logit.
+                        entropy = entropy + torch.log1p(torch.exp(-logits[i] if i in chosen else logits[i]))
                     counted += len(alive) if config.causal_router != "threshold" else 0
                 else:
                     chosen = [i for i in alive if float(logits[i]) > 0]
