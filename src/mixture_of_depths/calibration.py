@@ -9,7 +9,7 @@ import datasets
 import torch
 
 from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.data import Collator
+from mixture_of_depths.data import batches
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
 
 
@@ -55,17 +55,14 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     """
     was_training = model.training
     model.eval()
-    collate = Collator(end_of_text)
     for causal_router in causal_routers(model.config):
         if causal_router == "auxiliary_loss":
             continue
         with using_causal_router(model, causal_router), torch.compiler.set_stance("force_eager"):
             for layer_idx in model.config.routed_layers or []:
                 logits = []
-                for start in range(0, len(blocks), batch_size):
-                    rows = blocks.select(range(start, min(start + batch_size, len(blocks))))
-                    batch = collate(list(rows))  # pyright: ignore[reportArgumentType]
-                    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+                for batch in batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device):
+                    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
                     output = model.model(**inputs, use_cache=False, routing="causal")
                     logits.append(output.routing[layer_idx].causal_logits.flatten())
                 _shift(model, layer_idx, causal_router, torch.cat(logits))

@@ -6,8 +6,8 @@ import json
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, cast
@@ -361,6 +361,16 @@ class Collator:
         }
 
 
+def batches(
+    blocks: datasets.Dataset, chosen: Sequence[int], end_of_text: int, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The blocks `chosen`, stacked `batch_size` at a time, on a device."""
+    collate = Collator(end_of_text)
+    for start in range(0, len(chosen), batch_size):
+        rows = list(blocks.select(chosen[start : start + batch_size]))
+        yield {name: value.to(device) for name, value in collate(cast(list[dict[str, Any]], rows)).items()}
+
+
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()
 
@@ -393,7 +403,7 @@ def _write_cache(
         validation_tokens=len(validation_tokens),
         validation_bytes=sum(len(text.encode("utf-8")) for text in validation),
         split=split,
-        skipped=replace(skipped),
+        skipped=skipped,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed, so that a run that is stopped leaves no half entry behind.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_depths.calibration import causal_routers, using_causal_router
-from mixture_of_depths.data import Collator
+from mixture_of_depths.data import batches
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.routing import Routing
 
@@ -79,12 +79,7 @@ def evaluate(
     """
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
     chosen = np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()
-    collate = Collator(end_of_text)
-    batches = []
-    for start in range(0, count, batch_size):
-        rows = list(blocks.select(chosen[start : start + batch_size]))
-        batch = collate(rows)  # pyright: ignore[reportArgumentType]
-        batches.append({name: value.to(model.device) for name, value in batch.items()})
+    given = list(batches(blocks, chosen, end_of_text, batch_size, model.device))
 
     was_training = model.training
     model.eval()
@@ -96,13 +91,13 @@ def evaluate(
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
             if not names:
-                loss_causal, _ = _run(model, batches, "causal")
-                loss_top_k = loss_causal if not model.config.routed_layers else _run(model, batches, "top_k")[0]
+                loss_causal, _ = _run(model, given, "causal")
+                loss_top_k = loss_causal if not model.config.routed_layers else _run(model, given, "top_k")[0]
             for name in names if all_causal_routers else names[:1]:
                 with using_causal_router(model, name):
-                    loss_top_k, layers = _run(model, batches, "top_k")
+                    loss_top_k, layers = _run(model, given, "top_k")
                     agreed = [((causal > 0) == entered).float().mean().item() for entered, causal in layers.values()]
-                    loss, layers = _run(model, batches, "causal")
+                    loss, layers = _run(model, given, "causal")
                     shares = {layer: entered.float().mean().item() for layer, (entered, _) in layers.items()}
                 found[name] = CausalEvaluation(loss, sum(agreed) / len(agreed), shares)
     finally:
@@ -114,17 +109,17 @@ def evaluate(
         loss_causal=loss_causal,
         bits_per_byte=loss_causal / math.log(2) / bytes_per_token,
         causal_routers=found,
-        tokens=sum(batch["labels"][:, 1:].numel() for batch in batches),
+        tokens=sum(batch["labels"][:, 1:].numel() for batch in given),
     )
 
 
 def _run(
-    model: MoDForCausalLM, batches: list[dict[str, Tensor]], routing: Routing
+    model: MoDForCausalLM, given: list[dict[str, Tensor]], routing: Routing
 ) -> tuple[float, dict[int, tuple[Tensor, Tensor]]]:
     """The mean loss, and per routed block which tokens entered and the causal logits, each of shape [N, T]."""
     total, tokens = 0.0, 0
     layers: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in model.config.routed_layers or []}
-    for batch in batches:
+    for batch in given:
         output = model(**batch, use_cache=False, routing=routing, output_routing=True)
         predicted = batch["labels"][:, 1:].numel()
         total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted

@@ -9,7 +9,7 @@ A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from mixture_of_depths.configuration import MoDConfig
 
@@ -37,12 +37,16 @@ class FlopCount:
         return FlopCount(*(getattr(self, name) * factor for name in self.__dataclass_fields__))
 
 
+def _projection_sizes(config: MoDConfig) -> tuple[int, int]:
+    """Widths of all queries and of all keys (or values) of a token."""
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
 def block_flops(config: MoDConfig, tokens: float, pairs: float) -> FlopCount:
     """Forward operations of one block for a number of tokens and of query-key pairs, its router left out."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None
     assert config.intermediate_size is not None
-    query_size = config.num_attention_heads * config.head_dim
-    key_size = config.num_key_value_heads * config.head_dim
+    query_size, key_size = _projection_sizes(config)
     return FlopCount(
         projections=tokens * 2 * config.hidden_size * (2 * query_size + 2 * key_size),
         attention=pairs * 2 * 2 * query_size,
@@ -124,13 +128,11 @@ class DecodeBytes:
 
 def block_parameters(config: MoDConfig) -> int:
     """Number of weights of one block, its router left out."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None
     assert config.intermediate_size is not None
-    query_size = config.num_attention_heads * config.head_dim
-    key_size = config.num_key_value_heads * config.head_dim
+    query_size, key_size = _projection_sizes(config)
     projections = config.hidden_size * (2 * query_size + 2 * key_size)
     biases = (query_size + 2 * key_size + config.hidden_size) if config.attention_bias else 0
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.query_key_norm else 0)
+    norms = 2 * config.hidden_size + (2 * cast(int, config.head_dim) if config.query_key_norm else 0)
     return projections + biases + norms + 3 * config.hidden_size * config.intermediate_size
 
 
@@ -154,8 +156,7 @@ def model_parameters(config: MoDConfig) -> int:
 
 def cache_bytes(config: MoDConfig, context_length: int, bytes_per_element: float = 4) -> float:
     """Expected bytes of the keys and values that one sequence of `context_length` tokens leaves in the cache."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None
-    per_token = 2 * config.num_key_value_heads * config.head_dim * bytes_per_element
+    per_token = 2 * _projection_sizes(config)[1] * bytes_per_element
     fractions = sum(config.capacity_fraction(layer_idx) for layer_idx in range(config.num_hidden_layers))
     return per_token * context_length * fractions
 
@@ -168,7 +169,7 @@ def decode_bytes(
     The weights of a routed block are read when any row of the batch enters it, and its cache for the rows that do;
     rows are taken to decide independently. Of the embedding one entry per row is read.
     """
-    assert config.head_dim is not None and config.num_key_value_heads is not None
+    key_size = _projection_sizes(config)[1]
     weights = float(config.hidden_size * (config.vocab_size + batch_size + 1))
     cache = 0.0
     for layer_idx in range(config.num_hidden_layers):
@@ -177,5 +178,5 @@ def decode_bytes(
         if layer_idx in (config.routed_layers or []):
             weights += router_parameters(config)
         stored = fraction * context_length
-        cache += fraction * batch_size * stored * 2 * config.num_key_value_heads * config.head_dim
+        cache += fraction * batch_size * stored * 2 * key_size
     return DecodeBytes(weights * bytes_per_element, cache * bytes_per_element)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_depths.cache import RoutedCacheLayer
-from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors
+from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors, rotate
 
 # Buffers grow by this many slots.
 GROWTH = 64
@@ -74,11 +74,6 @@ def attend(
     return attended.flatten(1)
 
 
-def rotate_token(states_BHh: Tensor, cos_Bh: Tensor, sin_Bh: Tensor) -> Tensor:
-    first, second = states_BHh.chunk(2, dim=-1)
-    return states_BHh * cos_Bh[:, None] + torch.cat([-second, first], dim=-1) * sin_Bh[:, None]
-
-
 def decode_block(
     layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +83,7 @@ def decode_block(
     query = attention.q_norm(matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
     key = attention.k_norm(matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
     value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
-    query, key = rotate_token(query, cos_Bh, sin_Bh), rotate_token(key, cos_Bh, sin_Bh)
+    query, key = (rotate(states[:, None], cos_Bh[:, None], sin_Bh[:, None])[:, 0] for states in (query, key))
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = matvec(attention.o_proj, attend(grouped, key, value, keys, values, used_BS))
     normed = layer.post_attention_layernorm(x_BD + attended)

@@ -121,22 +121,12 @@ class MoDTrainer(Trainer):
     def __init__(self, corpus: Corpus, options: TrainOptions, **kwargs: Any) -> None:
         self.corpus = corpus
         self.run_options = options
-        self.last_evaluation: Evaluation | None = None
         super().__init__(**kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates under top-k and causal routing; returns and logs the figures."""
         assert isinstance(self.model, MoDForCausalLM)
-        self.last_evaluation = evaluate(
-            self.model,
-            self.corpus.validation,
-            self.corpus.end_of_text,
-            self.corpus.facts.validation_bytes_per_token,
-            max_blocks=self.run_options.eval_blocks,
-            bf16=self.run_options.precision == "bf16",
-            all_causal_routers=False,
-        )
-        found = self.last_evaluation
+        found = _evaluate(self.model, self.corpus, self.run_options, self.run_options.eval_blocks, every_router=False)
         metrics = {
             "eval_loss": found.loss_causal,
             "eval_loss_top_k": found.loss_top_k,
@@ -354,7 +344,7 @@ def train(
     if finished:
         model.save_pretrained(folder)
         corpus.tokenizer.save_pretrained(str(folder))
-        evaluation = _evaluate_whole(model, corpus, options)
+        evaluation = _evaluate(model, corpus, options, max_blocks=None, every_router=True)
         plots.training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
     result = TrainResult(
         finished=finished,
@@ -403,13 +393,17 @@ def _run(
     return trainer.state.global_step
 
 
-def _evaluate_whole(model: MoDForCausalLM, corpus: Corpus, options: TrainOptions) -> Evaluation:
+def _evaluate(
+    model: MoDForCausalLM, corpus: Corpus, options: TrainOptions, max_blocks: int | None, every_router: bool
+) -> Evaluation:
     return evaluate(
         model,
         corpus.validation,
         corpus.end_of_text,
         corpus.facts.validation_bytes_per_token,
+        max_blocks=max_blocks,
         bf16=options.precision == "bf16",
+        all_causal_routers=every_router,
     )
 
 
