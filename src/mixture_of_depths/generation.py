@@ -8,7 +8,7 @@ Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value h
 O outputs, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,9 +18,12 @@ from torch.nn import functional as F
 
 from mixture_of_depths.cache import RoutedCacheLayer
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors, rotate
+from mixture_of_depths.quantization import Int8Linear
 
 # Buffers grow by this many slots.
 GROWTH = 64
+# Parts of a weight that one row reads at once; a single stream of int8 weights gets half of the memory's speed.
+STREAMS = 8
 
 
 @dataclass
@@ -47,28 +50,52 @@ class State:
     real_BS: Tensor
 
 
-def matvec(layer: nn.Linear, x_BD: Tensor) -> Tensor:
+def settled(values: Tensor) -> Tensor:
+    """The same values, computed before they are used.
+
+    The compiler would otherwise repeat an elementwise expression, such as the SwiGLU's exponentials, for every output
+    of the reduction that reads it. `as_strided` makes it write its operand to memory first.
+    """
+    return values.as_strided(values.shape, values.stride())
+
+
+def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
     """`layer(x_BD)` in float32, of shape [B, O].
 
     For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
-    in bfloat16 too, where a library's matrix product does not.
+    in every precision, where a library's matrix product does not.
     """
-    if x_BD.shape[0] > 1:
-        return layer(x_BD.to(layer.weight.dtype)).float()
-    out_1O = (layer.weight.float() * x_BD.float()).sum(dim=-1)[None]
-    return out_1O if layer.bias is None else out_1O + layer.bias.float()
+    weight_OD = layer.weight
+    x_BD = settled(x_BD.contiguous())
+    if x_BD.shape[0] == 1:
+        x_D = x_BD[0].float()
+        # Reductions over equal parts of the weight become one loop that reads them side by side.
+        streams = STREAMS if weight_OD.shape[0] % STREAMS == 0 else 1
+        parts = weight_OD.unflatten(0, (streams, -1)).unbind()
+        out_BO = torch.cat([(part.float() * x_D).sum(dim=-1) for part in parts])[None]
+    elif isinstance(layer, Int8Linear):
+        ones_O = torch.ones_like(layer.scale, dtype=torch.bfloat16)
+        out_BO = torch._weight_int8pack_mm(x_BD.bfloat16(), weight_OD, ones_O).float()
+    elif weight_OD.dtype == torch.bfloat16:
+        # Twice as fast on the CPU as the product the other way round.
+        out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
+    else:
+        out_BO = F.linear(x_BD.to(weight_OD.dtype), weight_OD).float()
+    if isinstance(layer, Int8Linear):
+        out_BO = out_BO * layer.scale
+    return out_BO if layer.bias is None else out_BO + layer.bias.float()
 
 
 def attend(
     query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
 ) -> Tensor:
     """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
-    query_BHGh = query_BHGh * query_BHGh.shape[-1] ** -0.5
+    query_BHGh = settled(query_BHGh * query_BHGh.shape[-1] ** -0.5)
     scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
     scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
     own_BHG1 = (query_BHGh * key_BHh[:, :, None]).sum(dim=-1, keepdim=True)
     largest_BHG1 = torch.maximum(scores_BHGS.amax(dim=-1, keepdim=True), own_BHG1)
-    shares_BHGS, own_BHG1 = (scores_BHGS - largest_BHG1).exp(), (own_BHG1 - largest_BHG1).exp()
+    shares_BHGS, own_BHG1 = settled((scores_BHGS - largest_BHG1).exp()), (own_BHG1 - largest_BHG1).exp()
     sum_BHGh = (shares_BHGS[..., None] * values_BHSh[:, :, None].float()).sum(dim=-2)
     attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / (shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1)
     return attended.flatten(1)
@@ -85,20 +112,25 @@ def decode_block(
     value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
     query, key = (rotate(states[:, None], cos_Bh[:, None], sin_Bh[:, None])[:, 0] for states in (query, key))
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
-    attended = matvec(attention.o_proj, attend(grouped, key, value, keys, values, used_BS))
+    attended = matvec(attention.o_proj, attend(grouped, settled(key), value, keys, values, used_BS))
     normed = layer.post_attention_layernorm(x_BD + attended)
     delta = attended + matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, normed)) * matvec(mlp.up_proj, normed))
     return delta, key, value
 
 
-def decode_step(model: MoDForCausalLM, token_B: Tensor, state: State) -> Tensor:
-    """One token a row through the whole model; returns float32 logits [B, V] and stores what the token leaves."""
+def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state: State) -> Tensor:
+    """One token a row through the whole model; returns float32 logits [B, V] and stores what the token leaves.
+
+    A row that is not active, because it has ended, enters no routed block.
+    """
     x_BD = model.model.embed_tokens(token_B).float()
     cos_B1h, sin_B1h = rotary_factors(model.config, state.position_B[:, None], x_BD.dtype)
-    cos_Bh, sin_Bh = cos_B1h[:, 0], sin_B1h[:, 0]
+    cos_Bh, sin_Bh = settled(cos_B1h[:, 0]), settled(sin_B1h[:, 0])
+    row_B = torch.arange(token_B.shape[0], device=token_B.device)
     for layer, stored in zip(cast(list[DecoderLayer], list(model.model.layers)), state.layers, strict=True):
         slots_S = torch.arange(stored.keys.shape[2], device=token_B.device)
         used_BS = slots_S < stored.length_B[:, None]
+        x_BD = settled(x_BD)
         if layer.router is None:
             used_BS = used_BS & state.real_BS
             delta_BD, key, value = decode_block(layer, x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
@@ -106,47 +138,82 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, state: State) -> Tensor:
             x_BD = x_BD + delta_BD
         else:
             router_logits, causal_logits = layer.router.logits(x_BD[:, None], state.position_B[:, None])
-            entered_B = causal_logits[:, 0] > 0
-            delta_BD, key, value = enter_or_skip(layer, entered_B, x_BD, cos_Bh, sin_Bh, stored, used_BS)
+            entered_B = (causal_logits[:, 0] > 0) & active_B
+            operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+            delta_BD, key, value = enter_or_skip(layer, entered_B, operands)
             weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
             x_BD = x_BD + weight_B[:, None] * delta_BD
-        index = stored.length_B[:, None, None, None].expand(-1, key.shape[1], 1, key.shape[2])
-        # A token that skips leaves its empty key behind the last one, where the next that enters replaces it.
-        stored.keys.scatter_(2, index, key[:, :, None].to(stored.keys.dtype))
-        stored.values.scatter_(2, index, value[:, :, None].to(stored.values.dtype))
+        # A token that skips leaves its empty key behind the last one, where the next that enters replaces it. An
+        # assignment by index, unlike a scatter, compiles to a write in place.
+        stored.keys[row_B, :, stored.length_B] = key.to(stored.keys.dtype)
+        stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
         stored.length_B.add_(entered_B)
     state.position_B.add_(1)
     return matvec(model.lm_head, model.model.norm(x_BD))
 
 
+def row_counts(batch_size: int) -> list[int]:
+    """The numbers of rows a routed block is compiled for: 1, 4, 16 and so on, and the whole batch."""
+    counts = [1]
+    while counts[-1] * 4 < batch_size:
+        counts.append(counts[-1] * 4)
+    return counts if batch_size == 1 else [*counts, batch_size]
+
+
 def enter_or_skip(
-    layer: DecoderLayer,
-    entered_B: Tensor,
-    x_BD: Tensor,
-    cos_Bh: Tensor,
-    sin_Bh: Tensor,
-    stored: LayerState,
-    used_BS: Tensor,
+    layer: DecoderLayer, entered_B: Tensor, operands: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_block` if any row enters; else nothing of the block is read."""
-    heads, head_dim = stored.keys.shape[1], stored.keys.shape[3]
+    """`decode_block` for the rows that enter; when none does, nothing of the block is read.
+
+    Args:
+        layer: the block.
+        entered_B (torch.Tensor): which rows enter; of shape [B].
+        operands: the arguments of `decode_block` after the layer, for all rows.
+    """
+    x_BD, keys = operands[0], operands[3]
+    heads, head_dim = keys.shape[1], keys.shape[3]
     sizes = (x_BD.shape[1], heads * head_dim, heads * head_dim)
+    batch_size = x_BD.shape[0]
+    order_B = entered_B.int().argsort(descending=True, stable=True)
+    count = entered_B.sum()
 
-    # Both branches hand out one fresh tensor: their outputs must agree in strides, too.
-    def enter(*operands: Tensor) -> Tensor:
-        delta_BD, key_BHh, value_BHh = decode_block(layer, *operands)
-        return torch.cat([delta_BD, key_BHh.flatten(1), value_BHh.flatten(1)], dim=1)
+    # All branches hand out one fresh tensor: their outputs must agree in strides, too.
+    def skip(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+        return operands[0].new_zeros(batch_size, sum(sizes))
 
-    def skip(*operands: Tensor) -> Tensor:
-        return operands[0].new_zeros(operands[0].shape[0], sum(sizes))
+    def enter(rows: int) -> Callable[..., Tensor]:
+        def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+            if rows == batch_size:
+                return torch.cat([part.flatten(1) for part in decode_block(layer, *operands)], dim=1)
+            index = order_B[:rows]
+            left = decode_block(layer, *(operand.index_select(0, index) for operand in operands))
+            chosen = torch.cat([part.flatten(1) for part in left], dim=1)
+            return operands[0].new_zeros(batch_size, sum(sizes)).index_copy(0, index, chosen)
 
-    operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
-    if torch.compiler.is_compiling():
-        left = torch.cond(entered_B.any(), enter, skip, operands)
-    else:
-        left = enter(*operands) if bool(entered_B.any()) else skip(*operands)
+        return branch
+
+    def at_most(rows: list[int]) -> Callable[..., Tensor]:
+        """The branch for the smallest of `rows` that holds all that enter."""
+        if len(rows) == 1:
+            return enter(rows[0])
+
+        def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+            return choose(count <= rows[0], enter(rows[0]), at_most(rows[1:]), (order_B, count, *operands))
+
+        return branch
+
+    left = choose(count == 0, skip, at_most(row_counts(batch_size)), (order_B, count, *operands))
     delta_BD, key, value = left.split(sizes, dim=1)
     return delta_BD, key.unflatten(1, (heads, head_dim)), value.unflatten(1, (heads, head_dim))
+
+
+def choose(
+    condition: Tensor, if_true: Callable[..., Tensor], if_false: Callable[..., Tensor], operands: tuple[Tensor, ...]
+) -> Tensor:
+    """One of two functions of `operands`; a real branch, compiled or not."""
+    if torch.compiler.is_compiling():
+        return torch.cond(condition, if_true, if_false, operands)
+    return if_true(*operands) if bool(condition) else if_false(*operands)
 
 
 def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Tensor, State]:
@@ -218,4 +285,6 @@ def stream(
         yield token_B
         if number + 1 < max_new_tokens:
             grow(state)
-            logits_BV = step(model, token_B, state)
+            # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
+            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
+                logits_BV = step(model, token_B, torch.ones_like(token_B, dtype=torch.bool), state)
