@@ -8,10 +8,11 @@ from test_cache import left_padded
 from test_modeling import tiny
 
 from mixture_of_depths.generation import GROWTH, grow, prefill, stream
+from mixture_of_depths.options import SamplingOptions
 
 
 def greedy(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    settings: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    settings: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     return model.generate(input_ids, attention_mask=mask, **settings)[:, input_ids.shape[1] :]
 
 
@@ -22,7 +23,9 @@ def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: lis
     model = tiny(routed_layers=routed, causal_router=causal_router).float().eval()
     for length in (1, 9):
         input_ids, mask = left_padded(batch, length)
-        tokens = torch.stack(list(stream(model, input_ids, mask, 90, compiled=False)), dim=1)
+        tokens = torch.stack(
+            list(stream(model, input_ids, mask, SamplingOptions(max_new_tokens=90, temperature=0))), dim=1
+        )
         assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
 
 
@@ -33,7 +36,9 @@ def test_the_compiled_step_gives_the_same_tokens_and_compiles_once(batch: int) -
     model.model.layers[1].router.predictor.down_proj.bias.data.fill_(1.0)
     input_ids, mask = left_padded(batch, 9)
     torch._dynamo.utils.counters.clear()
-    tokens = torch.stack(list(stream(model, input_ids, mask, 90)), dim=1)
+    tokens = torch.stack(
+        list(stream(model, input_ids, mask, SamplingOptions(max_new_tokens=90, temperature=0), compiled=True)), dim=1
+    )
     assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
+from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mixture_of_depths.data import Corpus
     from mixture_of_depths.modeling import MoDForCausalLM
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -79,7 +82,7 @@ def evaluate(
         max_blocks: Use this many blocks, evenly spaced, instead of all.
     """
     from mixture_of_depths.checkpoint import read_json
-    from mixture_of_depths.data import Skipped, end_of_text, pack, prepare, read_documents, tokenize
+    from mixture_of_depths.data import Skipped, end_of_text, pack, read_documents, tokenize
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
@@ -101,12 +104,8 @@ def evaluate(
         blocks = pack(tokens, length, "given")
         bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
     else:
-        options = text["options"]
-        kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
-        corpus = prepare(kept)
-        if corpus.key != text["key"]:
-            raise ValueError(f"data={' '.join(kept.data)} has changed since the training; give data to evaluate on")
-        length = kept.sequence_length
+        corpus = _held_out(checkpoint)
+        length = corpus.options.sequence_length
         blocks, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
         if sequence_length not in (None, length):
             raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
@@ -124,38 +123,188 @@ def evaluate(
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    batch_size: int = 16,
+    sampling: SamplingOptions = SamplingOptions(),
+    stream: bool = False,
     show_depth: bool = False,
+    compile: bool = False,
 ) -> None:
-    """Sample from a model.
+    """Sample from a model, after one prompt or after every prompt of a file.
 
     Args:
         checkpoint: Folder of a trained model.
         prompt: Text to go on from.
-        max_new_tokens: Tokens to sample.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Sample from this many likeliest tokens; 0 for all.
-        top_p: Sample from the likeliest tokens that hold this much probability.
-        seed: Seed of the sampling.
+        prompts: File of prompts: a .jsonl with the field "prompt", or text with one prompt a line. Prints JSON lines.
+        out: File to write the JSON lines to, instead of printing them.
+        batch_size: Prompts of the file that are sampled together.
+        sampling: How tokens are drawn.
+        stream: Print text as it is sampled.
         show_depth: Colour every token by the number of blocks it used.
+        compile: Compile the sampling step: many times faster, after half a minute that is spent once per model.
     """
-    from rich.console import Console
-
-    from mixture_of_depths.sampling import coloured, sample
+    from mixture_of_depths.sampling import begin, coloured, sample_texts, stream_texts
 
     _quiet()
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give exactly one of prompt and prompts")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if out is not None and (prompts is None or out.exists()):
+        raise ValueError(f"out={out} {'needs prompts' if prompts is None else 'exists; name another file'}")
+    texts = [prompt] if prompt is not None else _read_prompts(prompts)
     model, tokenizer = _load(checkpoint)
-    tokens = sample(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed)
-    console = Console(highlight=False, soft_wrap=True)
+    samples = begin(tokenizer, texts)
+    compiled = compile and _can_compile()
+    if compiled:
+        print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
+    if prompts is not None:
+        with out.open("x") if out is not None else nullcontext(sys.stdout) as file:
+            for start in range(0, len(texts), batch_size):
+                seeds = range(sampling.seed + start, sampling.seed + min(start + batch_size, len(texts)))
+                done = sample_texts(model, tokenizer, texts[start : start + batch_size], sampling, seeds, compiled)
+                for sample in done:
+                    record = {"prompt": sample.prompt, "text": sample.text, "ended": sample.ended}
+                    print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+        return
+    if stream:
+        print(texts[0], end="", flush=True)
+    for _, text in stream_texts(model, tokenizer, samples, sampling, compiled=compiled):
+        if stream:
+            print(text, end="", flush=True)
+    if stream:
+        print()
+    elif not show_depth:
+        print(texts[0] + samples[0].text)
     if show_depth:
-        console.print(coloured(model, tokenizer, tokens))
-    else:
-        print(tokenizer.decode(tokens, skip_special_tokens=True))
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(coloured(model, tokenizer, samples[0].tokens))
+
+
+def calibrate(checkpoint: Checkpoint, out: Path) -> None:
+    """Shift the causal routers so that each block's capacity is what enters it, on text held out in training.
+
+    Every second held-out block is calibrated on; the others are evaluated on, before and after, as JSON.
+
+    Args:
+        checkpoint: Folder of a trained model.
+        out: Folder for the calibrated model.
+    """
+    from mixture_of_depths.calibration import calibrate as run
+    from mixture_of_depths.data import end_of_text
+    from mixture_of_depths.evaluation import evaluate as evaluation
+
+    _quiet()
+    if out.exists():
+        raise ValueError(f"out={out} exists; name another folder")
+    model, tokenizer = _load(checkpoint)
+    if not model.config.routed_layers or model.config.router_type == "random":
+        raise ValueError(f"checkpoint={checkpoint} has no learned router to calibrate")
+    corpus = _held_out(checkpoint)
+    if len(corpus.validation) < 2:
+        raise ValueError(f"checkpoint={checkpoint} held out fewer than 2 blocks; train with more held-out text")
+    end, size = end_of_text(tokenizer), corpus.facts.validation_bytes_per_token
+    chosen = corpus.validation.select(range(0, len(corpus.validation), 2))
+    others = corpus.validation.select(range(1, len(corpus.validation), 2))
+    before = evaluation(model, others, end, size)
+    run(model, chosen, end)
+    after = evaluation(model, others, end, size)
+    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    model.save_pretrained(out)
+    print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
+
+
+def bench(
+    checkpoint: Checkpoint,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    batch_sizes: tuple[int, ...] = (1,),
+) -> None:
+    """Print how fast a model samples on this machine, and what it holds in memory, as JSON.
+
+    Args:
+        checkpoint: Folder of a trained model.
+        prompt_tokens: Random tokens before.
+        new_tokens: Tokens to sample.
+        batch_sizes: Numbers of prompts sampled together.
+    """
+    from mixture_of_depths.bench import bench as run
+    from mixture_of_depths.provenance import provenance
+
+    _quiet()
+    if prompt_tokens < 1 or new_tokens < 5 or min(batch_sizes, default=0) < 1:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and batch_sizes={batch_sizes} must be at least 1, "
+            f"new_tokens={new_tokens} at least 5"
+        )
+    model, _ = _load(checkpoint)
+    if not _can_compile():
+        raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
+    print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance()}, indent=2))
+
+
+def _read_prompts(path: "Path | None") -> list[str]:
+    """The prompts in a file.
+
+    Raises:
+        ValueError: when it holds none, or a line of a .jsonl has no text "prompt".
+    """
+    assert path is not None
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={path} is not UTF-8: {error}") from error
+    if not lines:
+        raise ValueError(f"prompts={path} holds no prompt; give one a line")
+    if path.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'prompts={path}, line {number}: needs an object with the field "prompt"') from error
+        if not isinstance(text, str):
+            raise ValueError(f'prompts={path}, line {number}: "prompt" must be a text')
+        texts.append(text)
+    return texts
+
+
+def _can_compile() -> bool:
+    """Whether there is what torch.compile needs; says so when there is not."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("no C++ compiler found: sampling without compilation", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _held_out(checkpoint: Path) -> "Corpus":
+    """The text that a model's training held out.
+
+    Raises:
+        ValueError: when it is not known any more.
+    """
+    from mixture_of_depths.checkpoint import read_json
+    from mixture_of_depths.data import prepare
+
+    trained = checkpoint / "run.json"
+    if not trained.exists():
+        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training, which tells what it held out")
+    text = read_json(trained)["text"]
+    options = text["options"]
+    kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
+    corpus = prepare(kept)
+    if corpus.key != text["key"]:
+        raise ValueError(f"data={' '.join(kept.data)} has changed since the training; give data to evaluate on")
+    return corpus
 
 
 def demo(
@@ -223,7 +372,14 @@ def main() -> None:
     """Runs the command line; what a user can mend ends with status 2 and one line, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    commands = {"train": train, "evaluate": evaluate, "generate": generate, "demo": demo}
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "calibrate": calibrate,
+        "generate": generate,
+        "bench": bench,
+        "demo": demo,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mod", description="Mixture-of-Depths transformers.", config=(Flat,)

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -13,9 +14,9 @@ from mixture_of_depths import plots
 from mixture_of_depths.data import Corpus, prepare
 from mixture_of_depths.flops import forward_flops_per_token
 from mixture_of_depths.modeling import MoDForCausalLM
-from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
+from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.sampling import coloured, encode, sample, tokens_per_second
+from mixture_of_depths.sampling import begin, coloured, sample_texts, tokens_per_second
 from mixture_of_depths.training import TrainResult, model_config, train
 
 PROMPT = "def read_file(path, encoding=None):\n    "
@@ -56,8 +57,9 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
     console.print(_table(rows, max_flops))
     for name, model in models.items():
         console.print(f"\n[bold]{name}[/bold], the same prompt and seed, tokens coloured by the blocks they used:\n")
-        tokens = sample(model, corpus.tokenizer, PROMPT, SAMPLED, seed=seed)
-        console.print(coloured(model, corpus.tokenizer, tokens))
+        options = SamplingOptions(max_new_tokens=SAMPLED, seed=seed)
+        (sample,) = sample_texts(model.eval(), corpus.tokenizer, [PROMPT], options)
+        console.print(coloured(model, corpus.tokenizer, sample.tokens))
     plots.training_curve({name: out / name / "metrics.jsonl" for name in models}, out / "curves.png")
     (out / "demo.json").write_text(json.dumps({"max_flops": max_flops, "models": rows, **provenance()}, indent=2))
     console.print(f"\ncurves: {out / 'curves.png'}   figures: {out / 'demo.json'}")
@@ -69,7 +71,7 @@ def _speeds(models: dict[str, MoDForCausalLM], corpus: Corpus, repeats: int = 3)
     for repeat in range(repeats + 1):
         for name, model in models.items():
             model.eval()
-            input_ids = encode(model, corpus.tokenizer, PROMPT, SAMPLED)
+            input_ids = torch.tensor([begin(corpus.tokenizer, [PROMPT])[0].tokens], device=model.device)
             speed = tokens_per_second(model, input_ids, SAMPLED)
             if repeat > 0:
                 found[name].append(speed)

@@ -8,22 +8,33 @@ Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value h
 O outputs, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mixture_of_depths.cache import RoutedCacheLayer
+from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors, rotate
+from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.quantization import Int8Linear
 
 # Buffers grow by this many slots.
 GROWTH = 64
 # Parts of a weight that one row reads at once; a single stream of int8 weights gets half of the memory's speed.
 STREAMS = 8
+GREEDY = SamplingOptions(temperature=0)
 
 
 @dataclass
@@ -265,26 +276,130 @@ def _padded(buffer_BHSh: Tensor, size: int) -> Tensor:
     return padded
 
 
+class TokenChoice:
+    """Draws the next token of every row; each row has a generator of its own, so that its text is its own affair."""
+
+    def __init__(
+        self, options: SamplingOptions, input_ids: Tensor, attention_mask: Tensor, seeds: Sequence[int]
+    ) -> None:
+        # Padding repeats the row's first token: a penalty on what a row holds must not hit the padding's token.
+        first_B1 = input_ids.gather(1, attention_mask.argmax(dim=1, keepdim=True))
+        self.known_BT = torch.where(attention_mask.bool(), input_ids, first_B1)
+        self.is_greedy = options.temperature == 0
+        self.generators = [torch.Generator(input_ids.device).manual_seed(seed) for seed in seeds]
+        self.processors = LogitsProcessorList()
+        if options.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if self.is_greedy:
+            return
+        if options.temperature != 1:
+            self.processors.append(TemperatureLogitsWarper(options.temperature))
+        if options.top_k > 0:
+            self.processors.append(TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            self.processors.append(TopPLogitsWarper(options.top_p))
+        if options.min_p > 0:
+            self.processors.append(MinPLogitsWarper(options.min_p))
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """The next tokens, of shape [B]; remembers them."""
+        logits_BV = self.processors(cast(torch.LongTensor, self.known_BT), cast(torch.FloatTensor, logits_BV))
+        if self.is_greedy:
+            token_B = logits_BV.argmax(dim=-1)
+        else:
+            rows = zip(logits_BV.softmax(dim=-1), self.generators, strict=True)
+            token_B = torch.cat([torch.multinomial(row_V, 1, generator=generator) for row_V, generator in rows])
+        if self.processors:
+            self.known_BT = torch.cat([self.known_BT, token_B[:, None]], dim=1)
+        return token_B
+
+
+def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> None:
+    """Refuses prompts the model cannot go on from.
+
+    Raises:
+        ValueError: for an empty prompt, a token outside the vocabulary, right padding, or too long a text.
+    """
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"input_ids of shape {list(input_ids.shape)} and attention_mask of shape {list(attention_mask.shape)} "
+            "must both be of shape [batch, tokens]"
+        )
+    if input_ids.numel() == 0 or not bool(attention_mask.any(dim=1).all()):
+        raise ValueError("input_ids holds an empty prompt; give at least one token a row")
+    if bool((attention_mask.diff(dim=1) < 0).any()):
+        raise ValueError("attention_mask pads on the right; pad prompts on the left")
+    outside = input_ids[(input_ids < 0) | (input_ids >= model.config.vocab_size)]
+    if len(outside) > 0:
+        raise ValueError(
+            f"input_ids holds {int(outside[0])}, which is outside the vocabulary of {model.config.vocab_size} tokens; "
+            "use the model's own tokenizer"
+        )
+    longest, length = model.config.max_position_embeddings, int(attention_mask.sum(dim=1).max())
+    if length + max_new_tokens > longest:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens is more than the model's "
+            f"max_position_embeddings={longest}; shorten one of them"
+        )
+
+
+def end_tokens(config: MoDConfig) -> list[int]:
+    """The tokens that end a text; none, one or several."""
+    ends = cast(int | list[int] | None, config.eos_token_id)
+    return [] if ends is None else [ends] if isinstance(ends, int) else ends
+
+
+# Branches are part of the graph that names an entry of the compiler's cache on disk, which by default keeps none that
+# has any: compiling them anew takes half a minute.
+CACHED = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"}}
+
+
 @torch.no_grad()
 def stream(
-    model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, compiled: bool = True
+    model: MoDForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    options: SamplingOptions = GREEDY,
+    seeds: Sequence[int] | None = None,
+    active_B: Tensor | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """Yields the likeliest next token of every row, [B], token by token.
+    """Yields the next token of every row, [B], token by token, until all rows have ended.
+
+    A row ends with the model's end of text, after which it yields that token again and enters no routed block.
 
     Args:
         model: the model, in evaluation mode.
         input_ids (torch.Tensor): left-padded prompts, of shape [B, T].
-        attention_mask (torch.Tensor): 0 for padding; of shape [B, T].
-        max_new_tokens: number of tokens to yield.
-        compiled: whether to compile the step, which needs a C++ compiler on the CPU.
+        attention_mask (torch.Tensor | None): 0 for padding; of shape [B, T]. None when there is none.
+        options: how tokens are drawn; `stop` needs text and is not looked at here.
+        seeds: one seed a row; by default the options' and those after it.
+        active_B (torch.Tensor | None): True for rows that go on; of shape [B]. Its owner may end a row by writing
+            False between two tokens.
+        compiled: whether to compile the step, which needs a C++ compiler on the CPU and half a minute the first time.
+
+    Raises:
+        ValueError: for prompts the model cannot go on from.
     """
-    step = torch.compile(decode_step, fullgraph=True) if compiled else decode_step
-    logits_BV, state = prefill(model, input_ids, attention_mask, max_new_tokens)
-    for number in range(max_new_tokens):
-        token_B = logits_BV.argmax(dim=-1)
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    check_prompts(model, input_ids, attention_mask, options.max_new_tokens)
+    batch_size = input_ids.shape[0]
+    if active_B is None:
+        active_B = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
+    seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
+    choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
+    ends = end_tokens(model.config)
+    step = torch.compile(decode_step, fullgraph=True, options=CACHED) if compiled else decode_step
+    logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
+    for number in range(options.max_new_tokens):
+        token_B = choose_token(logits_BV)
+        if ends:
+            token_B = token_B.where(active_B, ends[0])
+            active_B &= torch.isin(token_B, torch.tensor(ends, device=token_B.device), invert=True)
         yield token_B
-        if number + 1 < max_new_tokens:
-            grow(state)
-            # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
-            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
-                logits_BV = step(model, token_B, torch.ones_like(token_B, dtype=torch.bool), state)
+        if number + 1 == options.max_new_tokens or not bool(active_B.any()):
+            return
+        grow(state)
+        # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
+            logits_BV = step(model, token_B, active_B, state)

@@ -107,3 +107,40 @@ class TrainOptions:
     """Steps between checkpoints; by default a fifth of the run."""
     seed: int = 0
     """Seed of initialisation, data order and random routing."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn. The settings apply in the order of the fields, as in transformers' `generate()`."""
+
+    max_new_tokens: int = 128
+    """Most tokens to sample after a prompt; fewer when it ends by itself or by a stop string."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens already there, and multiplies the negative ones; 1 for none."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Sample from this many likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this much probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sample; they are not part of it."""
+    seed: int = 0
+    """Seed of the sampling; the n-th prompt of several uses seed + n, whatever it is batched with."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting that is out of its range."""
+        for name, valid, range_ in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63"),
+            ("stop", all(self.stop), "of texts that are not empty"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {range_}")

@@ -1,91 +1,153 @@
-"""Samples with `generate()`, their speed, and text coloured by the number of blocks its tokens used."""
+"""Text from a model: sampled, streamed, and coloured by the number of blocks its tokens used."""
 
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.text import Text
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from mixture_of_depths.evaluation import blocks_used
+from mixture_of_depths.flops import block_flops
+from mixture_of_depths.generation import end_tokens, stream
 from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.options import SamplingOptions
 
 # From few blocks to many; told apart by the colour-blind, and readable on dark and light grounds.
 COLOURS = ("#0072B2", "#009E73", "#B8860B", "#D55E00", "#CC3377")
 
 
-def encode(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> Tensor:
-    """The prompt as tokens, of shape [1, T].
+@dataclass
+class Sample:
+    """A prompt and what was sampled after it.
+
+    Attributes:
+        prompt: the text before.
+        text: the text sampled, without the stop string that ended it.
+        tokens: the tokens of both.
+        ended: "end_of_text", "stop" or "length"; None while it goes on.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: str | None = None
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sample]:
+    """Samples with nothing sampled yet.
 
     Raises:
-        ValueError: when it is empty or leaves no room for `max_new_tokens`.
+        ValueError: for a prompt that is empty or not UTF-8.
     """
-    if not prompt:
-        raise ValueError("prompt='' is empty; give at least one character")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt={prompt!r} is not UTF-8: {error}") from error
-    input_ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest = model.config.max_position_embeddings
-    if input_ids.shape[1] + max_new_tokens > longest:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {input_ids.shape[1]} tokens is more than the model's "
-            f"max_position_embeddings={longest}; shorten one of them"
-        )
-    return input_ids
+    samples = []
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("prompt='' is empty; give at least one character")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt={prompt!r} is not UTF-8: {error}") from error
+        samples.append(Sample(prompt, "", tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+    return samples
 
 
-def sample(
+def stream_texts(
     model: MoDForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[int]:
-    """Samples after a prompt; returns the tokens of both.
+    samples: list[Sample],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+    compiled: bool = False,
+) -> Iterator[tuple[int, str]]:
+    """Goes on from all samples at once; yields (index, text) as text appears, and keeps the samples up to date.
+
+    Text that may become a stop string is held back until it is known not to.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        samples: from `begin`; of different lengths as it comes.
+        options: how tokens are drawn, and when to stop.
+        seeds: one seed a sample; by default the options' and those after it.
+        compiled: see `generation.stream`.
 
     Raises:
-        ValueError: when the prompt is empty or too long, or a setting is out of its range.
+        ValueError: for prompts the model cannot go on from.
     """
-    for name, value, valid in (
-        ("temperature", temperature, temperature >= 0),
-        ("top_k", top_k, top_k >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-    ):
-        if not valid:
-            raise ValueError(f"{name}={value} is out of range: temperature >= 0, top_k >= 0, 0 < top_p <= 1")
-    input_ids = encode(model, tokenizer, prompt, max_new_tokens)
-    chosen = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    torch.manual_seed(seed)
-    return _generate(model, input_ids, max_new_tokens, chosen if temperature > 0 else {"do_sample": False})[0].tolist()
+    longest = max(len(sample.tokens) for sample in samples)
+    padding = [longest - len(sample.tokens) for sample in samples]
+    rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
+    input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
+    attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
+    active_B = torch.ones(len(samples), dtype=torch.bool, device=model.device)
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in samples]
+    held = [""] * len(samples)
+    ends = end_tokens(model.config)
+    backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
+    for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
+        for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
+            if sample.ended is not None:
+                continue
+            sample.tokens.append(token)
+            if token in ends:
+                sample.ended, ready = "end_of_text", held[row]
+            else:
+                text = held[row] + (decoders[row].step(backend, token) or "")
+                cut = min((at for stop in options.stop if (at := text.find(stop)) >= 0), default=None)
+                if cut is not None:
+                    sample.ended, ready = "stop", text[:cut]
+                    active_B[row] = False
+                else:
+                    kept = max((_overlap(text, stop) for stop in options.stop), default=0)
+                    ready, held[row] = text[: len(text) - kept], text[len(text) - kept :]
+            sample.text += ready
+            if ready:
+                yield row, ready
+    for row, sample in enumerate(samples):
+        if sample.ended is None:
+            sample.ended, sample.text = "length", sample.text + held[row]
+            if held[row]:
+                yield row, held[row]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` with which `stop` begins."""
+    return max((size for size in range(1, min(len(text), len(stop)) + 1) if text.endswith(stop[:size])), default=0)
+
+
+def sample_texts(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions = SamplingOptions(),  # noqa: B008
+    seeds: Sequence[int] | None = None,
+    compiled: bool = False,
+) -> list[Sample]:
+    """Samples after every prompt, all at once; see `stream_texts`."""
+    samples = begin(tokenizer, prompts)
+    for _ in stream_texts(model, tokenizer, samples, options, seeds, compiled):
+        pass
+    return samples
 
 
 def tokens_per_second(model: MoDForCausalLM, input_ids: Tensor, max_new_tokens: int) -> float:
-    """Speed of greedy sampling after the prompt, end of text ignored; prefill included."""
+    """Speed of greedy sampling with `generate()`, end of text ignored; prefill included."""
     start = time.perf_counter()
-    settings = {"do_sample": False, "min_new_tokens": max_new_tokens}
-    tokens = _generate(model, input_ids, max_new_tokens, settings)
-    return (tokens.shape[1] - input_ids.shape[1]) / (time.perf_counter() - start)
-
-
-def _generate(model: MoDForCausalLM, input_ids: Tensor, max_new_tokens: int, settings: dict[str, object]) -> Tensor:
     # The mixin annotates itself with a private protocol that no public class satisfies.
-    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
         max_new_tokens=max_new_tokens,
-        return_dict_in_generate=True,
-        **settings,
+        min_new_tokens=max_new_tokens,
     )
-    assert isinstance(output, GenerateDecoderOnlyOutput)
-    return output.sequences
+    assert isinstance(tokens, Tensor)
+    return (tokens.shape[1] - input_ids.shape[1]) / (time.perf_counter() - start)
 
 
 def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Text:
@@ -105,7 +167,10 @@ def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: 
     for count in range(dense, blocks + 1):
         text.append(f" {count} ", style=f"bold {colour(count)}")
         text.append(f"({used.count(count) / len(used):.0%})")
-    text.append(f"   mean {sum(used) / len(used):.2f} of {blocks}")
+    mean = sum(used) / len(used)
+    block = block_flops(model.config, 1, len(used) / 2).total
+    whole = blocks * block + 2 * model.config.hidden_size * model.config.vocab_size
+    text.append(f"   mean {mean:.2f} of {blocks}; {(blocks - mean) * block / whole:.0%} of the compute saved")
     return text
 
 
