@@ -6,11 +6,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_depths.cache import MoDCache
 from mixture_of_depths.flops import cache_bytes, decode_bytes
-from mixture_of_depths.generation import GREEDY, stream
+from mixture_of_depths.generation import stream
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.quantization import quantize
@@ -19,20 +19,17 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
 
 
 def in_precision(model: MoDForCausalLM, precision: str) -> MoDForCausalLM:
-    """A copy of the model with weights in "fp32", "bf16", or "int8" (of which the rest is bf16)."""
-    converted = copy.deepcopy(model).to(torch.float32 if precision == "fp32" else torch.bfloat16).eval()
+    """A copy of the model that never ends a text, with weights in "fp32", "bf16", or "int8" (all else in bf16)."""
+    converted = copy.deepcopy(model).eval()
+    nn.Module.to(converted, torch.float32 if precision == "fp32" else torch.bfloat16)
+    converted.config.eos_token_id = None
     if precision == "int8":
         quantize(converted)
     return converted
 
 
-def decode_seconds(model: MoDForCausalLM, input_ids: Tensor, max_new_tokens: int, compiled: bool = True) -> float:
-    """Median seconds of a sampling step after the prompts; the prefill is left out.
-
-    Ends of text are passed over, so that every run samples the same number of tokens.
-    """
-    model.config.eos_token_id = None
-    options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=GREEDY.temperature)
+def decode_seconds(model: MoDForCausalLM, input_ids: Tensor, options: SamplingOptions, compiled: bool = True) -> float:
+    """Mean seconds of a sampling step after the prompts; the prefill and the first steps are left out."""
     times, last = [], None
     for _ in stream(model, input_ids, options=options, compiled=compiled):
         now = time.perf_counter()
@@ -77,17 +74,18 @@ def bench(
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"parameters": sum(weight.numel() for weight in model.parameters())}
     context = prompt_tokens + new_tokens // 2
+    options = SamplingOptions(max_new_tokens=new_tokens, temperature=0)
     for precision, size in BYTES.items():
         sides = in_precision(model, precision)
         found[precision] = {"weight_bytes": sum(t.nbytes for t in [*sides.parameters(), *sides.buffers()])}
         for batch_size in batch_sizes:
             input_ids = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
             start = time.perf_counter()
-            decode_seconds(sides, input_ids, 4)
+            decode_seconds(sides, input_ids, SamplingOptions(max_new_tokens=5, temperature=0))
             compile_seconds = time.perf_counter() - start
             steps, bandwidths = [], []
             for _ in range(repeats):
-                steps.append(decode_seconds(sides, input_ids, new_tokens))
+                steps.append(decode_seconds(sides, input_ids, options))
                 bandwidths.append(read_gigabytes_per_second())
             bytes_read = decode_bytes(model.config, context, batch_size, size).total
             found[precision][f"batch {batch_size}"] = {

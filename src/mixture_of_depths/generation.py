@@ -10,7 +10,7 @@ O outputs, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
         out_BO = torch.cat([(part.float() * x_D).sum(dim=-1) for part in parts])[None]
     elif isinstance(layer, Int8Linear):
         ones_O = torch.ones_like(layer.scale, dtype=torch.bfloat16)
-        out_BO = torch._weight_int8pack_mm(x_BD.bfloat16(), weight_OD, ones_O).float()
+        out_BO = torch.ops.aten._weight_int8pack_mm(x_BD.bfloat16(), weight_OD, ones_O).float()
     elif weight_OD.dtype == torch.bfloat16:
         # Twice as fast on the CPU as the product the other way round.
         out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
@@ -351,7 +351,7 @@ def end_tokens(config: MoDConfig) -> list[int]:
 
 # Branches are part of the graph that names an entry of the compiler's cache on disk, which by default keeps none that
 # has any: compiling them anew takes half a minute.
-CACHED = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"}}
+CACHED: dict[str, Any] = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"}}
 
 
 @torch.no_grad()

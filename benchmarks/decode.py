@@ -1,0 +1,274 @@
+"""Sampling speed: this package's Mixture-of-Depths and dense models against transformers' Llama and llama.cpp.
+
+    pip install -e '.[bench]'
+    python benchmarks/decode.py                                  # models A and B, both precisions, batch 1, 4, 16
+    python benchmarks/decode.py --models A --precisions fp32 --batch-sizes 1
+
+A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. Vocabulary 4,096, prompt 128 and
+128 new tokens, random weights; every other block routed at 12.5 %, thresholds calibrated on the very text the model
+samples, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
+this process; each figure is a median over the turns. Prints one JSON line.
+
+`tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
+pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
+bytes a step must read over its time and over the bandwidth measured in the same turns, `prefill_ratio` the time of a
+causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share that entered routed blocks.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import gguf
+import torch
+import xllamacpp
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.bench import (
+    BYTES,
+    cache_of,
+    decode_seconds,
+    in_precision,
+    prefill_seconds,
+    read_gigabytes_per_second,
+)
+from mixture_of_depths.flops import decode_bytes
+from mixture_of_depths.generation import stream
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.provenance import provenance
+
+PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
+# Random models repeat themselves when the likeliest token is taken.
+OPTIONS = SamplingOptions(max_new_tokens=NEW, temperature=1.0, top_k=0)
+SHAPES: dict[str, dict[str, Any]] = {
+    "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+}
+
+
+def build(name: str) -> dict[str, MoDForCausalLM]:
+    """Both of our sides in float32."""
+    shape = {**SHAPES[name], "vocab_size": VOCABULARY, "max_position_embeddings": 2 * LONG}
+    torch.manual_seed(0)
+    mod = MoDForCausalLM(MoDConfig(**shape, causal_router="threshold")).eval()
+    dense = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
+    for model in (mod, dense):
+        model.config.eos_token_id = None
+    return {"mod": mod, "dense": dense}
+
+
+@torch.no_grad()
+def continued(model: MoDForCausalLM, batch_size: int) -> torch.Tensor:
+    """Prompts of random tokens and what the model samples after them, [B, T]."""
+    prompts = torch.randint(0, VOCABULARY, (batch_size, PROMPT), generator=torch.Generator().manual_seed(batch_size))
+    return torch.cat([prompts, torch.stack(list(stream(model, prompts, options=OPTIONS)), dim=1)], dim=1)
+
+
+@torch.no_grad()
+def calibrate(model: MoDForCausalLM) -> None:
+    """Sets thresholds so that the capacity's share of random tokens and of sampled ones enters."""
+    for _ in range(3):
+        tokens = continued(model, 16)
+        for layer_idx in model.config.routed_layers or []:
+            logits = model.model(tokens, use_cache=False, routing="causal").routing[layer_idx].causal_logits
+            router: Any = model.model.layers[layer_idx].router
+            router.threshold.add_(logits[:, PROMPT:].float().quantile(1 - model.config.capacity_fraction(layer_idx)))
+
+
+def llama(dense: MoDForCausalLM) -> LlamaForCausalLM:
+    """transformers' model with the dense side's weights."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = LlamaConfig(**{name: getattr(dense.config, name) for name in names}, max_position_embeddings=2 * LONG)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(dense.state_dict())
+    torch.nn.Module.to(model, dense.dtype)
+    return model.eval()
+
+
+def generate_speed(model: LlamaForCausalLM, input_ids: torch.Tensor, **settings: Any) -> float:
+    start = time.perf_counter()
+    model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        eos_token_id=None,
+        pad_token_id=0,
+        **settings,
+    )
+    return input_ids.shape[0] * NEW / (time.perf_counter() - start)
+
+
+def write_gguf(dense: MoDForCausalLM, path: Path) -> None:
+    """The dense side's weights for llama.cpp, with a vocabulary of placeholders."""
+    config = dense.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size or 0)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_rope_dimension_count(config.head_dim or 0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("llama")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    extra = VOCABULARY - len(names)
+    writer.add_token_list([*names, *(f"t{number}" for number in range(extra))])
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * extra])
+    writer.add_token_scores([0.0] * VOCABULARY)
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    bf16 = dense.dtype == torch.bfloat16
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if bf16 else gguf.LlamaFileType.ALL_F32)
+    for name, weight in dense.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp rotates neighbours, not halves.
+            heads = weight.view(config.num_attention_heads, 2, -1, config.hidden_size)
+            weight = heads.transpose(1, 2).reshape(weight.shape)
+        target = mapping.get_name(name, try_suffixes=(".weight",))
+        assert target is not None, name
+        values = weight.float().numpy()
+        if bf16 and weight.dim() == 2:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(target, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(target, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def serve(path: str, batch_size: int, threads: int, pipe: Connection) -> None:
+    """A llama.cpp server; takes lists of prompts from the pipe and answers with their tokens per second."""
+    parameters = xllamacpp.CommonParams()  # pyright: ignore[reportAttributeAccessIssue]
+    parameters.model.path = path
+    parameters.n_ctx, parameters.n_parallel, parameters.verbosity = 320 * batch_size, batch_size, -1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cache_prompt = False
+    server = xllamacpp.Server(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run(prompt: list[int]) -> dict[str, Any]:
+        request = {"prompt": prompt, "n_predict": NEW, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+        return server.handle_completions(request)["timings"]
+
+    with ThreadPoolExecutor(batch_size) as pool:
+        while True:
+            timings = list(pool.map(run, pipe.recv()))
+            assert all(timing["predicted_n"] == NEW for timing in timings), timings
+            pipe.send(len(timings) * (NEW - 1) / (max(timing["predicted_ms"] for timing in timings) / 1e3))
+
+
+class LlamaCpp:
+    """llama.cpp in a process of its own, which stands still between its turns: its threads wait by spinning."""
+
+    def __init__(self, dense: MoDForCausalLM, batch_size: int, threads: int, folder: Path) -> None:
+        path = folder / f"{dense.dtype}-{batch_size}.gguf"
+        write_gguf(dense, path)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(str(path), batch_size, threads, other), daemon=True)
+        self.process.start()
+
+    def speed(self, input_ids: torch.Tensor) -> float:
+        """Tokens per second of decoding, as the server counts it; of several prompts by the slowest."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+        self.pipe.send(input_ids.tolist())
+        found = self.pipe.recv()
+        os.kill(self.process.pid, signal.SIGSTOP)
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def measure(name: str, precision: str, batch_size: int, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
+    ours = build(name)
+    calibrate(ours["mod"])
+    tokens = continued(ours["mod"], batch_size)
+    routing = ours["mod"](input_ids=tokens, use_cache=False, routing="causal", output_routing=True).routing
+    entered = [layer.entered[:, PROMPT:].float().mean().item() for layer in routing if layer is not None]
+    models = {side: in_precision(model, precision) for side, model in ours.items()}
+    prompts = tokens[:, :PROMPT].contiguous()
+    sides: dict[str, Callable[[], float]] = {
+        side: lambda model=model: batch_size / decode_seconds(model, prompts, OPTIONS) for side, model in models.items()
+    }
+    server = None
+    if precision != "int8":
+        peer = llama(models["dense"])
+        sides["hf"] = lambda: generate_speed(peer, prompts)
+        sides["hf_static"] = lambda: generate_speed(peer, prompts, cache_implementation="static")
+        server = LlamaCpp(models["dense"], batch_size, threads, folder)
+        sides["llamacpp"] = lambda: server.speed(prompts)
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    prefills: dict[str, list[float]] = {side: [] for side in models}
+    bandwidths = []
+    long = torch.randint(0, VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(1))
+    for turn in range(repeats + 1):
+        for side, speed in sides.items():
+            found = speed()
+            if turn > 0:
+                speeds[side].append(found)
+        for side, model in models.items():
+            found = prefill_seconds(model, long)
+            if turn > 0:
+                prefills[side].append(found)
+        bandwidths.append(read_gigabytes_per_second())
+    if server is not None:
+        server.close()
+    middle = {side: median(values) for side, values in speeds.items()}
+    bandwidth = median(bandwidths)
+    roofs = {}
+    for side, model in models.items():
+        needed = decode_bytes(model.config, PROMPT + NEW // 2, batch_size, BYTES[precision]).total
+        roofs[side] = round(needed * middle[side] / batch_size / 1e9 / bandwidth, 3)
+    return {
+        "tokens_per_s": {side: round(value, 1) for side, value in middle.items()},
+        **{f"mod_over_{side}": round(middle["mod"] / value, 3) for side, value in middle.items() if side != "mod"},
+        "roof_fraction": roofs,
+        "read_gb_per_s": round(bandwidth, 1),
+        "cache_bytes_ratio": round(cache_of(models["mod"], tokens) / cache_of(models["dense"], tokens), 4),
+        "prefill_ratio": round(median(prefills["dense"]) / median(prefills["mod"]), 3),
+        "entered": round(sum(entered) / len(entered), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=list(SHAPES), nargs="+", default=list(SHAPES))
+    parser.add_argument("--precisions", choices=list(BYTES), nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 64
+    record: dict[str, Any] = {"benchmark": "decode", "repeats": arguments.repeats}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models:
+            for precision in arguments.precisions:
+                for batch_size in arguments.batch_sizes:
+                    found = measure(name, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
+                    record[f"{name} {precision} batch {batch_size}"] = found
+                    torch._dynamo.reset()
+    print(json.dumps({**record, **provenance()}))
+
+
+if __name__ == "__main__":
+    main()
