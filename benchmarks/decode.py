@@ -98,7 +98,7 @@ def llama(dense: MoDForCausalLM) -> LlamaForCausalLM:
 
 def generate_speed(model: LlamaForCausalLM, input_ids: torch.Tensor, **settings: Any) -> float:
     start = time.perf_counter()
-    model.generate(  # pyright: ignore[reportCallIssue]
+    model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=False,

@@ -148,7 +148,8 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
             entered_B = torch.ones_like(token_B, dtype=torch.bool)
             x_BD = x_BD + delta_BD
         else:
-            router_logits, causal_logits = layer.router.logits(x_BD[:, None], state.position_B[:, None])
+            router_input = x_BD[:, None].to(model.dtype)
+            router_logits, causal_logits = layer.router.logits(router_input, state.position_B[:, None])
             entered_B = (causal_logits[:, 0] > 0) & active_B
             operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
             delta_BD, key, value = enter_or_skip(layer, entered_B, operands)
