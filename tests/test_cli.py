@@ -60,7 +60,7 @@ def test_help_answers_in_under_half_a_second() -> None:
         seconds.append(time.perf_counter() - start)
     # The quickest: what else the machine does is not the command's.
     assert min(seconds) < 0.5
-    for name in ("train", "evaluate", "generate", "demo"):
+    for name in ("train", "evaluate", "calibrate", "generate", "bench", "demo"):
         assert name in output
 
 
@@ -95,6 +95,63 @@ def test_generate_repeats_with_its_seed_and_shows_depth(
     assert re.search(r"blocks used:  2 \(\d+%\) 3 \(\d+%\)   mean \d\.\d\d of 3", output)
 
 
+def test_a_streamed_sample_is_the_same_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router", "--max-new-tokens", "12"]
+    assert run(monkeypatch, capsys, *arguments, "--stream") == run(monkeypatch, capsys, *arguments)
+
+
+def test_prompts_of_a_file_give_json_lines_whatever_the_batch(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["The router", 'A "quoted"\nline', "x"]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    arguments = ["generate", str(checkpoint), "--prompts", str(prompts), "--max-new-tokens", "9"]
+    out = tmp_path / "out.jsonl"
+    assert run(monkeypatch, capsys, *arguments, "--out", str(out), "--batch-size", "2") == (0, "", "")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == texts
+    assert {record["ended"] for record in records} <= {"length", "end_of_text"}
+    status, output, _ = run(monkeypatch, capsys, *arguments, "--batch-size", "1")
+    assert status == 0
+    assert [json.loads(line) for line in output.splitlines()] == records
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--out", str(out))
+    assert status == 2
+    assert "exists; name another file" in errors
+    prompts.write_text('{"text": "x"}\n')
+    status, _, errors = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert 'line 1: needs an object with the field "prompt"' in errors
+
+
+def test_calibrate_writes_a_model_whose_blocks_take_their_capacity(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "calibrated"
+    status, output, _ = run(monkeypatch, capsys, "calibrate", str(checkpoint), "--out", str(out))
+    assert status == 0
+    found = json.loads(output)
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(out))
+    assert status == 0
+    share = json.loads(output)["causal_routers"]["predictor"]["share_entering"]["1"]
+    assert share == pytest.approx(0.125, abs=0.05)
+    assert found["after"]["tokens"] == found["before"]["tokens"]
+    status, _, errors = run(monkeypatch, capsys, "calibrate", str(checkpoint), "--out", str(out))
+    assert status == 2
+    assert "exists" in errors
+
+
+def test_without_a_compiler_it_says_so_and_samples(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router", "--max-new-tokens", "5"]
+    plain = run(monkeypatch, capsys, *arguments)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("nowhere-g++",))
+    status, output, errors = run(monkeypatch, capsys, *arguments, "--compile")
+    assert (status, output) == (0, plain[1])
+    assert "no C++ compiler found" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,6 +161,11 @@ def test_generate_repeats_with_its_seed_and_shows_depth(
         (["generate", "CHECKPOINT", "--prompt", "x", "--top-p", "0"], "top_p=0.0"),
         (["generate", "CHECKPOINT", "--prompt", "x", "--max-new-tokens", "99999"], "max_position_embeddings=2048"),
         (["generate", "CHECKPOINT", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--min-p", "2"], "min_p=2.0 is out of range"),
+        (["generate", "CHECKPOINT"], "exactly one of prompt and prompts"),
+        (["generate", "CHECKPOINT", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--out", "y"], "out=y needs prompts"),
+        (["bench", "CHECKPOINT", "--new-tokens", "1"], "new_tokens=1"),
         (["evaluate", "CHECKPOINT", "--data", "nowhere"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "DATA"], "exactly one of max_steps, max_tokens and max_flops"),

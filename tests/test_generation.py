@@ -1,13 +1,17 @@
-"""The fast decode step samples the tokens of `generate()`."""
+"""The fast decode step samples the tokens of `generate()`, from prompts it can go on from."""
 
+import gc
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from test_cache import left_padded
 from test_modeling import tiny
 
-from mixture_of_depths.generation import GROWTH, grow, prefill, stream
+from mixture_of_depths import generation
+from mixture_of_depths.flops import cache_bytes
+from mixture_of_depths.generation import GROWTH, grow, prefill, row_counts, stream
 from mixture_of_depths.options import SamplingOptions
 
 
@@ -52,3 +56,108 @@ def test_a_routed_block_has_room_for_what_entered_and_grows() -> None:
     state.layers[0].length_B.fill_(GROWTH)
     grow(state)
     assert state.layers[0].keys.shape[2] == 2 * GROWTH
+
+
+def test_200_random_prompts_give_the_tokens_of_generate_and_of_the_full_causal_forward() -> None:
+    count = 0
+    for routed in ([1], []):
+        model = tiny(routed_layers=routed).float().eval()
+        for seed in range(25):
+            torch.manual_seed(seed)
+            input_ids, mask = left_padded(4, 3 + seed)
+            options = SamplingOptions(max_new_tokens=12, temperature=0)
+            tokens = torch.stack(list(stream(model, input_ids, mask, options)), dim=1)
+            assert torch.equal(tokens, greedy(model, input_ids, mask, 12))
+            full = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            logits = model(torch.cat([input_ids, tokens], dim=1), full, use_cache=False, routing="causal").logits
+            assert torch.equal(logits[:, input_ids.shape[1] - 1 : -1].argmax(dim=-1), tokens)
+            count += len(input_ids)
+    assert count == 200
+
+
+def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
+    sizes: list[int] = []
+    block = generation.decode_block
+
+    def counted(layer: Any, x: torch.Tensor, *operands: torch.Tensor) -> Any:
+        if layer.router is not None:
+            sizes.append(x.shape[0])
+        return block(layer, x, *operands)
+
+    monkeypatch.setattr(generation, "decode_block", counted)
+    input_ids = torch.randint(0, 31, (6, 5))
+    logits = model(input_ids, use_cache=False, routing="causal", output_routing=True).routing[1].causal_logits
+    model.model.layers[1].router.threshold.add_(logits.quantile(0.8))
+    list(stream(model, input_ids, options=SamplingOptions(max_new_tokens=40, temperature=1.0, top_k=0)))
+    assert row_counts(6) == [1, 4, 6]
+    assert {1, 4} <= set(sizes) <= {1, 4, 6}
+    # Steps in which no row enters run nothing.
+    assert len(sizes) < 39
+
+
+def test_1000_tokens_in_a_row_do_not_grow_memory() -> None:
+    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
+    input_ids = torch.randint(0, 31, (1, 8))
+    held = []
+    for number, _ in enumerate(stream(model, input_ids, options=SamplingOptions(max_new_tokens=1000, temperature=0))):
+        if number in (200, 999):
+            gc.collect()
+            held.append(psutil.Process().memory_info().rss)
+    # The whole cache takes a quarter of a megabyte, and one copy of it a step would take 200.
+    assert cache_bytes(model.config, 1008) < 2**18
+    assert held[1] - held[0] < 2**22
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "mask", "message"),
+    [
+        ([[]], [[]], "empty prompt"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "empty prompt"),
+        ([[1, 31]], [[1, 1]], "holds 31, which is outside the vocabulary of 31"),
+        ([[-1, 3]], [[1, 1]], "holds -1, which is outside"),
+        ([[1, 2]], [[1, 0]], "pads on the right"),
+        ([[1] * 2047], [[1] * 2047], "max_position_embeddings=2048"),
+        ([[1, 2]], [[1]], "must both be of shape"),
+    ],
+)
+def test_prompts_the_model_cannot_go_on_from_are_refused(
+    input_ids: list[list[int]], mask: list[list[int]], message: str
+) -> None:
+    model = tiny().float().eval()
+    with pytest.raises(ValueError, match=message):
+        next(
+            stream(
+                model,
+                torch.tensor(input_ids, dtype=torch.int64),
+                torch.tensor(mask, dtype=torch.int64),
+                SamplingOptions(max_new_tokens=2),
+            )
+        )
+
+
+def test_sampled_tokens_follow_the_settings_of_generate() -> None:
+    model = tiny(routed_layers=[1]).float().eval()
+    input_ids = torch.randint(0, 31, (1, 6))
+    allowed = model(input_ids, use_cache=False, routing="causal").logits[0, -1].topk(3).indices.tolist()
+    options = {"max_new_tokens": 1, "temperature": 3.0, "top_k": 3}
+    drawn = {int(next(stream(model, input_ids, options=SamplingOptions(**options, seed=seed)))) for seed in range(60)}
+    assert drawn == set(allowed)
+    penalty = SamplingOptions(max_new_tokens=30, temperature=0, repetition_penalty=1.7)
+    tokens = torch.stack(list(stream(model, input_ids, options=penalty)), dim=1)
+    settings: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(input_ids, repetition_penalty=1.7, **settings)
+    assert torch.equal(tokens, expected[:, 6:])
+
+
+def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:
+    model = tiny(routed_layers=[1]).float().eval()
+    input_ids = torch.randint(0, 31, (3, 6))
+    options = SamplingOptions(max_new_tokens=30, temperature=2.0, top_k=0)
+    free = torch.stack(list(stream(model, input_ids, options=options)), dim=1)
+    model.config.eos_token_id = end = int(free[0, 4])
+    tokens = torch.stack(list(stream(model, input_ids, options=options)), dim=1)
+    for before, after in zip(free.tolist(), tokens.tolist(), strict=True):
+        stop = before.index(end) if end in before else len(before)
+        assert after[:stop] == before[: min(stop, len(after))]
+        assert set(after[stop:]) <= {end}

@@ -1,0 +1,48 @@
+"""Weights of 8 bits."""
+
+import pytest
+import torch
+from test_modeling import tiny
+from torch import nn
+
+from mixture_of_depths.generation import matvec, stream
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.quantization import Int8Linear, quantize
+
+
+def test_a_rounded_weight_is_off_by_half_a_step_at_most() -> None:
+    linear = nn.Linear(40, 24)
+    rounded = Int8Linear(linear)
+    step = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+    error = rounded.weight.float() * rounded.scale[:, None] - linear.weight.detach()
+    assert bool((error.abs() <= step / 2 * 1.001).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_decode_step_s_product_is_that_of_the_rounded_weights(rows: int, bias: bool) -> None:
+    rounded = Int8Linear(nn.Linear(64, 48, bias=bias))
+    x = torch.randn(rows, 64)
+    # Many rows go through a product in bfloat16.
+    tolerance = 1e-5 if rows <= 4 else 2e-2
+    torch.testing.assert_close(matvec(rounded, x), rounded(x), atol=tolerance, rtol=tolerance)
+
+
+def test_quantize_leaves_routers_norms_and_the_embedding() -> None:
+    model = tiny(routed_layers=[1], tie_word_embeddings=True).float().eval()
+    embedding = model.model.embed_tokens.weight.clone()
+    router = model.model.layers[1].router.proj.weight.clone()
+    quantize(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert torch.equal(model.model.layers[1].router.proj.weight, router)
+    assert isinstance(model.lm_head, Int8Linear)
+    assert not any(isinstance(module, nn.Linear) for module in model.model.layers[0].modules())
+
+
+def test_a_quantised_model_samples_as_its_own_full_forward_says() -> None:
+    model = tiny(routed_layers=[1]).float().eval()
+    quantize(model)
+    prompt = torch.randint(0, 31, (1, 7))
+    tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
+    logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits
+    assert torch.equal(logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1), tokens)

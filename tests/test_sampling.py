@@ -1,0 +1,99 @@
+"""Text from a model: stop strings, streams, prompts of different lengths."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_data import SENTENCE
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.data import train_tokenizer
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling import begin, sample_texts, stream_texts
+
+PROMPTS = ["A", "The router decides which of the tokens", "é world"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([SENTENCE * 3, "wörld é"], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> MoDForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return MoDForCausalLM(MoDConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.3)).eval()
+
+
+def test_streamed_pieces_join_to_the_sample_s_text(model: MoDForCausalLM, tokenizer: Any) -> None:
+    samples = begin(tokenizer, PROMPTS)
+    joined = ["", "", ""]
+    for row, text in stream_texts(model, tokenizer, samples, SamplingOptions(max_new_tokens=30)):
+        assert text
+        joined[row] += text
+    assert joined == [sample.text for sample in samples]
+    for sample in samples:
+        new = sample.tokens[len(tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]) :]
+        assert sample.ended == "length"
+        assert len(new) == 30
+        # Bytes that have not become a character at the end are left out.
+        assert tokenizer.decode(new, skip_special_tokens=True).rstrip("�").startswith(sample.text)
+
+
+def test_a_prompt_s_sample_does_not_depend_on_what_it_is_batched_with(model: MoDForCausalLM, tokenizer: Any) -> None:
+    options = SamplingOptions(max_new_tokens=25, repetition_penalty=1.3, top_p=0.9, min_p=0.01)
+    together = sample_texts(model.double(), tokenizer, PROMPTS, options, seeds=[5, 6, 7])
+    for prompt, seed, sample in zip(PROMPTS, [5, 6, 7], together, strict=True):
+        (alone,) = sample_texts(model, tokenizer, [prompt], options, seeds=[seed])
+        assert alone.tokens == sample.tokens
+
+
+def test_a_stop_string_ends_its_row_and_is_left_out(model: MoDForCausalLM, tokenizer: Any) -> None:
+    options = SamplingOptions(max_new_tokens=40, seed=3)
+    whole = sample_texts(model, tokenizer, PROMPTS, options)
+    stop = whole[0].text[5:9]
+    at = whole[0].text.index(stop)
+    # A second stop string that begins alike must not hold back the end of a text that is over.
+    stopped = sample_texts(
+        model, tokenizer, PROMPTS, SamplingOptions(max_new_tokens=40, seed=3, stop=(stop, whole[0].text[-1] + "\x00"))
+    )
+    assert stopped[0].text == whole[0].text[:at]
+    assert stopped[0].ended == "stop"
+    for before, after in zip(whole[1:], stopped[1:], strict=True):
+        if stop not in before.text:
+            assert after.text == before.text
+
+
+def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) -> None:
+    options = SamplingOptions(max_new_tokens=400, temperature=2.0, top_k=0)
+    (sample,) = sample_texts(model, tokenizer, ["A"], options)
+    model.config.eos_token_id = end = sample.tokens[20]
+    (ended,) = sample_texts(model, tokenizer, ["A"], options)
+    model.config.eos_token_id = None
+    assert ended.ended == "end_of_text"
+    assert ended.tokens == sample.tokens[: sample.tokens.index(end, 1) + 1]
+
+
+def test_an_empty_prompt_among_others_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="prompt='' is empty"):
+        begin(tokenizer, ["a", ""])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is out of range"):
+        SamplingOptions(**setting)
