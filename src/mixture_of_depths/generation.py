@@ -349,9 +349,13 @@ def end_tokens(config: MoDConfig) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else ends
 
 
-# Branches are part of the graph that names an entry of the compiler's cache on disk, which by default keeps none that
-# has any: compiling them anew takes half a minute.
-CACHED: dict[str, Any] = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"}}
+COMPILER_OPTIONS: dict[str, Any] = {
+    # Moved ahead of the attention that reads the cache, the writes to it could not happen in place.
+    "reorder_for_locality": False,
+    # By default graphs with branches are not kept on the disk, and compiling them anew takes half a minute. The
+    # branches are part of what names an entry there.
+    "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"},
+}
 
 
 @torch.no_grad()
@@ -389,7 +393,7 @@ def stream(
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
     ends = end_tokens(model.config)
-    step = torch.compile(decode_step, fullgraph=True, options=CACHED) if compiled else decode_step
+    step = torch.compile(decode_step, fullgraph=True, options=COMPILER_OPTIONS) if compiled else decode_step
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
     for number in range(options.max_new_tokens):
         token_B = choose_token(logits_BV)
