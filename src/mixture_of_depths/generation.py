@@ -62,11 +62,12 @@ class State:
 
 
 def settled(values: Tensor) -> Tensor:
-    """The same values, computed before they are used.
+    """The same values, computed before they are used, and side by side in memory.
 
     The compiler would otherwise repeat an elementwise expression, such as the SwiGLU's exponentials, for every output
     of the reduction that reads it. `as_strided` makes it write its operand to memory first.
     """
+    values = values.contiguous()
     return values.as_strided(values.shape, values.stride())
 
 
@@ -77,7 +78,7 @@ def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
     in every precision, where a library's matrix product does not.
     """
     weight_OD = layer.weight
-    x_BD = settled(x_BD.contiguous())
+    x_BD = settled(x_BD)
     rows = x_BD.shape[0]
     if rows == 1 or (rows <= 4 and isinstance(layer, Int8Linear)):
         # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
@@ -86,7 +87,7 @@ def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
         out_BO = torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
     elif isinstance(layer, Int8Linear):
         out_BO = F.linear(x_BD.bfloat16(), weight_OD.bfloat16()).float()
-    elif weight_OD.dtype == torch.bfloat16:
+    elif weight_OD.dtype == torch.bfloat16 or rows > 8:
         # Faster on the CPU than the product the other way round.
         out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
     else:
