@@ -5,9 +5,9 @@
     python benchmarks/decode.py --models A --precisions fp32 --batch-sizes 1
 
 A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. Vocabulary 4,096, prompt 128 and
-128 new tokens, random weights; every other block routed at 12.5 %, thresholds calibrated on the very text the model
+128 new tokens, random weights; every other block routed at 12.5 %, thresholds calibrated on text that the model
 samples, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
-this process; each figure is a median over the turns. Prints one JSON line.
+this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints one JSON line.
 
 `tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
 pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
@@ -49,8 +49,6 @@ from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.provenance import provenance
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
-# Random models repeat themselves when the likeliest token is taken.
-OPTIONS = SamplingOptions(max_new_tokens=NEW, temperature=1.0, top_k=0)
 SHAPES: dict[str, dict[str, Any]] = {
     "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
@@ -68,18 +66,24 @@ def build(name: str) -> dict[str, MoDForCausalLM]:
     return {"mod": mod, "dense": dense}
 
 
+def options(seed: int) -> SamplingOptions:
+    """Random models repeat themselves when the likeliest token is taken."""
+    return SamplingOptions(max_new_tokens=NEW, temperature=1.0, top_k=0, seed=seed)
+
+
 @torch.no_grad()
-def continued(model: MoDForCausalLM, batch_size: int) -> torch.Tensor:
+def continued(model: MoDForCausalLM, batch_size: int, seed: int) -> torch.Tensor:
     """Prompts of random tokens and what the model samples after them, [B, T]."""
-    prompts = torch.randint(0, VOCABULARY, (batch_size, PROMPT), generator=torch.Generator().manual_seed(batch_size))
-    return torch.cat([prompts, torch.stack(list(stream(model, prompts, options=OPTIONS)), dim=1)], dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(0, VOCABULARY, (batch_size, PROMPT), generator=generator)
+    return torch.cat([prompts, torch.stack(list(stream(model, prompts, options=options(seed))), dim=1)], dim=1)
 
 
 @torch.no_grad()
 def calibrate(model: MoDForCausalLM) -> None:
-    """Sets thresholds so that the capacity's share of random tokens and of sampled ones enters."""
-    for _ in range(3):
-        tokens = continued(model, 16)
+    """Sets thresholds so that the capacity's share of the tokens the model samples enters."""
+    for seed in range(3):
+        tokens = continued(model, 32, 1000 + seed)
         for layer_idx in model.config.routed_layers or []:
             logits = model.model(tokens, use_cache=False, routing="causal").routing[layer_idx].causal_logits
             router: Any = model.model.layers[layer_idx].router
@@ -201,28 +205,31 @@ class LlamaCpp:
 def measure(name: str, precision: str, batch_size: int, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
     ours = build(name)
     calibrate(ours["mod"])
-    tokens = continued(ours["mod"], batch_size)
-    routing = ours["mod"](input_ids=tokens, use_cache=False, routing="causal", output_routing=True).routing
-    entered = [layer.entered[:, PROMPT:].float().mean().item() for layer in routing if layer is not None]
+    # Other prompts in every turn: those of one would enter more or less often than the capacity.
+    texts = [continued(ours["mod"], batch_size, seed) for seed in range(repeats + 1)]
+    entered = []
+    for tokens in texts[1:]:
+        routing = ours["mod"](input_ids=tokens, use_cache=False, routing="causal", output_routing=True).routing
+        entered += [layer.entered[:, PROMPT:].float().mean().item() for layer in routing if layer is not None]
     models = {side: in_precision(model, precision) for side, model in ours.items()}
-    prompts = tokens[:, :PROMPT].contiguous()
-    sides: dict[str, Callable[[], float]] = {
-        side: lambda model=model: batch_size / decode_seconds(model, prompts, OPTIONS) for side, model in models.items()
+    sides: dict[str, Callable[[torch.Tensor, int], float]] = {
+        side: lambda prompts, turn, model=model: batch_size / decode_seconds(model, prompts, options(turn))
+        for side, model in models.items()
     }
     server = None
     if precision != "int8":
         peer = llama(models["dense"])
-        sides["hf"] = lambda: generate_speed(peer, prompts)
-        sides["hf_static"] = lambda: generate_speed(peer, prompts, cache_implementation="static")
+        sides["hf"] = lambda prompts, _: generate_speed(peer, prompts)
+        sides["hf_static"] = lambda prompts, _: generate_speed(peer, prompts, cache_implementation="static")
         server = LlamaCpp(models["dense"], batch_size, threads, folder)
-        sides["llamacpp"] = lambda: server.speed(prompts)
+        sides["llamacpp"] = lambda prompts, _: server.speed(prompts)
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     prefills: dict[str, list[float]] = {side: [] for side in models}
     bandwidths = []
     long = torch.randint(0, VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(1))
     for turn in range(repeats + 1):
         for side, speed in sides.items():
-            found = speed()
+            found = speed(texts[turn][:, :PROMPT].contiguous(), turn)
             if turn > 0:
                 speeds[side].append(found)
         for side, model in models.items():
@@ -238,12 +245,13 @@ def measure(name: str, precision: str, batch_size: int, repeats: int, threads: i
     for side, model in models.items():
         needed = decode_bytes(model.config, PROMPT + NEW // 2, batch_size, BYTES[precision]).total
         roofs[side] = round(needed * middle[side] / batch_size / 1e9 / bandwidth, 3)
+    kept = {side: sum(cache_of(model, tokens) for tokens in texts[1:]) for side, model in models.items()}
     return {
         "tokens_per_s": {side: round(value, 1) for side, value in middle.items()},
         **{f"mod_over_{side}": round(middle["mod"] / value, 3) for side, value in middle.items() if side != "mod"},
         "roof_fraction": roofs,
         "read_gb_per_s": round(bandwidth, 1),
-        "cache_bytes_ratio": round(cache_of(models["mod"], tokens) / cache_of(models["dense"], tokens), 4),
+        "cache_bytes_ratio": round(kept["mod"] / kept["dense"], 4),
         "prefill_ratio": round(median(prefills["dense"]) / median(prefills["mod"]), 3),
         "entered": round(sum(entered) / len(entered), 4),
     }
