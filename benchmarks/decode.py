@@ -7,7 +7,8 @@
 A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. Vocabulary 4,096, prompt 128 and
 128 new tokens, random weights; every other block routed at 12.5 %, thresholds calibrated on text that the model
 samples, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
-this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints one JSON line.
+this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints
+one JSON line.
 
 `tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
 pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
