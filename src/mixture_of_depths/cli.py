@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mixture_of_depths.data import Corpus
+    from mixture_of_depths.isoflop.plan import PlannedRun
     from mixture_of_depths.modeling import MoDForCausalLM
 
 Flat = tyro.conf.OmitArgPrefixes
 Checkpoint = Annotated[Path, tyro.conf.Positional]
+Study = Annotated[Path, tyro.conf.Positional]
 
 
 def train(
@@ -307,6 +309,116 @@ def _held_out(checkpoint: Path) -> "Corpus":
     return corpus
 
 
+def isoflop() -> None:
+    """Plan, run, fit and plot an isoFLOP study; `mod isoflop --help` tells how."""
+    raise AssertionError("main gives its own commands to isoflop")
+
+
+def isoflop_plan(study: Study) -> None:
+    """Print every run of a study: parameters, steps, tokens, FLOPs per token and estimated time.
+
+    Args:
+        study: Study file, YAML.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixture_of_depths.isoflop.plan import flops_per_second
+
+    planned, _ = _planned(study)
+    speed = flops_per_second()
+    table = Table(title=f"{len(planned)} runs")
+    for name in ("run", "parameters", "steps", "tokens", "forward FLOPs per token", "estimated minutes"):
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    for item in planned:
+        length, minutes = item.length, item.length.flops / speed / 60
+        sizes = (f"{item.parameters:,}", f"{length.steps:,}", f"{length.tokens:,}", f"{item.flops_per_token:.3g}")
+        table.add_row(item.run.name, *sizes, f"{minutes:.1f}")
+    console = Console()
+    console.print(table)
+    total = sum(item.length.flops for item in planned)
+    console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
+
+
+def isoflop_run(study: Study, out: Path, ray: str | None = None, cpus: int = 2) -> None:
+    """Carry out the runs of a study that have no record yet, and resume what broke.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study: records.jsonl, and a folder for each run.
+        ray: Address of a Ray cluster, or "auto"; by default the runs go one after another here.
+        cpus: Cores of each run on a Ray cluster.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.isoflop.run import run_here, run_on_ray
+
+    planned, corpus = _planned(study)
+    console = Console()
+    if ray is None:
+        finished = run_here(planned, corpus, out, console)
+    else:
+        finished = run_on_ray(planned, corpus, out, ray, cpus, console)
+    if not finished:
+        console.print("stopped; go on with the same command")
+        raise SystemExit(130)
+
+
+def isoflop_fit(study: Study, out: Path, mod: str = "mod") -> None:
+    """Find every curve's optimum and compare the families; writes summary.json and prints it.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study.
+        mod: The family that is compared with the baseline.
+    """
+    from mixture_of_depths.isoflop.fit import summarise
+    from mixture_of_depths.provenance import provenance
+
+    records, baseline = _records(study, out)
+    summary = json.dumps({**summarise(records, baseline, mod), **provenance()}, indent=2, allow_nan=False)
+    (out / "summary.json").write_text(summary + "\n")
+    print(summary)
+
+
+def isoflop_plot(study: Study, out: Path, mod: str = "mod") -> None:
+    """Draw a study's figures from its records.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study.
+        mod: The family that is compared with the baseline.
+    """
+    from mixture_of_depths.isoflop.plot import draw
+
+    records, baseline = _records(study, out)
+    for path in draw(records, baseline, mod, out):
+        print(path)
+
+
+def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
+    from mixture_of_depths.data import prepare
+    from mixture_of_depths.isoflop.plan import load_study, plan
+
+    _quiet()
+    loaded = load_study(study)
+    corpus = prepare(loaded.data)
+    return plan(loaded, corpus), corpus
+
+
+def _records(study: Path, out: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a study's planned runs, and the name of its baseline."""
+    from mixture_of_depths.isoflop.plan import load_study
+    from mixture_of_depths.isoflop.run import open_records
+
+    planned, _ = _planned(study)
+    records = open_records(out, planned)
+    found = [records[item.run.name] for item in planned if item.run.name in records]
+    if not found:
+        raise ValueError(f"out={out} holds no record of this study; run it first")
+    return found, load_study(study).baseline
+
+
 def demo(
     out: Path = Path("demo"),
     max_flops: float = 1e13,
@@ -378,11 +490,16 @@ def main() -> None:
         "calibrate": calibrate,
         "generate": generate,
         "bench": bench,
+        "isoflop": isoflop,
         "demo": demo,
     }
+    program, arguments = "mod", sys.argv[1:]
+    if arguments[:1] == ["isoflop"]:
+        commands = {"plan": isoflop_plan, "run": isoflop_run, "fit": isoflop_fit, "plot": isoflop_plot}
+        program, arguments = "mod isoflop", arguments[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="mod", description="Mixture-of-Depths transformers.", config=(Flat,)
+            commands, prog=program, args=arguments, description="Mixture-of-Depths transformers.", config=(Flat,)
         )
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -186,7 +186,7 @@ def enter_or_skip(
     heads, head_dim = keys.shape[1], keys.shape[3]
     sizes = (x_BD.shape[1], heads * head_dim, heads * head_dim)
     batch_size = x_BD.shape[0]
-    order_B = entered_B.int().argsort(descending=True, stable=True)
+    order_B = entered_B.int().argsort(descending=True, stable=True) if batch_size > 1 else torch.zeros_like(entered_B)
     count = entered_B.sum()
 
     # All branches hand out one fresh tensor: their outputs must agree in strides, too.
@@ -258,12 +258,15 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
     return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)
 
 
-def grow(state: State) -> None:
-    """Makes room in the routed blocks whose fullest row has reached the end of its buffer."""
+def grow(state: State) -> int:
+    """Makes room in the routed blocks whose fullest row has reached its buffer's end; returns for how many tokens."""
+    room = []
     for layer in state.layers:
         needed = int(layer.length_B.max()) + 1
         if needed > layer.keys.shape[2]:
             layer.keys, layer.values = _padded(layer.keys, needed), _padded(layer.values, needed)
+        room.append(layer.keys.shape[2] - needed + 1)
+    return min(room)
 
 
 def _rounded(slots: int) -> int:
@@ -396,6 +399,7 @@ def stream(
     ends = end_tokens(model.config)
     step = torch.compile(decode_step, fullgraph=True, options=COMPILER_OPTIONS) if compiled else decode_step
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
+    room = 0
     for number in range(options.max_new_tokens):
         token_B = choose_token(logits_BV)
         if ends:
@@ -404,7 +408,9 @@ def stream(
         yield token_B
         if number + 1 == options.max_new_tokens or not bool(active_B.any()):
             return
-        grow(state)
+        if room == 0:
+            room = grow(state)
+        room -= 1
         # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
             logits_BV = step(model, token_B, active_B, state)

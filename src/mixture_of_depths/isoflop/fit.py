@@ -1,0 +1,132 @@
+"""The optimum of every isoFLOP curve, with an interval, and what follows from comparing them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+Records = list[dict[str, Any]]
+LOSSES = ("loss_causal", "loss_top_k")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out loss against size, for one family at one budget.
+
+    Attributes:
+        points: per depth, (parameters, forward FLOPs per token, mean loss over seeds), smallest first.
+        best: the point with the smallest loss.
+        optimum: (parameters, loss) at the bottom of the parabola through the points around the best, in the logarithm
+            of the parameters; None when these are fewer than three or the parabola has no bottom among them.
+    """
+
+    points: list[tuple[float, float, float]]
+    best: tuple[float, float, float]
+    optimum: tuple[float, float] | None
+
+
+def curve(records: Records, loss: str) -> Curve:
+    """The curve through the records of one family and budget, by `loss_causal` or `loss_top_k`."""
+    depths: dict[int, Records] = defaultdict(list)
+    for record in records:
+        depths[record["depth"]].append(record)
+    points = sorted(
+        (found[0]["parameters"], found[0]["flops_per_token"], fmean(record["evaluation"][loss] for record in found))
+        for found in depths.values()
+    )
+    best = min(points, key=lambda point: point[2])
+    at = points.index(best)
+    around = points[max(0, at - 2) : at + 3]
+    if len(around) < 3:
+        return Curve(points, best, None)
+    size = np.log([point[0] for point in around])
+    middle = size.mean()
+    bend, slope, height = np.polyfit(size - middle, [point[2] for point in around], 2)
+    if bend <= 0 or not size[0] <= (bottom := middle - slope / (2 * bend)) <= size[-1]:
+        return Curve(points, best, None)
+    return Curve(points, best, (float(np.exp(bottom)), float(height - slope**2 / (4 * bend))))
+
+
+def best_loss(found: Curve) -> float:
+    """The loss of the best size: the parabola's bottom where there is one, else the best run."""
+    return found.optimum[1] if found.optimum else found.best[2]
+
+
+def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | None:
+    """The point with the fewest forward FLOPs whose loss is at most `loss`; None when there is none."""
+    return min((point for point in mod.points if point[2] <= loss), key=lambda point: point[1], default=None)
+
+
+def group(records: Records) -> dict[float, dict[str, Records]]:
+    """Records by budget and family."""
+    found: dict[float, dict[str, Records]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record["budget"]][record["family"]].append(record)
+    return found
+
+
+def resampled(records: Records, generator: np.random.Generator) -> Records:
+    """The records with, for every depth, as many seeds drawn with replacement."""
+    depths: dict[int, Records] = defaultdict(list)
+    for record in records:
+        depths[record["depth"]].append(record)
+    return [found[i] for found in depths.values() for i in generator.integers(0, len(found), len(found))]
+
+
+def ratio_interval(
+    mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95 % interval of the ratio of best losses by bootstrap over seeds; None where no size has several."""
+    if len({(r["family"], r["depth"]) for r in [*mod, *baseline]}) == len(mod) + len(baseline):
+        return None
+    generator = np.random.default_rng(seed)
+    ratios = [
+        best_loss(curve(resampled(mod, generator), loss)) / best_loss(curve(resampled(baseline, generator), loss))
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarise(records: Records, baseline: str, mod: str) -> dict[str, Any]:
+    """What is compared, per budget: the optima of both families and of all others, under both routings."""
+    summary: dict[str, Any] = {}
+    for budget, families in sorted(group(records).items()):
+        if baseline not in families or mod not in families:
+            continue
+        curves = {name: {loss: curve(found, loss) for loss in LOSSES} for name, found in families.items()}
+        ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
+        equal = smallest_as_good(ours, theirs.best[2])
+        row: dict[str, Any] = {
+            "baseline_best_loss": best_loss(theirs),
+            "mod_best_loss": best_loss(ours),
+            "loss_ratio": best_loss(ours) / best_loss(theirs),
+            "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
+            "loss_ratio_top_k": best_loss(curves[mod]["loss_top_k"]) / best_loss(curves[baseline]["loss_top_k"]),
+            "baseline_best_parameters": theirs.best[0],
+            "mod_best_parameters": ours.best[0],
+            "baseline_best_flops_per_token": theirs.best[1],
+            "mod_best_flops_per_token": ours.best[1],
+            "equal_loss_mod_flops_ratio": None if equal is None else equal[1] / theirs.best[1],
+            "train_wall_ratio": _wall(families[mod], ours) / _wall(families[baseline], theirs),
+            "causal_gap": best_loss(ours) / best_loss(curves[mod]["loss_top_k"]) - 1,
+            "families": {
+                name: {
+                    "best_loss": best_loss(found["loss_causal"]),
+                    "best_loss_top_k": best_loss(found["loss_top_k"]),
+                    "loss_ratio": best_loss(found["loss_causal"]) / best_loss(theirs),
+                    "optimum_parameters": found["loss_causal"].optimum and found["loss_causal"].optimum[0],
+                    "runs": len(families[name]),
+                }
+                for name, found in curves.items()
+            },
+        }
+        summary[f"{budget:g}".replace("+", "")] = row
+    return summary
+
+
+def _wall(records: Records, found: Curve) -> float:
+    """Mean training seconds of the best size."""
+    return fmean(record["train_seconds"] for record in records if record["parameters"] == found.best[0])

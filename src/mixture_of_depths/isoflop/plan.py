@@ -1,0 +1,235 @@
+"""What a study consists of: every run, with its size, length and cost, from one YAML file.
+
+A run is one model of a family, of one size, trained to one budget from one seed. One dial gives the size: a model of
+`depth` blocks is `width_per_block * depth + width_offset` wide, with heads of `head_dim`.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.data import Corpus
+from mixture_of_depths.flops import forward_flops_per_token, model_parameters
+from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
+from mixture_of_depths.training import Horizon, horizon, model_config
+
+# What the study itself sets.
+SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+HORIZON_FIELDS = ("max_steps", "max_tokens", "max_flops", "seed", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How a depth becomes a size."""
+
+    width_per_block: int = 16
+    width_offset: int = 32
+    head_dim: int = 32
+
+    def size(self, depth: int) -> dict[str, int]:
+        """The fields of `ModelOptions` for a model of `depth` blocks.
+
+        Raises:
+            ValueError: when the width is no multiple of the heads' width.
+        """
+        width = self.width_per_block * depth + self.width_offset
+        if depth < 1 or width % self.head_dim:
+            raise ValueError(
+                f"depth={depth} makes models {width} wide, no multiple of head_dim={self.head_dim}; change the depth, "
+                "or ladder"
+            )
+        return {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": width // self.head_dim}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs to make: every budget, with every depth, family and seed."""
+
+    budgets: tuple[float, ...]
+    """Training FLOPs."""
+    families: tuple[str, ...]
+    """Names of families."""
+    depths: tuple[int, ...]
+    """Sizes, by number of blocks."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of initialisation and data order."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file."""
+
+    families: dict[str, dict[str, Any]]
+    """Changes of `ModelOptions` by the name of the family; sizes come from the ladder."""
+    learning_rates: dict[str, float]
+    """Peak learning rate of each family at `learning_rate_width`; at other widths times the root of their ratio."""
+    sweeps: tuple[Sweep, ...]
+    """The runs."""
+    baseline: str = "baseline"
+    """The family the others are compared with."""
+    learning_rate_width: int = 128
+    """Width at which `learning_rates` hold."""
+    ladder: Ladder = field(default_factory=Ladder)
+    """How a depth becomes a size."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """Text and tokens."""
+    training: TrainOptions = field(default_factory=TrainOptions)
+    """How every run is trained; its length, seed and learning rate come from the study."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    family: str
+    depth: int
+    budget: float
+    seed: int
+    model: ModelOptions
+    training: TrainOptions
+
+    @property
+    def name(self) -> str:
+        """The run's name, which tells it from all others of its study."""
+        return f"{self.family}-{self.budget:g}-depth{self.depth}-seed{self.seed}".replace("+", "")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, its model and its cost.
+
+    Attributes:
+        run: the training.
+        config: its model.
+        length: its steps, tokens and training FLOPs.
+        parameters: number of weights.
+        flops_per_token: forward FLOPs per token.
+        definition: a digest of all that decides the result: model, training and text.
+    """
+
+    run: Run
+    config: MoDConfig
+    length: Horizon
+    parameters: int
+    flops_per_token: float
+    definition: str
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study file.
+
+    Raises:
+        ValueError: naming the field, for one that is unknown, missing, of a wrong type or contradicts another.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"study={path} is no YAML: {error}") from error
+    _known(given, Study, str(path))
+    for name, kind in (("ladder", Ladder), ("data", DataOptions), ("training", TrainOptions)):
+        _known(given.get(name, {}), kind, f"{path}: {name}")
+    for number, sweep in enumerate(given.get("sweeps") or []):
+        _known(sweep, Sweep, f"{path}: sweeps[{number}]")
+    try:
+        study = TypeAdapter(Study).validate_python(given)
+        for name, changes in study.families.items():
+            _known(changes, ModelOptions, f"{path}: families.{name}")
+            TypeAdapter(ModelOptions).validate_python(changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"study={path}: {place}={first['input']!r}: {first['msg']}") from error
+    _check(study, path)
+    return study
+
+
+def _known(given: Any, kind: type, place: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"study={place}: {given!r} must be a mapping of fields")
+    names = [part.name for part in fields(kind)]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"study={place}: {name} is no field; there are {', '.join(names)}")
+
+
+def _check(study: Study, path: Path) -> None:
+    for name, changes in study.families.items():
+        for part in SIZE_FIELDS:
+            if part in changes:
+                raise ValueError(f"study={path}: families.{name}: {part} comes from the ladder; leave it out")
+        if not study.learning_rates.get(name, 0) > 0:
+            raise ValueError(f"study={path}: learning_rates needs a rate above 0 for {name}")
+    if study.baseline not in study.families:
+        raise ValueError(f"study={path}: baseline={study.baseline} is none of the families {list(study.families)}")
+    for sweep in study.sweeps:
+        for name in sweep.families:
+            if name not in study.families:
+                raise ValueError(f"study={path}: sweeps: {name} is none of the families {list(study.families)}")
+    default = TrainOptions()
+    for name in HORIZON_FIELDS:
+        if getattr(study.training, name) != getattr(default, name):
+            raise ValueError(f"study={path}: training: {name} comes from the study; leave it out")
+
+
+def runs(study: Study) -> list[Run]:
+    """Every run of a study, once, cheapest budgets first."""
+    found: dict[str, Run] = {}
+    for sweep in study.sweeps:
+        for budget in sweep.budgets:
+            for family in sweep.families:
+                for depth in sweep.depths:
+                    for seed in sweep.seeds:
+                        size = study.ladder.size(depth)
+                        rate = study.learning_rates[family] * (study.learning_rate_width / size["hidden_size"]) ** 0.5
+                        changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
+                        training = replace(study.training, max_flops=budget, seed=seed, learning_rate=rate)
+                        run = Run(family, depth, budget, seed, changes, training)
+                        found.setdefault(run.name, run)
+    return sorted(found.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
+
+
+def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
+    """Every run of a study with its cost.
+
+    Raises:
+        ValueError: naming the run, when its model is impossible or its budget less than one step.
+    """
+    planned = []
+    for run in runs(study):
+        try:
+            config = model_config(run.model, corpus.tokenizer, study.data.sequence_length)
+            length = horizon(run.training, config, study.data.sequence_length)
+        except ValueError as error:
+            raise ValueError(f"run {run.name}: {error}") from error
+        described = {"model": asdict(run.model), "training": asdict(run.training), "text": corpus.key}
+        planned.append(
+            PlannedRun(
+                run=run,
+                config=config,
+                length=length,
+                parameters=model_parameters(config),
+                flops_per_token=forward_flops_per_token(config, study.data.sequence_length),
+                definition=hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
+            )
+        )
+    return planned
+
+
+def flops_per_second() -> float:
+    """What this machine's training is likely to reach: a quarter of its speed in a large float32 product.
+
+    Small models spend much of a step outside of products; a rough guide for planning, not a measurement of training.
+    """
+    values = torch.randn(2048, 2048)
+    torch.mm(values, values)
+    start = time.perf_counter()
+    torch.mm(values, values)
+    return 2 * 2048**3 / (time.perf_counter() - start) / 4

@@ -1,0 +1,151 @@
+"""Carries out the runs of a study that have no record yet: one after another here, or as tasks of a Ray cluster."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mixture_of_depths.data import Corpus
+from mixture_of_depths.isoflop.plan import PlannedRun
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.training import read_records, train
+
+RECORDS = "records.jsonl"
+
+
+def open_records(out: Path, planned: list[PlannedRun]) -> dict[str, dict[str, Any]]:
+    """The records of a study's folder by the name of their run.
+
+    Raises:
+        ValueError: when a planned run has a record of another definition.
+    """
+    records = {record["name"]: record for record in read_records(out / RECORDS)}
+    for item in planned:
+        record = records.get(item.run.name)
+        if record is not None and record["definition"] != item.definition:
+            raise ValueError(
+                f"out={out} holds a record of {item.run.name} with another definition: its model, training or text "
+                "has changed since; use another folder, or take the change back"
+            )
+    return records
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Only one process at a time changes the records."""
+    with (out / f"{RECORDS}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def add_record(out: Path, record: dict[str, Any]) -> bool:
+    """Writes a record unless its run has one; a line that a kill cut off is dropped first. Says whether it wrote."""
+    path = out / RECORDS
+    with _locked(out):
+        kept = read_records(path)
+        if any(earlier["name"] == record["name"] for earlier in kept):
+            return False
+        lines = [json.dumps(line, allow_nan=False) for line in [*kept, record]]
+        aside = path.with_suffix(".part")
+        with aside.open("w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        return True
+
+
+def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> dict[str, Any] | None:
+    """Trains one run, from its newest checkpoint if it has one; returns its record, None when it was stopped."""
+    folder = out / "runs" / item.run.name
+    start = time.time()
+    _, result = train(
+        item.config, corpus, item.run.training, folder, resume=(folder / "run.json").exists(), console=console
+    )
+    if not result.finished:
+        return None
+    return {
+        "name": item.run.name,
+        "definition": item.definition,
+        "family": item.run.family,
+        "depth": item.run.depth,
+        "budget": item.run.budget,
+        "seed": item.run.seed,
+        "hidden_size": item.run.model.hidden_size,
+        "learning_rate": item.run.training.learning_rate,
+        "flops_per_token": item.flops_per_token,
+        "seconds": time.time() - start,
+        **asdict(result),
+        **provenance(),
+    }
+
+
+def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console) -> bool:
+    """Carries out what is missing, one after another; False when a signal stopped it."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = open_records(out, planned)
+    missing = [item for item in planned if item.run.name not in done]
+    for number, item in enumerate(missing, start=1):
+        console.print(f"[bold]{item.run.name}[/bold] ({number} of {len(missing)} missing)")
+        record = carry_out(item, corpus, out, console)
+        if record is None:
+            return False
+        add_record(out, record)
+    return True
+
+
+def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: str, cpus: int, console: Console) -> bool:
+    """Carries out what is missing as tasks of a Ray cluster whose nodes share the folder `out`.
+
+    A task whose worker or node dies is started again, and goes on from the run's newest checkpoint.
+
+    Args:
+        planned: the runs.
+        corpus: text to train on.
+        out: the study's folder.
+        address: the cluster's address, or "auto".
+        cpus: cores of each run.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: when Ray is not installed or there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("ray needs the package: pip install 'mixture-of-depths[ray]'") from error
+    out.mkdir(parents=True, exist_ok=True)
+    done = open_records(out, planned)
+    missing = [item for item in planned if item.run.name not in done]
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except ConnectionError as error:
+        raise ValueError(f"ray={address} is no running cluster: {error}") from error
+
+    def task(item: PlannedRun, corpus: Corpus) -> str | None:
+        record = carry_out(item, corpus, out, Console(quiet=True))
+        if record is not None:
+            add_record(out, record)
+        return item.run.name if record is not None else None
+
+    # A worker that dies, with its node or alone, is started again as often as it takes.
+    remote: Any = ray.remote(num_cpus=cpus, max_retries=-1)(task)
+    try:
+        shared = ray.put(corpus)
+        waiting = [remote.remote(item, shared) for item in missing]
+        ended = 0
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            for name in ray.get(ready):
+                ended += name is not None
+                console.print(f"{name} ({ended} of {len(missing)})")
+    finally:
+        ray.shutdown()
+    return ended == len(missing)

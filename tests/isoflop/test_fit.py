@@ -1,0 +1,73 @@
+"""Optima and comparisons, on curves whose optimum is known."""
+
+import math
+from typing import Any
+
+import pytest
+
+from mixture_of_depths.isoflop.fit import best_loss, curve, ratio_interval, smallest_as_good, summarise
+
+
+def record(family: str, depth: int, loss: float, seed: int = 0, flops: float | None = None) -> dict[str, Any]:
+    return {
+        "family": family,
+        "depth": depth,
+        "budget": 1e13,
+        "seed": seed,
+        "parameters": 2**depth,
+        "flops_per_token": flops if flops is not None else float(depth),
+        "train_seconds": 10.0 * depth,
+        "evaluation": {"loss_causal": loss, "loss_top_k": loss - 0.01},
+    }
+
+
+def parabola(family: str, bottom: float, height: float, seed: int = 0, noise: float = 0.0) -> list[dict[str, Any]]:
+    shifts = [noise * ((3 * depth + 7 * seed) % 5 - 2) for depth in range(2, 7)]
+    return [
+        record(family, depth, height + (depth * math.log(2) - bottom) ** 2 + shift, seed)
+        for depth, shift in zip(range(2, 7), shifts, strict=True)
+    ]
+
+
+def test_the_optimum_of_an_exact_parabola_is_found() -> None:
+    found = curve(parabola("mod", math.log(18), 4.0), "loss_causal")
+    assert found.optimum == pytest.approx((18.0, 4.0))
+    assert best_loss(found) < found.best[2]
+
+
+def test_a_curve_that_only_falls_has_no_optimum_inside() -> None:
+    found = curve([record("mod", depth, 5.0 - depth / 10) for depth in range(2, 7)], "loss_causal")
+    assert found.optimum is None
+    assert best_loss(found) == pytest.approx(4.4)
+    assert curve([record("mod", 2, 5.0)], "loss_causal").optimum is None
+
+
+def test_the_smallest_model_as_good_is_the_cheapest_per_token() -> None:
+    found = curve([record("mod", 2, 5.0), record("mod", 3, 4.0), record("mod", 4, 3.9)], "loss_causal")
+    point = smallest_as_good(found, 4.2)
+    assert point is not None
+    assert point[1] == 3.0
+    assert smallest_as_good(found, 3.0) is None
+
+
+def test_the_interval_holds_the_ratio_and_needs_several_seeds() -> None:
+    seeds = range(3)
+    mod = [r for seed in seeds for r in parabola("mod", math.log(18), 4.0, seed, 0.01)]
+    baseline = [r for seed in seeds for r in parabola("baseline", math.log(18), 5.0, seed, 0.01)]
+    interval = ratio_interval(mod, baseline, "loss_causal", draws=200)
+    assert interval is not None
+    assert interval[0] < 0.8 < interval[1]
+    assert interval[1] - interval[0] < 0.05
+    assert ratio_interval(mod[:5], baseline[:5], "loss_causal") is None
+
+
+def test_the_summary_compares_the_optima_under_both_routings() -> None:
+    records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0), record("other", 3, 6.0)]
+    row = summarise(records, "baseline", "mod")["1e13"]
+    assert row["loss_ratio"] == pytest.approx(0.8)
+    assert row["loss_ratio_top_k"] == pytest.approx(3.99 / 4.99)
+    assert row["causal_gap"] == pytest.approx(4.0 / 3.99 - 1)
+    assert row["equal_loss_mod_flops_ratio"] == pytest.approx(3 / 4)
+    assert row["train_wall_ratio"] == 1.0
+    assert row["families"]["other"]["best_loss"] == 6.0
+    assert summarise(records, "baseline", "absent") == {}

@@ -1,0 +1,111 @@
+"""Study files and the runs they stand for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mixture_of_depths.data import prepare
+from mixture_of_depths.isoflop.plan import Ladder, load_study, plan, runs
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "isoflop-cpu.yaml"
+
+
+def study_file(folder: Path, **changes: Any) -> Path:
+    """A tiny study of two runs, as a file; `changes` replace its top-level fields."""
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("\n\n".join(f"{i} {i * i} the quick brown fox jumps over {i} lazy dogs" for i in range(400)))
+        for i in range(30):
+            (folder / f"part-{i}.txt").write_text(text.read_text()[i * 300 : i * 300 + 900])
+    small = {"vocab_size": 300, "sequence_length": 16, "cache_dir": str(folder / "cache")}
+    content: dict[str, Any] = {
+        "data": {"data": [str(folder / "part-*.txt")], **small},
+        "training": {"batch_size": 4},
+        "ladder": {"width_per_block": 8, "width_offset": 0, "head_dim": 8},
+        "families": {"baseline": {"routed": False}, "mod": {"capacity": [0.25], "every": 2}},
+        "learning_rates": {"baseline": 1e-2, "mod": 1e-2},
+        "sweeps": [{"budgets": [3e7], "families": ["baseline", "mod"], "depths": [2]}],
+        **changes,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_the_whole_study_of_the_recipe_can_be_planned() -> None:
+    study = load_study(RECIPE)
+    planned = plan(study, prepare(study.data))
+    assert len({item.run.name for item in planned}) == len(planned) == len(runs(study))
+    for budget in (1e13, 3e13, 1e14):
+        for family in ("baseline", "mod"):
+            found = [item for item in planned if item.run.family == family and item.run.budget == budget]
+            assert len(found) >= 5
+            for item in found:
+                # A run ends with the last whole step within its budget.
+                assert 0.99 * budget < item.length.flops <= budget
+    shapes = {(item.config.hidden_size, item.config.num_hidden_layers) for item in planned}
+    assert (160, 8) in shapes
+
+
+def test_a_run_of_two_sweeps_is_made_once(tmp_path: Path) -> None:
+    sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
+    assert len(runs(load_study(study_file(tmp_path, sweeps=[sweep, {**sweep, "seeds": [0, 1]}])))) == 2
+
+
+def test_wider_models_learn_at_a_lower_rate(tmp_path: Path) -> None:
+    sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2, 8]}
+    study = load_study(study_file(tmp_path, sweeps=[sweep], learning_rate_width=16))
+    assert [run.training.learning_rate for run in runs(study)] == [pytest.approx(1e-2), pytest.approx(5e-3)]
+
+
+def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: Path) -> None:
+    def definitions(**changes: Any) -> list[str]:
+        study = load_study(study_file(tmp_path, **changes))
+        return [item.definition for item in plan(study, prepare(study.data))]
+
+    first = definitions()
+    assert definitions() == first
+    changed = definitions(families={"baseline": {"routed": False}, "mod": {"capacity": [0.5], "every": 2}})
+    assert [old == new for old, new in zip(first, changed, strict=True)] == [True, False]
+    assert not set(definitions(learning_rates={"baseline": 2e-2, "mod": 2e-2})) & set(first)
+
+
+def test_a_ladder_refuses_widths_its_heads_do_not_divide() -> None:
+    assert Ladder(16, 32, 32).size(6) == {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match="depth=3 makes models 80 wide, no multiple of head_dim=32"):
+        Ladder(16, 32, 32).size(3)
+
+
+SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 3}, "budget is no field; there are"),
+        ({"sweeps": [{**SWEEP, "depth": [2]}]}, r"sweeps\[0\]: depth is no field"),
+        ({"sweeps": [{**SWEEP, "budgets": "x"}]}, "budgets='x'"),
+        ({"sweeps": [{**SWEEP, "families": ["dense"]}]}, "dense is none of the families"),
+        ({"families": {"baseline": {"routed": False}, "mod": {"capacities": [1]}}}, "capacities is no field"),
+        ({"families": {"baseline": {}, "mod": {"hidden_size": 64}}}, "hidden_size comes from the ladder"),
+        ({"learning_rates": {"baseline": 1e-2}}, "learning_rates needs a rate above 0 for mod"),
+        ({"baseline": "dense"}, "baseline=dense is none"),
+        ({"training": {"max_steps": 3}}, "max_steps comes from the study"),
+        ({"training": {"batch_size": "many"}}, "training.batch_size='many'"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_study(study_file(tmp_path, **changes))
+
+
+def test_impossible_runs_are_refused_by_name(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"sweeps": [{**SWEEP, "budgets": [10.0]}]}, "run mod-10-depth2-seed0: max_flops=10 is less than one step"),
+        ({"families": {"baseline": {}, "mod": {"capacity": [2.0]}}}, "run mod-3e07-depth2-seed0: capacity"),
+    ):
+        study = load_study(study_file(tmp_path, **changes))
+        with pytest.raises(ValueError, match=message):
+            plan(study, prepare(study.data))

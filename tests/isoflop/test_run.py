@@ -1,0 +1,69 @@
+"""Records of a study: none lost, none twice, none of another definition."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_plan import study_file
+
+from mixture_of_depths.data import prepare
+from mixture_of_depths.isoflop import run as module
+from mixture_of_depths.isoflop.fit import summarise
+from mixture_of_depths.isoflop.plan import load_study, plan
+from mixture_of_depths.isoflop.plot import draw
+from mixture_of_depths.isoflop.run import add_record, open_records, run_here
+from mixture_of_depths.training import read_records
+
+
+def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(study_file(tmp_path))
+    corpus = prepare(study.data)
+    planned, out, quiet = plan(study, corpus), tmp_path / "out", Console(quiet=True)
+    carry_out, done = module.carry_out, []
+
+    def once(item: object, *arguments: object) -> object:
+        if done:
+            return None
+        done.append(item)
+        return carry_out(item, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "carry_out", once)
+    assert not run_here(planned, corpus, out, quiet)
+    first = (out / "records.jsonl").read_text()
+    assert [record["name"] for record in read_records(out / "records.jsonl")] == [planned[0].run.name]
+    monkeypatch.setattr(module, "carry_out", carry_out)
+    assert run_here(planned, corpus, out, quiet)
+    assert (out / "records.jsonl").read_text().startswith(first)
+    records = list(open_records(out, planned).values())
+    assert [record["name"] for record in records] == [item.run.name for item in planned]
+    for record, item in zip(records, planned, strict=True):
+        assert record["flops"] == item.length.flops
+        assert record["parameters"] == item.parameters
+    assert run_here(planned, corpus, out, quiet)
+    assert len(read_records(out / "records.jsonl")) == len(planned)
+    assert summarise(records, "baseline", "mod").keys() == {"3e07"}
+    drawn = draw(records, "baseline", "mod", out)
+    assert [path.name for path in drawn] == ["isoflop.png", "relative.png", "routing.png", "curves.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+    study = load_study(study_file(tmp_path, learning_rates={"baseline": 2e-2, "mod": 1e-2}))
+    with pytest.raises(ValueError, match="holds a record of baseline-3e07-depth2-seed0 with another definition"):
+        run_here(plan(study, corpus), corpus, out, quiet)
+
+
+def test_records_of_many_writers_are_all_kept_once(tmp_path: Path) -> None:
+    names = [f"run-{number % 20}" for number in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda name: add_record(tmp_path, {"name": name}), names))
+    assert sum(wrote) == 20
+    assert sorted(record["name"] for record in read_records(tmp_path / "records.jsonl")) == sorted(set(names))
+
+
+def test_a_line_cut_off_by_a_kill_makes_way_for_the_next(tmp_path: Path) -> None:
+    add_record(tmp_path, {"name": "a"})
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text() + '{"name": "b", "los')
+    add_record(tmp_path, {"name": "b"})
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b"]
