@@ -1,6 +1,7 @@
 """Records of a study: none lost, none twice, none of another definition."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mixture_of_depths.isoflop import run as module
 from mixture_of_depths.isoflop.fit import summarise
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.plot import draw
-from mixture_of_depths.isoflop.run import add_record, open_records, run_here
+from mixture_of_depths.isoflop.run import add_record, open_records, run_here, run_on_ray
 from mixture_of_depths.training import read_records
 
 
@@ -67,3 +68,45 @@ def test_a_line_cut_off_by_a_kill_makes_way_for_the_next(tmp_path: Path) -> None
     path.write_text(path.read_text() + '{"name": "b", "los')
     add_record(tmp_path, {"name": "b"})
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_on_a_cluster_a_node_that_dies_costs_only_its_run_since_the_last_checkpoint(tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    sweep = {"budgets": [2e9], "families": ["baseline", "mod"], "depths": [2]}
+    sweeps = [sweep, {**sweep, "families": ["mod"], "depths": [3]}]
+    study = load_study(study_file(tmp_path, sweeps=sweeps, training={"batch_size": 4, "save_every": 100}))
+    corpus = prepare(study.data)
+    planned, out = plan(study, corpus), tmp_path / "out"
+    assert len(planned) == 3
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    killed: list[str] = []
+
+    def kill() -> None:
+        """Kills the second node once both nodes' runs have a checkpoint and none has ended."""
+        for _ in range(600):
+            running = {path.parent.name for path in out.glob("runs/*/checkpoint-*/trainer_state.json")}
+            if len(running) >= 2:
+                cluster.remove_node(second, allow_graceful=False)
+                killed.extend(running)
+                return
+            time.sleep(0.2)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            killing = pool.submit(kill)
+            assert run_on_ray(planned, corpus, out, cluster.address, 1, Console(quiet=True))
+            killing.result()
+    finally:
+        cluster.shutdown()
+    assert len(killed) >= 2
+    records = read_records(out / "records.jsonl")
+    assert sorted(record["name"] for record in records) == sorted(item.run.name for item in planned)
+    # Each step was recorded, and those before the last checkpoint of the dead run were not done again.
+    for item in planned:
+        steps = [
+            line["step"] for line in read_records(out / "runs" / item.run.name / "metrics.jsonl") if "loss" in line
+        ]
+        assert steps == list(range(1, item.length.steps + 1))
