@@ -5,15 +5,15 @@
     python benchmarks/decode.py --models A --precisions fp32 --batch-sizes 1
 
 A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. Vocabulary 4,096, prompt 128 and
-128 new tokens, random weights; every other block routed at 12.5 %, thresholds calibrated on text that the model
-samples, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
+128 new tokens, random weights and random tokens; every other block routed at 12.5 %, with thresholds calibrated on such
+tokens, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
 this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints
 one JSON line.
 
 `tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
 pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
 bytes a step must read over its time and over the bandwidth measured in the same turns, `prefill_ratio` the time of a
-causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share that entered routed blocks.
+causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share of random tokens that enters a routed block.
 """
 
 import argparse
@@ -45,7 +45,6 @@ from mixture_of_depths.bench import (
     read_gigabytes_per_second,
 )
 from mixture_of_depths.flops import decode_bytes
-from mixture_of_depths.generation import stream
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.provenance import provenance
 
@@ -68,27 +67,27 @@ def build(name: str) -> dict[str, MoDForCausalLM]:
 
 
 def options(seed: int) -> SamplingOptions:
-    """Random models repeat themselves when the likeliest token is taken."""
-    return SamplingOptions(max_new_tokens=NEW, temperature=1.0, top_k=0, seed=seed)
+    """At this temperature every token is as likely as any other: which ones enter then rests on the routers alone."""
+    return SamplingOptions(max_new_tokens=NEW, temperature=1e6, top_k=0, seed=seed)
+
+
+def random_tokens(batch_size: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def continued(model: MoDForCausalLM, batch_size: int, seed: int) -> torch.Tensor:
-    """Prompts of random tokens and what the model samples after them, [B, T]."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(0, VOCABULARY, (batch_size, PROMPT), generator=generator)
-    return torch.cat([prompts, torch.stack(list(stream(model, prompts, options=options(seed))), dim=1)], dim=1)
+def routed(model: MoDForCausalLM, tokens: torch.Tensor) -> dict[int, Any]:
+    routing = model.model(tokens, use_cache=False, routing="causal").routing
+    return {layer_idx: routing[layer_idx] for layer_idx in model.config.routed_layers or []}
 
 
-@torch.no_grad()
 def calibrate(model: MoDForCausalLM) -> None:
-    """Sets thresholds so that the capacity's share of the tokens the model samples enters."""
-    for seed in range(3):
-        tokens = continued(model, 32, 1000 + seed)
-        for layer_idx in model.config.routed_layers or []:
-            logits = model.model(tokens, use_cache=False, routing="causal").routing[layer_idx].causal_logits
-            router: Any = model.model.layers[layer_idx].router
-            router.threshold.add_(logits[:, PROMPT:].float().quantile(1 - model.config.capacity_fraction(layer_idx)))
+    """Sets thresholds, in order of depth, so that the capacity's share of random tokens enters."""
+    tokens = random_tokens(64, PROMPT + NEW, seed=1000)
+    for layer_idx in model.config.routed_layers or []:
+        router: Any = model.model.layers[layer_idx].router
+        logits = routed(model, tokens)[layer_idx].causal_logits[:, PROMPT:].flatten().sort(descending=True).values
+        router.threshold.add_(logits[round(len(logits) * model.config.capacity_fraction(layer_idx))])
 
 
 def llama(dense: MoDForCausalLM) -> LlamaForCausalLM:
@@ -206,12 +205,12 @@ class LlamaCpp:
 def measure(name: str, precision: str, batch_size: int, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
     ours = build(name)
     calibrate(ours["mod"])
-    # Other prompts in every turn: those of one would enter more or less often than the capacity.
-    texts = [continued(ours["mod"], batch_size, seed) for seed in range(repeats + 1)]
-    entered = []
-    for tokens in texts[1:]:
-        routing = ours["mod"](input_ids=tokens, use_cache=False, routing="causal", output_routing=True).routing
-        entered += [layer.entered[:, PROMPT:].float().mean().item() for layer in routing if layer is not None]
+    texts = [random_tokens(batch_size, PROMPT + NEW, seed) for seed in range(repeats + 1)]
+    entered = [
+        layer.entered[:, PROMPT:].float().mean().item()
+        for seed in range(4)
+        for layer in routed(ours["mod"], random_tokens(16, PROMPT + NEW, seed)).values()
+    ]
     models = {side: in_precision(model, precision) for side, model in ours.items()}
     sides: dict[str, Callable[[torch.Tensor, int], float]] = {
         side: lambda prompts, turn, model=model: batch_size / decode_seconds(model, prompts, options(turn))

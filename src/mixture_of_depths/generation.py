@@ -97,6 +97,13 @@ def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
     return out_BO if layer.bias is None else out_BO + layer.bias.float()
 
 
+def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
+    """`norm(x)` in float32, whatever the norm's weight is in."""
+    if isinstance(norm, nn.Identity):
+        return x
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
 def attend(
     query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
 ) -> Tensor:
@@ -117,14 +124,14 @@ def decode_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
     attention, mlp, rows = layer.self_attn, layer.mlp, x_BD.shape[0]
-    normed = layer.input_layernorm(x_BD)
-    query = attention.q_norm(matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
-    key = attention.k_norm(matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
+    normed = normalised(layer.input_layernorm, x_BD)
+    query = normalised(attention.q_norm, matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
+    key = normalised(attention.k_norm, matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
     value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
     query, key = (rotate(states[:, None], cos_Bh[:, None], sin_Bh[:, None])[:, 0] for states in (query, key))
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = matvec(attention.o_proj, attend(grouped, settled(key), value, keys, values, used_BS))
-    normed = layer.post_attention_layernorm(x_BD + attended)
+    normed = normalised(layer.post_attention_layernorm, x_BD + attended)
     delta = attended + matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, normed)) * matvec(mlp.up_proj, normed))
     return delta, key, value
 
@@ -161,7 +168,7 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
         stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
         stored.length_B.add_(entered_B)
     state.position_B.add_(1)
-    return matvec(model.lm_head, model.model.norm(x_BD))
+    return matvec(model.lm_head, normalised(model.model.norm, x_BD))
 
 
 def row_counts(batch_size: int) -> list[int]:
