@@ -13,7 +13,8 @@ one JSON line.
 `tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
 pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
 bytes a step must read over its time and over the bandwidth measured in the same turns, `prefill_ratio` the time of a
-causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share of random tokens that enters a routed block.
+causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share of random tokens that enters a
+routed block.
 """
 
 import argparse
