@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -203,14 +204,13 @@ class LlamaCpp:
         self.process.join()
 
 
-def measure(name: str, precision: str, batch_size: int, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
-    ours = build(name)
-    calibrate(ours["mod"])
+def measure(
+    ours: dict[str, MoDForCausalLM], precision: str, batch_size: int, repeats: int, threads: int, folder: Path
+) -> dict[str, Any]:
     texts = [random_tokens(batch_size, PROMPT + NEW, seed) for seed in range(repeats + 1)]
     entered = [
         layer.entered[:, PROMPT:].float().mean().item()
-        for seed in range(4)
-        for layer in routed(ours["mod"], random_tokens(16, PROMPT + NEW, seed)).values()
+        for layer in routed(ours["mod"], random_tokens(32, PROMPT + NEW, seed=0)).values()
     ]
     models = {side: in_precision(model, precision) for side, model in ours.items()}
     sides: dict[str, Callable[[torch.Tensor, int], float]] = {
@@ -271,10 +271,13 @@ def main() -> None:
     record: dict[str, Any] = {"benchmark": "decode", "repeats": arguments.repeats}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            for precision in arguments.precisions:
-                for batch_size in arguments.batch_sizes:
-                    found = measure(name, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
+            ours = build(name)
+            calibrate(ours["mod"])
+            for batch_size in arguments.batch_sizes:
+                for precision in arguments.precisions:
+                    found = measure(ours, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
                     record[f"{name} {precision} batch {batch_size}"] = found
+                    print(f"{name} {precision} batch {batch_size}: {json.dumps(found)}", file=sys.stderr, flush=True)
                     torch._dynamo.reset()
     print(json.dumps({**record, **provenance()}))
 
