@@ -10,8 +10,9 @@ tokens, so that the share that enters is the capacity. Dense sides share one set
 this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints
 one JSON line.
 
-`tokens_per_s` counts decoding steps, without prefill and compilation; `generate()` includes its prefill, as its user
-pays it, but llama.cpp's is its own count of decoding. `mod_over_*` are ratios of those speeds, `roof_fraction` is the
+`tokens_per_s` counts decoding on every side, without prefill and compilation. `hf` and `hf_static` are `generate()` with
+its dynamic and its static cache; on the CPU it compiles neither. `llamacpp` is a server with as many slots as prompts.
+`mod_over_*` are ratios of those speeds, `roof_fraction` is the
 bytes a step must read over its time and over the bandwidth measured in the same turns, `prefill_ratio` the time of a
 causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share of random tokens that enters a
 routed block.
@@ -102,19 +103,35 @@ def llama(dense: MoDForCausalLM) -> LlamaForCausalLM:
     return model.eval()
 
 
+def decode_speed(run: Callable[[int], None], batch_size: int) -> float:
+    """Tokens per second of decoding: what NEW tokens take beyond the first, with which the prefill goes.
+
+    Args:
+        run: makes that many new tokens for each prompt.
+        batch_size: number of prompts.
+    """
+    seconds = []
+    for count in (1, NEW):
+        start = time.perf_counter()
+        run(count)
+        seconds.append(time.perf_counter() - start)
+    return batch_size * (NEW - 1) / (seconds[1] - seconds[0])
+
+
 def generate_speed(model: LlamaForCausalLM, input_ids: torch.Tensor, **settings: Any) -> float:
-    start = time.perf_counter()
-    model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        eos_token_id=None,
-        pad_token_id=0,
-        **settings,
-    )
-    return input_ids.shape[0] * NEW / (time.perf_counter() - start)
+    def run(count: int) -> None:
+        model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+            pad_token_id=0,
+            **settings,
+        )
+
+    return decode_speed(run, input_ids.shape[0])
 
 
 def write_gguf(dense: MoDForCausalLM, path: Path) -> None:
@@ -160,7 +177,7 @@ def write_gguf(dense: MoDForCausalLM, path: Path) -> None:
 
 
 def serve(path: str, batch_size: int, threads: int, pipe: Connection) -> None:
-    """A llama.cpp server; takes lists of prompts from the pipe and answers with their tokens per second."""
+    """A llama.cpp server; takes prompts and a number of tokens from the pipe, and answers when all have them."""
     parameters = xllamacpp.CommonParams()  # pyright: ignore[reportAttributeAccessIssue]
     parameters.model.path = path
     parameters.n_ctx, parameters.n_parallel, parameters.verbosity = 320 * batch_size, batch_size, -1
@@ -168,15 +185,15 @@ def serve(path: str, batch_size: int, threads: int, pipe: Connection) -> None:
     parameters.cache_prompt = False
     server = xllamacpp.Server(parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def run(prompt: list[int]) -> dict[str, Any]:
-        request = {"prompt": prompt, "n_predict": NEW, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
-        return server.handle_completions(request)["timings"]
+    def run(prompt: list[int], count: int) -> int:
+        request = {"prompt": prompt, "n_predict": count, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+        return server.handle_completions(request)["timings"]["predicted_n"]
 
     with ThreadPoolExecutor(batch_size) as pool:
         while True:
-            timings = list(pool.map(run, pipe.recv()))
-            assert all(timing["predicted_n"] == NEW for timing in timings), timings
-            pipe.send(len(timings) * (NEW - 1) / (max(timing["predicted_ms"] for timing in timings) / 1e3))
+            prompts, count = pipe.recv()
+            made = list(pool.map(run, prompts, [count] * len(prompts)))
+            pipe.send(made == [count] * len(prompts))
 
 
 class LlamaCpp:
@@ -191,11 +208,14 @@ class LlamaCpp:
         self.process.start()
 
     def speed(self, input_ids: torch.Tensor) -> float:
-        """Tokens per second of decoding, as the server counts it; of several prompts by the slowest."""
         assert self.process.pid is not None
+
+        def run(count: int) -> None:
+            self.pipe.send((input_ids.tolist(), count))
+            assert self.pipe.recv(), "llama.cpp made another number of tokens"
+
         os.kill(self.process.pid, signal.SIGCONT)
-        self.pipe.send(input_ids.tolist())
-        found = self.pipe.recv()
+        found = decode_speed(run, input_ids.shape[0])
         os.kill(self.process.pid, signal.SIGSTOP)
         return found
 
@@ -228,23 +248,27 @@ def measure(
     prefills: dict[str, list[float]] = {side: [] for side in models}
     bandwidths = []
     long = torch.randint(0, VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(1))
-    for turn in range(repeats + 1):
-        for side, speed in sides.items():
-            found = speed(texts[turn][:, :PROMPT].contiguous(), turn)
-            if turn > 0:
-                speeds[side].append(found)
-        for side, model in models.items():
-            found = prefill_seconds(model, long)
-            if turn > 0:
-                prefills[side].append(found)
-        bandwidths.append(read_gigabytes_per_second())
-    if server is not None:
-        server.close()
+    try:
+        for turn in range(repeats + 1):
+            order = list(sides)
+            for side in order[turn % len(order) :] + order[: turn % len(order)]:
+                found = sides[side](texts[turn][:, :PROMPT].contiguous(), 1000 * turn)
+                if turn > 0:
+                    speeds[side].append(found)
+            for side, model in models.items():
+                found = prefill_seconds(model, long)
+                if turn > 0:
+                    prefills[side].append(found)
+            bandwidths.append(read_gigabytes_per_second())
+    finally:
+        if server is not None:
+            server.close()
     middle = {side: median(values) for side, values in speeds.items()}
     bandwidth = median(bandwidths)
     roofs = {}
     for side, model in models.items():
-        needed = decode_bytes(model.config, PROMPT + NEW // 2, batch_size, BYTES[precision]).total
+        read = decode_bytes(model.config, PROMPT + NEW // 2, batch_size, 1)
+        needed = read.weights * BYTES[precision] + read.cache * max(BYTES[precision], 2)
         roofs[side] = round(needed * middle[side] / batch_size / 1e9 / bandwidth, 3)
     kept = {side: sum(cache_of(model, tokens) for tokens in texts[1:]) for side, model in models.items()}
     return {

@@ -80,6 +80,7 @@ def bench(
         found[precision] = {"weight_bytes": sum(t.nbytes for t in [*sides.parameters(), *sides.buffers()])}
         for batch_size in batch_sizes:
             input_ids = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+            torch._dynamo.reset()
             start = time.perf_counter()
             decode_seconds(sides, input_ids, SamplingOptions(max_new_tokens=5, temperature=0))
             compile_seconds = time.perf_counter() - start
@@ -87,7 +88,8 @@ def bench(
             for _ in range(repeats):
                 steps.append(decode_seconds(sides, input_ids, options))
                 bandwidths.append(read_gigabytes_per_second())
-            bytes_read = decode_bytes(model.config, context, batch_size, size).total
+            read = decode_bytes(model.config, context, batch_size, 1)
+            bytes_read = read.weights * size + read.cache * max(size, 2)
             found[precision][f"batch {batch_size}"] = {
                 "tokens_per_s": round(batch_size / median(steps), 1),
                 "roof_fraction": round(bytes_read / median(steps) / 1e9 / median(bandwidths), 3),
