@@ -10,12 +10,11 @@ tokens, so that the share that enters is the capacity. Dense sides share one set
 this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints
 one JSON line.
 
-`tokens_per_s` counts decoding on every side, without prefill and compilation. `hf` and `hf_static` are `generate()` with
-its dynamic and its static cache; on the CPU it compiles neither. `llamacpp` is a server with as many slots as prompts.
-`mod_over_*` are ratios of those speeds, `roof_fraction` is the
-bytes a step must read over its time and over the bandwidth measured in the same turns, `prefill_ratio` the time of a
-causal pass over 1,024 tokens, dense over Mixture-of-Depths, and `entered` the share of random tokens that enters a
-routed block.
+`tokens_per_s` counts decoding on every side, without prefill and compilation. `hf` and `hf_static` are `generate()`
+with its dynamic and its static cache; on the CPU it compiles neither. `llamacpp` is a server with as many slots as
+prompts. `mod_over_*` are ratios of those speeds, `roof_fraction` is the bytes a step must read over its time and over
+the bandwidth measured in the same turns, `prefill_ratio` the time of a causal pass over 1,024 tokens, dense over
+Mixture-of-Depths, and `entered` the share of random tokens that enters a routed block.
 """
 
 import argparse

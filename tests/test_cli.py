@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._inductor.config
+from isoflop.test_plan import study_file
 from test_data import SENTENCE
 
 from mixture_of_depths.cli import main
@@ -146,8 +148,8 @@ def test_without_a_compiler_it_says_so_and_samples(
 ) -> None:
     arguments = ["generate", str(checkpoint), "--prompt", "The router", "--max-new-tokens", "5"]
     plain = run(monkeypatch, capsys, *arguments)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("nowhere-g++",))
-    status, output, errors = run(monkeypatch, capsys, *arguments, "--compile")
+    with torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)}):
+        status, output, errors = run(monkeypatch, capsys, *arguments, "--compile")
     assert (status, output) == (0, plain[1])
     assert "no C++ compiler found" in errors
 
@@ -166,6 +168,11 @@ def test_without_a_compiler_it_says_so_and_samples(
         (["generate", "CHECKPOINT", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["generate", "CHECKPOINT", "--prompt", "x", "--out", "y"], "out=y needs prompts"),
         (["bench", "CHECKPOINT", "--new-tokens", "1"], "new_tokens=1"),
+        (["bench", "CHECKPOINT", "--new-tokens", "9999"], "max_position_embeddings=2048"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--temperature", "1e-40"], "temperature=1e-40 is out of range"),
+        (["generate", "CHECKPOINT", "--prompts", "nowhere.txt", "--stream"], "stream and show_depth need prompt"),
+        (["train", "--out", "OUT", "DATA", "--max-flops", "1e9", "--batch-size", "0"], "batch_size=0"),
+        (["isoflop", "plan", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "CHECKPOINT", "--data", "nowhere"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "DATA"], "exactly one of max_steps, max_tokens and max_flops"),
@@ -241,3 +248,25 @@ def test_the_demo_trains_compares_and_samples(
     models = json.loads((out / "demo.json").read_text())["models"]
     assert models["MoD"]["flops"] == pytest.approx(models["baseline"]["flops"], rel=0.1)
     assert models["MoD"]["blocks"] > models["baseline"]["blocks"]
+
+
+def test_an_isoflop_study_from_plan_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    study, out = str(study_file(tmp_path)), str(tmp_path / "out")
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "plan", study)
+    assert status == 0
+    assert "2 runs" in output
+    assert "hours on this machine" in output
+    status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out)
+    assert (status, "holds no record of this study" in errors) == (2, True)
+    assert run(monkeypatch, capsys, "isoflop", "run", study, "--out", out)[0] == 0
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out)
+    assert status == 0
+    summary = json.loads(output)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["3e07"]["loss_ratio"] > 0
+    assert {"git_commit", "command", "versions"} <= summary.keys()
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "plot", study, "--out", out)
+    assert status == 0
+    assert all(Path(line).is_file() for line in output.split())
+    status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out, "--mod", "typo")
+    assert (status, "mod=typo has no records" in errors) == (2, True)

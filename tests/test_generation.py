@@ -152,7 +152,8 @@ def test_sampled_tokens_follow_the_settings_of_generate() -> None:
 
 def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:
     model = tiny(routed_layers=[1]).float().eval()
-    input_ids = torch.randint(0, 31, (3, 6))
+    torch.manual_seed(1)
+    input_ids = torch.randint(0, 31, (6, 6))
     options = SamplingOptions(max_new_tokens=30, temperature=2.0, top_k=0)
     free = torch.stack(list(stream(model, input_ids, options=options)), dim=1)
     model.config.eos_token_id = end = int(free[0, 4])
@@ -161,3 +162,22 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:
         stop = before.index(end) if end in before else len(before)
         assert after[:stop] == before[: min(stop, len(after))]
         assert set(after[stop:]) <= {end}
+    goes_on = [row for row in free.tolist() if end not in row]
+    assert goes_on
+    assert tokens.shape[1] == 30
+
+
+def test_rows_are_ended_by_their_owner_and_a_mask_may_be_of_booleans() -> None:
+    model = tiny(routed_layers=[1]).float().eval()
+    input_ids, mask = left_padded(2, 6)
+    options = SamplingOptions(max_new_tokens=20, temperature=0)
+    expected = torch.stack(list(stream(model, input_ids, mask, options)), dim=1)
+    active = torch.ones(2, dtype=torch.bool)
+    tokens = []
+    for token in stream(model, input_ids, mask.bool(), options, active_B=active):
+        tokens.append(token)
+        active[1] = len(tokens) < 5
+        active[0] = len(tokens) < 12
+    assert len(tokens) == 12
+    assert torch.equal(torch.stack(tokens, dim=1)[0], expected[0, :12])
+    assert torch.equal(torch.stack(tokens, dim=1)[1, :5], expected[1, :5])

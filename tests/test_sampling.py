@@ -1,5 +1,6 @@
 """Text from a model: stop strings, streams, prompts of different lengths."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,34 +44,47 @@ def test_streamed_pieces_join_to_the_sample_s_text(model: MoDForCausalLM, tokeni
 
 def test_a_prompt_s_sample_does_not_depend_on_what_it_is_batched_with(model: MoDForCausalLM, tokenizer: Any) -> None:
     options = SamplingOptions(max_new_tokens=25, repetition_penalty=1.3, top_p=0.9, min_p=0.01)
-    together = sample_texts(model.double(), tokenizer, PROMPTS, options, seeds=[5, 6, 7])
+    model = copy.deepcopy(model).double()
+    together = sample_texts(model, tokenizer, PROMPTS, options, seeds=[5, 6, 7])
     for prompt, seed, sample in zip(PROMPTS, [5, 6, 7], together, strict=True):
         (alone,) = sample_texts(model, tokenizer, [prompt], options, seeds=[seed])
         assert alone.tokens == sample.tokens
 
 
-def test_a_stop_string_ends_its_row_and_is_left_out(model: MoDForCausalLM, tokenizer: Any) -> None:
-    options = SamplingOptions(max_new_tokens=40, seed=3)
-    whole = sample_texts(model, tokenizer, PROMPTS, options)
-    stop = whole[0].text[5:9]
-    at = whole[0].text.index(stop)
-    # A second stop string that begins alike must not hold back the end of a text that is over.
-    stopped = sample_texts(
-        model, tokenizer, PROMPTS, SamplingOptions(max_new_tokens=40, seed=3, stop=(stop, whole[0].text[-1] + "\x00"))
-    )
-    assert stopped[0].text == whole[0].text[:at]
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_a_stop_string_over_several_tokens_ends_its_row_and_is_neither_streamed_nor_kept(
+    model: MoDForCausalLM, tokenizer: Any, length: int
+) -> None:
+    whole = sample_texts(model, tokenizer, PROMPTS, SamplingOptions(max_new_tokens=40, seed=3))
+    stop = whole[0].text[5 : 5 + length]
+    options = SamplingOptions(max_new_tokens=40, seed=3, stop=("never there", stop))
+    stopped, streamed = begin(tokenizer, PROMPTS), ["", "", ""]
+    for row, text in stream_texts(model, tokenizer, stopped, options):
+        streamed[row] += text
+    assert streamed == [sample.text for sample in stopped]
+    for before, after in zip(whole, stopped, strict=True):
+        assert after.text == before.text.partition(stop)[0]
+        assert after.ended == ("stop" if stop in before.text else "length")
     assert stopped[0].ended == "stop"
-    for before, after in zip(whole[1:], stopped[1:], strict=True):
-        if stop not in before.text:
-            assert after.text == before.text
+    new = stopped[0].tokens[len(begin(tokenizer, PROMPTS)[0].tokens) :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert text.startswith(stopped[0].text)
+    assert stop not in text
+
+
+def test_text_that_only_begins_like_a_stop_string_comes_out_in_the_end(model: MoDForCausalLM, tokenizer: Any) -> None:
+    (whole,) = sample_texts(model, tokenizer, ["A"], SamplingOptions(max_new_tokens=30))
+    held = SamplingOptions(max_new_tokens=30, stop=(whole.text[-4:] + "\x00",))
+    samples = begin(tokenizer, ["A"])
+    assert "".join(text for _, text in stream_texts(model, tokenizer, samples, held)) == whole.text
 
 
 def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) -> None:
     options = SamplingOptions(max_new_tokens=400, temperature=2.0, top_k=0)
     (sample,) = sample_texts(model, tokenizer, ["A"], options)
+    model = copy.deepcopy(model)
     model.config.eos_token_id = end = sample.tokens[20]
     (ended,) = sample_texts(model, tokenizer, ["A"], options)
-    model.config.eos_token_id = None
     assert ended.ended == "end_of_text"
     assert ended.tokens == sample.tokens[: sample.tokens.index(end, 1) + 1]
 

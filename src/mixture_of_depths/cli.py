@@ -147,6 +147,9 @@ def generate(
         show_depth: Colour every token by the number of blocks it used.
         compile: Compile the sampling step: many times faster, after half a minute that is spent once per model.
     """
+    import torch
+
+    from mixture_of_depths.generation import check_prompts
     from mixture_of_depths.sampling import begin, coloured, sample_texts, stream_texts
 
     _quiet()
@@ -156,12 +159,20 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if out is not None and (prompts is None or out.exists()):
         raise ValueError(f"out={out} {'needs prompts' if prompts is None else 'exists; name another file'}")
+    if prompts is not None and (stream or show_depth):
+        raise ValueError("stream and show_depth need prompt; prompts of a file give JSON lines")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
     model, tokenizer = _load(checkpoint)
     samples = begin(tokenizer, texts)
+    for sample in samples:
+        # All of them before the first is written.
+        tokens = torch.tensor([sample.tokens])
+        check_prompts(model, tokens, torch.ones_like(tokens), sampling.max_new_tokens)
     compiled = compile and _can_compile()
     if compiled:
         print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
+    elif compile:
+        print("no C++ compiler found: sampling without compilation", file=sys.stderr, flush=True)
     if prompts is not None:
         with out.open("x") if out is not None else nullcontext(sys.stdout) as file:
             for start in range(0, len(texts), batch_size):
@@ -189,7 +200,8 @@ def generate(
 def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     """Shift the causal routers so that each block's capacity is what enters it, on text held out in training.
 
-    Every second held-out block is calibrated on; the others are evaluated on, before and after, as JSON.
+    Every second held-out block is calibrated on; the others are evaluated on, before and after, as JSON. A model that
+    was trained with the auxiliary loss has no constant of its own to shift, and from then on decides by its threshold.
 
     Args:
         checkpoint: Folder of a trained model.
@@ -213,9 +225,13 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     others = corpus.validation.select(range(1, len(corpus.validation), 2))
     before = evaluation(model, others, end, size)
     run(model, chosen, end)
+    if model.config.causal_router == "auxiliary_loss":
+        model.config.causal_router = "threshold"
     after = evaluation(model, others, end, size)
-    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    out.mkdir(parents=True)
+    shutil.copy(checkpoint / "run.json", out)
     model.save_pretrained(out)
+    tokenizer.save_pretrained(str(out))
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
 
 
@@ -243,6 +259,12 @@ def bench(
             f"new_tokens={new_tokens} at least 5"
         )
     model, _ = _load(checkpoint)
+    longest = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > longest:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the model's "
+            f"max_position_embeddings={longest}; lower one of them"
+        )
     if not _can_compile():
         raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
     print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance()}, indent=2))
@@ -256,15 +278,17 @@ def _read_prompts(path: "Path | None") -> list[str]:
     """
     assert path is not None
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: a line of JSON may hold other separators.
+        numbered = list(enumerate(path.read_text(encoding="utf-8").split("\n"), start=1))
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={path} is not UTF-8: {error}") from error
+    lines = [(number, line.removesuffix("\r")) for number, line in numbered if line.strip()]
     if not lines:
         raise ValueError(f"prompts={path} holds no prompt; give one a line")
     if path.suffix != ".jsonl":
-        return lines
+        return [line for _, line in lines]
     texts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             text = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError) as error:
@@ -276,14 +300,13 @@ def _read_prompts(path: "Path | None") -> list[str]:
 
 
 def _can_compile() -> bool:
-    """Whether there is what torch.compile needs; says so when there is not."""
+    """Whether there is what torch.compile needs."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        print("no C++ compiler found: sampling without compilation", file=sys.stderr, flush=True)
         return False
     return True
 
@@ -305,7 +328,9 @@ def _held_out(checkpoint: Path) -> "Corpus":
     kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
     corpus = prepare(kept)
     if corpus.key != text["key"]:
-        raise ValueError(f"data={' '.join(kept.data)} has changed since the training; give data to evaluate on")
+        raise ValueError(
+            f"data={' '.join(kept.data)} has changed since the training; bring it back, or give other data"
+        )
     return corpus
 
 
@@ -376,6 +401,7 @@ def isoflop_fit(study: Study, out: Path, mod: str = "mod") -> None:
     from mixture_of_depths.provenance import provenance
 
     records, baseline = _records(study, out)
+    _family(mod, records)
     summary = json.dumps({**summarise(records, baseline, mod), **provenance()}, indent=2, allow_nan=False)
     (out / "summary.json").write_text(summary + "\n")
     print(summary)
@@ -392,8 +418,16 @@ def isoflop_plot(study: Study, out: Path, mod: str = "mod") -> None:
     from mixture_of_depths.isoflop.plot import draw
 
     records, baseline = _records(study, out)
+    _family(mod, records)
     for path in draw(records, baseline, mod, out):
         print(path)
+
+
+def _family(name: str, records: list[dict[str, Any]]) -> None:
+    """Refuses a family without records."""
+    families = sorted({record["family"] for record in records})
+    if name not in families:
+        raise ValueError(f"mod={name} has no records; there are some of {', '.join(families)}")
 
 
 def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":

@@ -297,18 +297,19 @@ class TokenChoice:
         first_B1 = input_ids.gather(1, attention_mask.argmax(dim=1, keepdim=True))
         self.known_BT = torch.where(attention_mask.bool(), input_ids, first_B1)
         self.is_greedy = options.temperature == 0
+        self.is_penalised = options.repetition_penalty != 1
         self.generators = [torch.Generator(input_ids.device).manual_seed(seed) for seed in seeds]
         self.processors = LogitsProcessorList()
-        if options.repetition_penalty != 1:
-            self.processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if self.is_penalised:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
         if self.is_greedy:
             return
         if options.temperature != 1:
-            self.processors.append(TemperatureLogitsWarper(options.temperature))
+            self.processors.append(TemperatureLogitsWarper(float(options.temperature)))
         if options.top_k > 0:
             self.processors.append(TopKLogitsWarper(options.top_k))
         if options.top_p < 1:
-            self.processors.append(TopPLogitsWarper(options.top_p))
+            self.processors.append(TopPLogitsWarper(float(options.top_p)))
         if options.min_p > 0:
             self.processors.append(MinPLogitsWarper(options.min_p))
 
@@ -320,7 +321,7 @@ class TokenChoice:
         else:
             rows = zip(logits_BV.softmax(dim=-1), self.generators, strict=True)
             token_B = torch.cat([torch.multinomial(row_V, 1, generator=generator) for row_V, generator in rows])
-        if self.processors:
+        if self.is_penalised:
             self.known_BT = torch.cat([self.known_BT, token_B[:, None]], dim=1)
         return token_B
 
@@ -381,7 +382,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, [B], token by token, until all rows have ended.
 
-    A row ends with the model's end of text, after which it yields that token again and enters no routed block.
+    A row ends with the model's end of text, or when the owner of `active_B` says so; from then on it enters no routed
+    block, and yields the end of text if the model has one.
 
     Args:
         model: the model, in evaluation mode.
@@ -389,14 +391,14 @@ def stream(
         attention_mask (torch.Tensor | None): 0 for padding; of shape [B, T]. None when there is none.
         options: how tokens are drawn; `stop` needs text and is not looked at here.
         seeds: one seed a row; by default the options' and those after it.
-        active_B (torch.Tensor | None): True for rows that go on; of shape [B]. Its owner may end a row by writing
-            False between two tokens.
+        active_B (torch.Tensor | None): True for rows that go on; of shape [B]. It is only read: its owner may end a
+            row by writing False between two tokens.
         compiled: whether to compile the step, which needs a C++ compiler on the CPU and half a minute the first time.
 
     Raises:
         ValueError: for prompts the model cannot go on from.
     """
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     check_prompts(model, input_ids, attention_mask, options.max_new_tokens)
     batch_size = input_ids.shape[0]
     if active_B is None:
@@ -404,20 +406,22 @@ def stream(
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
     ends = end_tokens(model.config)
+    ended_B = torch.zeros_like(active_B)
     step = torch.compile(decode_step, fullgraph=True, options=COMPILER_OPTIONS) if compiled else decode_step
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
     room = 0
     for number in range(options.max_new_tokens):
         token_B = choose_token(logits_BV)
         if ends:
-            token_B = token_B.where(active_B, ends[0])
-            active_B &= torch.isin(token_B, torch.tensor(ends, device=token_B.device), invert=True)
+            token_B = token_B.where(active_B & ~ended_B, ends[0])
+            ended_B |= torch.isin(token_B, torch.tensor(ends, device=token_B.device))
         yield token_B
-        if number + 1 == options.max_new_tokens or not bool(active_B.any()):
+        going_B = active_B & ~ended_B
+        if number + 1 == options.max_new_tokens or not bool(going_B.any()):
             return
         if room == 0:
             room = grow(state)
         room -= 1
         # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
-            logits_BV = step(model, token_B, active_B, state)
+            logits_BV = step(model, token_B, going_B, state)

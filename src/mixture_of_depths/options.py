@@ -128,14 +128,14 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     """Texts that end the sample; they are not part of it."""
     seed: int = 0
-    """Seed of the sampling; the n-th prompt of several uses seed + n, whatever it is batched with."""
+    """Seed of the sampling; the n-th prompt of several draws with seed + n, by itself."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting that is out of its range."""
         for name, valid, range_ in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
+            ("temperature", self.temperature == 0 or 0.01 <= self.temperature < float("inf"), "0, or at least 0.01"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),

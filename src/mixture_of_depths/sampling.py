@@ -28,7 +28,7 @@ class Sample:
     Attributes:
         prompt: the text before.
         text: the text sampled, without the stop string that ended it.
-        tokens: the tokens of both.
+        tokens: the tokens of both, and that of the end of text if it came.
         ended: "end_of_text", "stop" or "length"; None while it goes on.
     """
 
@@ -84,8 +84,9 @@ def stream_texts(
     rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
     input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
     attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
-    active_B = torch.ones(len(samples), dtype=torch.bool, device=model.device)
-    decoders = [DecodeStream(skip_special_tokens=True) for _ in samples]
+    active_B = torch.tensor([sample.ended is None for sample in samples], device=model.device)
+    decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
+    begun = [len(sample.tokens) for sample in samples]
     held = [""] * len(samples)
     ends = end_tokens(model.config)
     backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
@@ -102,6 +103,11 @@ def stream_texts(
                 if cut is not None:
                     sample.ended, ready = "stop", text[:cut]
                     active_B[row] = False
+                    whole = len(sample.text) + cut
+                    while len(sample.tokens) > begun[row] and whole <= len(
+                        tokenizer.decode(sample.tokens[begun[row] : -1], skip_special_tokens=True)
+                    ):
+                        sample.tokens.pop()
                 else:
                     kept = max((_overlap(text, stop) for stop in options.stop), default=0)
                     ready, held[row] = text[: len(text) - kept], text[len(text) - kept :]

@@ -72,6 +72,8 @@ def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> H
             f"give exactly one of max_steps, max_tokens and max_flops; given: {', '.join(given) or 'none'}"
         )
     (name, value), *_ = given.items()
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size={options.batch_size} must be at least 1")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value} must be a finite number above 0")
     tokens_per_step = options.batch_size * sequence_length
@@ -321,7 +323,7 @@ def train(
     console = console or Console()
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
-    _check(options, corpus)
+    check_options(options, corpus)
     arguments = _arguments(options, length, folder)
     start = _open_folder(folder, config, corpus, options, resume)
     if resume and start is None:
@@ -407,7 +409,8 @@ def _evaluate(
     )
 
 
-def _check(options: TrainOptions, corpus: Corpus) -> None:
+def check_options(options: TrainOptions, corpus: Corpus) -> None:
+    """Raises ValueError for an option that is out of its range, or a batch larger than the text."""
     for name in ("batch_size", "gradient_accumulation_steps", "eval_blocks", "learning_rate", "max_grad_norm"):
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"{name}={getattr(options, name)} must be a finite number above 0")

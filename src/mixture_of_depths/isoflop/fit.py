@@ -18,8 +18,9 @@ class Curve:
     Attributes:
         points: per depth, (parameters, forward FLOPs per token, mean loss over seeds), smallest first.
         best: the point with the smallest loss.
-        optimum: (parameters, loss) at the bottom of the parabola through the points around the best, in the logarithm
-            of the parameters; None when these are fewer than three or the parabola has no bottom among them.
+        optimum: (parameters, loss) at the bottom of the parabola fitted to the points around the best, in the logarithm
+            of the parameters. None when it would rest on little: fewer than four points, a best point at the edge, a
+            bottom outside the points or more than 1 % below the best of them.
     """
 
     points: list[tuple[float, float, float]]
@@ -39,14 +40,17 @@ def curve(records: Records, loss: str) -> Curve:
     best = min(points, key=lambda point: point[2])
     at = points.index(best)
     around = points[max(0, at - 2) : at + 3]
-    if len(around) < 3:
+    if len({point[0] for point in around}) < 4 or at in (0, len(points) - 1):
         return Curve(points, best, None)
     size = np.log([point[0] for point in around])
     middle = size.mean()
     bend, slope, height = np.polyfit(size - middle, [point[2] for point in around], 2)
     if bend <= 0 or not size[0] <= (bottom := middle - slope / (2 * bend)) <= size[-1]:
         return Curve(points, best, None)
-    return Curve(points, best, (float(np.exp(bottom)), float(height - slope**2 / (4 * bend))))
+    loss_there = float(height - slope**2 / (4 * bend))
+    if loss_there < 0.99 * best[2]:
+        return Curve(points, best, None)
+    return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
 
 def best_loss(found: Curve) -> float:
@@ -67,26 +71,25 @@ def group(records: Records) -> dict[float, dict[str, Records]]:
     return found
 
 
-def resampled(records: Records, generator: np.random.Generator) -> Records:
-    """The records with, for every depth, as many seeds drawn with replacement."""
-    depths: dict[int, Records] = defaultdict(list)
-    for record in records:
-        depths[record["depth"]].append(record)
-    return [found[i] for found in depths.values() for i in generator.integers(0, len(found), len(found))]
-
-
 def ratio_interval(
-    mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
+    mod: Records, baseline: Records, loss: str, draws: int = 5000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the ratio of best losses by bootstrap over seeds; None where no size has several."""
-    if len({(r["family"], r["depth"]) for r in [*mod, *baseline]}) == len(mod) + len(baseline):
-        return None
+    """The 95 % interval of the ratio of the losses at both best sizes, by bootstrap over their seeds.
+
+    Deviations from the mean are drawn wider by the root of n / (n - 1), as those of n seeds from their own mean are too
+    small. What the choice of the size adds is not in it. None unless both best sizes were trained from two seeds or
+    more.
+    """
     generator = np.random.default_rng(seed)
-    ratios = [
-        best_loss(curve(resampled(mod, generator), loss)) / best_loss(curve(resampled(baseline, generator), loss))
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    means = []
+    for records in (mod, baseline):
+        size = curve(records, loss).best[0]
+        losses = np.array([record["evaluation"][loss] for record in records if record["parameters"] == size])
+        if len(losses) < 2:
+            return None
+        wider = (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 + losses.mean()
+        means.append(wider[generator.integers(0, len(losses), (draws, len(losses)))].mean(axis=1))
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
     return float(low), float(high)
 
 

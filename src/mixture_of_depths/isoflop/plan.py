@@ -6,6 +6,7 @@ A run is one model of a family, of one size, trained to one budget from one seed
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Corpus
 from mixture_of_depths.flops import forward_flops_per_token, model_parameters
 from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
-from mixture_of_depths.training import Horizon, horizon, model_config
+from mixture_of_depths.training import Horizon, check_options, horizon, model_config
 
 # What the study itself sets.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -99,7 +100,8 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name, which tells it from all others of its study."""
-        return f"{self.family}-{self.budget:g}-depth{self.depth}-seed{self.seed}".replace("+", "")
+        budget = f"{self.budget:g}".replace("+", "")
+        return f"{self.family}-{budget}-depth{self.depth}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def load_study(path: Path) -> Study:
     _known(given, Study, str(path))
     for name, kind in (("ladder", Ladder), ("data", DataOptions), ("training", TrainOptions)):
         _known(given.get(name, {}), kind, f"{path}: {name}")
-    for number, sweep in enumerate(given.get("sweeps") or []):
+    sweeps = given.get("sweeps")
+    for number, sweep in enumerate(sweeps if isinstance(sweeps, list) else []):
         _known(sweep, Sweep, f"{path}: sweeps[{number}]")
     try:
         study = TypeAdapter(Study).validate_python(given)
@@ -161,7 +164,18 @@ def _known(given: Any, kind: type, place: str) -> None:
 
 
 def _check(study: Study, path: Path) -> None:
+    for name, value in (
+        ("ladder.head_dim", study.ladder.head_dim),
+        ("ladder.width_per_block", study.ladder.width_per_block),
+        ("learning_rate_width", study.learning_rate_width),
+    ):
+        if value < 1:
+            raise ValueError(f"study={path}: {name}={value} must be at least 1")
+    if not study.sweeps or any(min(sweep.seeds, default=-1) < 0 for sweep in study.sweeps):
+        raise ValueError(f"study={path}: sweeps must hold at least one, with seeds of at least 0")
     for name, changes in study.families.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ValueError(f"study={path}: families: {name!r} must be made of letters, digits, '.', '_' and '-'")
         for part in SIZE_FIELDS:
             if part in changes:
                 raise ValueError(f"study={path}: families.{name}: {part} comes from the ladder; leave it out")
@@ -192,7 +206,8 @@ def runs(study: Study) -> list[Run]:
                         changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
                         training = replace(study.training, max_flops=budget, seed=seed, learning_rate=rate)
                         run = Run(family, depth, budget, seed, changes, training)
-                        found.setdefault(run.name, run)
+                        if found.setdefault(run.name, run) != run:
+                            raise ValueError(f"two runs are called {run.name}: budgets differ too little; round them")
     return sorted(found.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
 
 
@@ -205,6 +220,7 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
     planned = []
     for run in runs(study):
         try:
+            check_options(run.training, corpus)
             config = model_config(run.model, corpus.tokenizer, study.data.sequence_length)
             length = horizon(run.training, config, study.data.sequence_length)
         except ValueError as error:

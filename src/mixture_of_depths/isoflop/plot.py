@@ -1,6 +1,6 @@
 """The study's figures, drawn from its records."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,22 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mixture_of_depths.isoflop.fit import Records, curve, group
 from mixture_of_depths.training import read_records
 
+# Each family keeps its colour and mark in all figures.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKS = ("o", "s", "^", "v", "D", "P", "X", "*")
+
+
+def style(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and mark of every family."""
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[(i + i // len(COLOURS)) % len(MARKS)]}
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
@@ -21,18 +32,18 @@ def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
 
     - `isoflop.png`: loss under causal routing against parameters, a panel a budget (figure 3 of the paper, left).
     - `relative.png`: loss over the best baseline's against forward FLOPs over the best baseline's (figure 4).
-    - `routing.png`: loss under the predictor's decisions against loss under top-k (figure 6).
+    - `routing.png`: loss under causal routing against loss under top-k (figure 6).
     - `curves.png`: training curves of the best runs at the largest budget, where their folders are still there.
     """
-    figures: dict[str, Callable[[], Any]] = {
-        "isoflop": lambda: _panels(records, baseline, _isoflop),
-        "relative": lambda: _panels(records, baseline, _relative),
-        "routing": lambda: _routing(records),
-        "curves": lambda: _curves(records, (baseline, mod), out),
+    styles = style([baseline, mod, *(record["family"] for record in records)])
+    figures = {
+        "isoflop": _panels(records, baseline, styles, _isoflop),
+        "relative": _panels(records, baseline, styles, _relative),
+        "routing": _routing(records, styles),
+        "curves": _curves(records, (baseline, mod), styles, out),
     }
     paths = []
-    for name, make in figures.items():
-        figure = make()
+    for name, figure in figures.items():
         if figure is not None:
             figure.tight_layout()
             paths.append(out / f"{name}.png")
@@ -41,49 +52,55 @@ def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
     return paths
 
 
-def _panels(records: Records, baseline: str, fill: Callable[[Axes, dict[str, Records], str], None]) -> Any:
+Styles = dict[str, dict[str, Any]]
+
+
+def _panels(
+    records: Records, baseline: str, styles: Styles, fill: Callable[[Axes, dict[str, Records], str, Styles], None]
+) -> Figure:
     budgets = sorted(group(records).items())
     figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.2), squeeze=False)
     for panel, (budget, families) in zip(axes[0], budgets, strict=True):
         panel.set_title(f"{budget:g} training FLOPs")
         panel.grid(alpha=0.3)
-        fill(panel, families, baseline)
+        fill(panel, families, baseline, styles)
         panel.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _isoflop(panel: Axes, families: dict[str, Records], baseline: str) -> None:
-    for (name, found), colour in zip(families.items(), COLOURS, strict=False):
+def _isoflop(panel: Axes, families: dict[str, Records], baseline: str, styles: Styles) -> None:
+    for name, found in families.items():
         points = curve(found, "loss_causal")
-        panel.plot([p[0] for p in points.points], [p[2] for p in points.points], "o-", color=colour, label=name)
+        panel.plot([p[0] for p in points.points], [p[2] for p in points.points], label=name, **styles[name])
         if points.optimum:
-            panel.plot(*points.optimum, "*", color=colour, markersize=12)
+            panel.plot(*points.optimum, "*", color=styles[name]["color"], markersize=12)
     panel.set_xscale("log")
     panel.set_xlabel("parameters")
     panel.set_ylabel("held-out loss, causal routing (nats per token)")
 
 
-def _relative(panel: Axes, families: dict[str, Records], baseline: str) -> None:
+def _relative(panel: Axes, families: dict[str, Records], baseline: str, styles: Styles) -> None:
     if baseline not in families:
         return
     best = curve(families[baseline], "loss_causal").best
-    for (name, found), colour in zip(families.items(), COLOURS, strict=False):
+    for name, found in families.items():
         points = curve(found, "loss_causal").points
-        panel.plot([p[1] / best[1] for p in points], [p[2] / best[2] for p in points], "o-", color=colour, label=name)
+        panel.plot([p[1] / best[1] for p in points], [p[2] / best[2] for p in points], label=name, **styles[name])
     panel.axhline(1, color="grey", lw=0.8)
     panel.axvline(1, color="grey", lw=0.8)
     panel.set_xlabel("forward FLOPs per token over the best baseline's")
     panel.set_ylabel("held-out loss over the best baseline's")
 
 
-def _routing(records: Records) -> Any:
+def _routing(records: Records, styles: Styles) -> Figure | None:
     routed = [record for record in records if record["evaluation"]["causal_routers"]]
     if not routed:
         return None
     figure, axes = plt.subplots(figsize=(5, 4.2))
-    for name, colour in zip(sorted({record["family"] for record in routed}), COLOURS, strict=False):
+    for name in sorted({record["family"] for record in routed}):
         found = [record["evaluation"] for record in routed if record["family"] == name]
-        axes.plot([e["loss_top_k"] for e in found], [e["loss_causal"] for e in found], "o", color=colour, label=name)
+        top_k, causal = [e["loss_top_k"] for e in found], [e["loss_causal"] for e in found]
+        axes.plot(top_k, causal, linestyle="none", label=name, **styles[name])
     low = axes.get_xlim()[0]
     axes.axline((low, low), slope=1, color="grey", lw=0.8)
     axes.set_xlabel("held-out loss, top-k routing")
@@ -93,11 +110,11 @@ def _routing(records: Records) -> Any:
     return figure
 
 
-def _curves(records: Records, names: tuple[str, str], out: Path) -> Any:
+def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path) -> Figure | None:
     families = group(records)[max(record["budget"] for record in records)]
     figure, axes = plt.subplots(figsize=(6, 4.2))
-    for name, colour in zip(names, COLOURS, strict=False):
-        found = families.get(name)
+    for name in names:
+        found = families.get(name, [])
         if not found:
             continue
         size = curve(found, "loss_causal").best[0]
@@ -105,13 +122,13 @@ def _curves(records: Records, names: tuple[str, str], out: Path) -> Any:
         lines = read_records(out / "runs" / run["name"] / "metrics.jsonl")
         flops = {line["step"]: line["flops"] for line in lines if "flops" in line}
         held_out = [line for line in lines if "eval_loss_causal" in line and line["step"] in flops]
-        axes.plot(
-            [flops[line["step"]] for line in held_out],
-            [line["eval_loss_causal"] for line in held_out],
-            "o-",
-            color=colour,
-            label=f"{name}, {run['depth']} blocks",
-        )
+        if held_out:
+            axes.plot(
+                [flops[line["step"]] for line in held_out],
+                [line["eval_loss_causal"] for line in held_out],
+                label=f"{name}, {run['depth']} blocks",
+                **styles[name],
+            )
     if not axes.lines:
         plt.close(figure)
         return None

@@ -102,7 +102,7 @@ def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Cons
 
 
 def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: str, cpus: int, console: Console) -> bool:
-    """Carries out what is missing as tasks of a Ray cluster whose nodes share the folder `out`.
+    """Carries out what is missing as tasks of a Ray cluster whose nodes share the folder `out` and the text's cache.
 
     A task whose worker or node dies is started again, and goes on from the run's newest checkpoint.
 
@@ -119,8 +119,11 @@ def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: st
     """
     try:
         import ray
+        from ray.exceptions import RayTaskError
     except ImportError as error:
         raise ValueError("ray needs the package: pip install 'mixture-of-depths[ray]'") from error
+    # Workers have working folders of their own.
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     done = open_records(out, planned)
     missing = [item for item in planned if item.run.name not in done]
@@ -144,8 +147,10 @@ def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: st
         while waiting:
             ready, waiting = ray.wait(waiting)
             for name in ray.get(ready):
-                ended += name is not None
-                console.print(f"{name} ({ended} of {len(missing)})")
+                ended += 1
+                console.print(f"{name or 'stopped'} ({ended} of {len(missing)})")
+    except RayTaskError as error:
+        raise ValueError(f"a run failed on the cluster: {error.cause}") from error
     finally:
         ray.shutdown()
-    return ended == len(missing)
+    return open_records(out, planned).keys() >= {item.run.name for item in planned}
