@@ -65,6 +65,8 @@ def build(name: str) -> dict[str, MoDForCausalLM]:
     dense = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
     for model in (mod, dense):
         model.config.eos_token_id = None
+        # Of variance 1, so that a router sees the token more than what its sequence has in common.
+        model.model.embed_tokens.weight.data.mul_(1 / model.config.initializer_range)
     return {"mod": mod, "dense": dense}
 
 
