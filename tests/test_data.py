@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from mixture_of_depths.data import (
-    END_OF_TEXT,
     Collator,
     Skipped,
     builtin_files,
@@ -23,9 +22,9 @@ from mixture_of_depths.data import (
     prepare,
     read_documents,
     split_documents,
-    train_tokenizer,
 )
 from mixture_of_depths.options import DataOptions
+from mixture_of_depths.tokenizer import END_OF_TEXT, train_tokenizer
 
 SENTENCE = "The router lets few tokens in, and the others pass. "
 

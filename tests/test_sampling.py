@@ -8,9 +8,9 @@ import torch
 from test_data import SENTENCE
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.data import train_tokenizer
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling import begin, sample_texts, stream_texts
+from mixture_of_depths.sampling import begin, blocks_used, sample_texts, stream_texts
+from mixture_of_depths.tokenizer import train_tokenizer
 
 PROMPTS = ["A", "The router decides which of the tokens", "é world"]
 
@@ -111,3 +111,12 @@ def test_an_empty_prompt_among_others_is_refused(tokenizer: Any) -> None:
 def test_a_setting_out_of_its_range_is_named(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is out of range"):
         SamplingOptions(**setting)
+
+
+def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
+    config = MoDConfig(vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+    model = MoDForCausalLM(config).eval()
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.predictor.down_proj.bias.data.fill_(100.0 if layer.layer_idx == 1 else -100.0)
+    assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths import training as training_module
 from mixture_of_depths.data import Corpus, document_positions, prepare
-from mixture_of_depths.evaluation import blocks_used, evaluate
+from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.flops import training_flops_per_token
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.training import horizon, model_config, train
@@ -241,15 +241,6 @@ def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus)
     without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5)
     assert without.loss_causal == without.loss_top_k
     assert without.causal_routers == {}
-
-
-def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
-    config = MoDConfig(vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
-    model = MoDForCausalLM(config).eval()
-    for layer in model.model.layers:
-        if layer.router is not None:
-            layer.router.predictor.down_proj.bias.data.fill_(100.0 if layer.layer_idx == 1 else -100.0)
-    assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]
 
 
 def test_resuming_a_finished_run_only_evaluates_it_again(corpus: Corpus, tmp_path: Path) -> None:

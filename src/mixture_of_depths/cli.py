@@ -84,10 +84,11 @@ def evaluate(
         max_blocks: Use this many blocks, evenly spaced, instead of all.
     """
     from mixture_of_depths.checkpoint import read_json
-    from mixture_of_depths.data import Skipped, end_of_text, pack, read_documents, tokenize
+    from mixture_of_depths.data import Skipped, pack, read_documents
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
+    from mixture_of_depths.tokenizer import end_of_text, tokenize
 
     _quiet()
     if max_blocks is not None and max_blocks < 1:
@@ -208,8 +209,8 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
         out: Folder for the calibrated model.
     """
     from mixture_of_depths.calibration import calibrate as run
-    from mixture_of_depths.data import end_of_text
     from mixture_of_depths.evaluation import evaluate as evaluation
+    from mixture_of_depths.tokenizer import end_of_text
 
     _quiet()
     if out.exists():
@@ -335,7 +336,7 @@ def _held_out(checkpoint: Path) -> "Corpus":
 
 
 def isoflop() -> None:
-    """Plan, run, fit and plot an isoFLOP study; `mod isoflop --help` tells how."""
+    """Plan, run, measure, fit and plot an isoFLOP study; `mod isoflop --help` tells how."""
     raise AssertionError("main gives its own commands to isoflop")
 
 
@@ -389,20 +390,50 @@ def isoflop_run(study: Study, out: Path, ray: str | None = None, cpus: int = 2) 
         raise SystemExit(130)
 
 
-def isoflop_fit(study: Study, out: Path, mod: str = "mod") -> None:
+def isoflop_measure(study: Study, out: Path, mod: str = "mod") -> None:
+    """Measure on a study's trained models what their records do not tell; writes measurements.json and prints it.
+
+    That is, per budget, the sampling speed of the smallest model that is as good as the best baseline against that
+    baseline's, and what top-k routing gains by looking ahead.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study, with its runs.
+        mod: The family that is compared with the baseline.
+    """
+    from mixture_of_depths.data import prepare
+    from mixture_of_depths.isoflop.measure import measure
+    from mixture_of_depths.isoflop.plan import load_study
+    from mixture_of_depths.provenance import provenance
+
+    _quiet()
+    records, baseline = _records(study, out, mod)
+    if not _can_compile():
+        raise ValueError("a C++ compiler is needed to measure sampling; install one, such as g++")
+    corpus = prepare(load_study(study).data)
+    found = json.dumps({**measure(records, baseline, mod, corpus, out), **provenance()}, indent=2)
+    (out / "measurements.json").write_text(found + "\n")
+    print(found)
+
+
+def isoflop_fit(study: Study, out: Path, mod: str = "mod", stochastic: str = "stochastic-12") -> None:
     """Find every curve's optimum and compare the families; writes summary.json and prints it.
 
     Args:
         study: Study file, YAML.
         out: Folder of the study.
         mod: The family that is compared with the baseline.
+        stochastic: The family of the stochastic control, if there is one.
     """
+    from mixture_of_depths.checkpoint import read_json
     from mixture_of_depths.isoflop.fit import summarise
     from mixture_of_depths.provenance import provenance
 
-    records, baseline = _records(study, out)
-    _family(mod, records)
-    summary = json.dumps({**summarise(records, baseline, mod), **provenance()}, indent=2, allow_nan=False)
+    records, baseline = _records(study, out, mod)
+    path = out / "measurements.json"
+    measured = read_json(path) if path.exists() else {}
+    found = summarise(records, baseline, mod, stochastic, measured)
+    summary = json.dumps({**found, **provenance()}, indent=2, allow_nan=False)
     (out / "summary.json").write_text(summary + "\n")
     print(summary)
 
@@ -417,17 +448,9 @@ def isoflop_plot(study: Study, out: Path, mod: str = "mod") -> None:
     """
     from mixture_of_depths.isoflop.plot import draw
 
-    records, baseline = _records(study, out)
-    _family(mod, records)
+    records, baseline = _records(study, out, mod)
     for path in draw(records, baseline, mod, out):
         print(path)
-
-
-def _family(name: str, records: list[dict[str, Any]]) -> None:
-    """Refuses a family without records."""
-    families = sorted({record["family"] for record in records})
-    if name not in families:
-        raise ValueError(f"mod={name} has no records; there are some of {', '.join(families)}")
 
 
 def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
@@ -440,17 +463,25 @@ def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
     return plan(loaded, corpus), corpus
 
 
-def _records(study: Path, out: Path) -> tuple[list[dict[str, Any]], str]:
-    """The records of a study's planned runs, and the name of its baseline."""
-    from mixture_of_depths.isoflop.plan import load_study
-    from mixture_of_depths.isoflop.run import open_records
+def _records(study: Path, out: Path, mod: str) -> tuple[list[dict[str, Any]], str]:
+    """The records of a study's runs, and the name of its baseline.
 
-    planned, _ = _planned(study)
-    records = open_records(out, planned)
-    found = [records[item.run.name] for item in planned if item.run.name in records]
+    Raises:
+        ValueError: when there are none, or none of the family `mod`.
+    """
+    from mixture_of_depths.isoflop.plan import load_study, runs
+    from mixture_of_depths.isoflop.run import RECORDS
+    from mixture_of_depths.training import read_records
+
+    loaded = load_study(study)
+    names = {run.name for run in runs(loaded)}
+    found = [record for record in read_records(out / RECORDS) if record["name"] in names]
     if not found:
         raise ValueError(f"out={out} holds no record of this study; run it first")
-    return found, load_study(study).baseline
+    families = sorted({record["family"] for record in found if record["evaluation"] is not None})
+    if mod not in families:
+        raise ValueError(f"mod={mod} has no records; there are some of {', '.join(families)}")
+    return found, loaded.baseline
 
 
 def demo(
@@ -493,8 +524,8 @@ def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    from mixture_of_depths.data import load_tokenizer
     from mixture_of_depths.modeling import MoDForCausalLM
+    from mixture_of_depths.tokenizer import load_tokenizer
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
@@ -529,7 +560,13 @@ def main() -> None:
     }
     program, arguments = "mod", sys.argv[1:]
     if arguments[:1] == ["isoflop"]:
-        commands = {"plan": isoflop_plan, "run": isoflop_run, "fit": isoflop_fit, "plot": isoflop_plot}
+        commands = {
+            "plan": isoflop_plan,
+            "run": isoflop_run,
+            "measure": isoflop_measure,
+            "fit": isoflop_fit,
+            "plot": isoflop_plot,
+        }
         program, arguments = "mod isoflop", arguments[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(

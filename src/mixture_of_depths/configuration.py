@@ -226,8 +226,13 @@ class MoDConfig(PreTrainedConfig):
 
     def capacity_tokens(self, layer_idx: int, sequence_length: int) -> int:
         """The number of tokens of a sequence that enters block `layer_idx` under top-k routing."""
-        # The small term keeps products such as 0.29 * 100 from falling just below a whole number.
-        return max(1, math.floor(self.capacity_fraction(layer_idx) * sequence_length + 1e-9))
+        return capacity_tokens(self.capacity_fraction(layer_idx), sequence_length)
+
+
+def capacity_tokens(fraction: float, sequence_length: int) -> int:
+    """The number of tokens of a sequence that `fraction` stands for; at least one."""
+    # The small term keeps products such as 0.29 * 100 from falling just below a whole number.
+    return max(1, math.floor(fraction * sequence_length + 1e-9))
 
 
 def _is_integer(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""From text to packed blocks of tokens: reading, splitting by document, tokenising, packing, caching by content."""
+"""From text to packed blocks of tokens: reading, splitting by document, packing, caching by content."""
 
 import gzip
 import hashlib
@@ -17,13 +17,12 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from datasets.exceptions import DatasetsError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixture_of_depths.options import BUILTIN, DataOptions
+from mixture_of_depths.tokenizer import end_of_text, load_tokenizer, tokenize, train_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 # Raised when the prepared form changes, so that older cache entries are not read.
 CACHE_VERSION = 1
@@ -76,13 +75,6 @@ class Corpus:
     def end_of_text(self) -> int:
         """The token after every document."""
         return end_of_text(self.tokenizer)
-
-
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token after every document."""
-    token = tokenizer.eos_token_id
-    assert isinstance(token, int)
-    return token
 
 
 def prepare(options: DataOptions) -> Corpus:
@@ -273,52 +265,6 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
     cuts = [int(len(text) * (1 - validation_fraction)) for text in documents]
     train = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
     return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
-    )
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a folder.
-
-    Raises:
-        ValueError: when there is none, or it has no end-of-text token.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"tokenizer={folder} is not a folder; give one that holds tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer={folder} has no tokenizer.json; save it as a fast tokenizer")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer={folder} has no end-of-text token; set eos_token in its tokenizer_config.json")
-    return tokenizer
-
-
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All documents as one row of tokens, each followed by the end-of-text token."""
-    pieces: list[np.ndarray] = []
-    last = end_of_text(tokenizer)
-    for start in range(0, len(documents), 256):
-        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, split_special_tokens=True)
-        pieces += [np.array([*ids, last], dtype=np.int32) for ids in cast(list[list[int]], encoded["input_ids"])]
-    return np.concatenate(pieces)
 
 
 def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Dataset:

@@ -127,12 +127,3 @@ def _run(
             seen.append((output.routing[layer_idx].entered, output.routing[layer_idx].causal_logits))
     joined = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
     return total / tokens, cast(dict[int, tuple[Tensor, Tensor]], joined)
-
-
-@torch.no_grad()
-def blocks_used(model: MoDForCausalLM, input_ids: Tensor) -> Tensor:
-    """How many blocks each token went through under causal routing, dense ones included; of shape [B, T]."""
-    routing = model(input_ids=input_ids, use_cache=False, routing="causal", output_routing=True).routing
-    dense = sum(layer is None for layer in routing)
-    entered = [layer.entered.long() for layer in routing if layer is not None]
-    return torch.stack([torch.full_like(input_ids, dense), *entered]).sum(dim=0)

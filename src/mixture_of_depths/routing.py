@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.configuration import MoDConfig, capacity_tokens
 
 Routing = Literal["top_k", "causal"]
 
@@ -86,6 +86,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        # Kept here: looked up by the block's index, it would have every block compiled by itself.
+        self.capacity = config.capacity_fraction(layer_idx)
         self.is_random = config.router_type == "random"
         if not self.is_random:
             self.proj = nn.Linear(config.hidden_size, 1, bias=False)
@@ -96,7 +98,7 @@ class Router(nn.Module):
         """Returns the router's logits and the causal logits, both of shape [B, T]."""
         if self.is_random:
             router_logits_BT = self._random_logits(hidden_BTD, position_BT)
-            threshold = NormalDist().inv_cdf(1 - min(self.config.capacity_fraction(self.layer_idx), 1 - 1e-12))
+            threshold = NormalDist().inv_cdf(1 - min(self.capacity, 1 - 1e-12))
             return router_logits_BT, router_logits_BT - threshold
         router_logits_BT = self.proj(hidden_BTD).squeeze(-1)
         match self.config.causal_router:
@@ -146,7 +148,7 @@ class Router(nn.Module):
             entered_BT = causal_logits_BT > 0 if real_BT is None else (causal_logits_BT > 0) & real_BT
             return select_entered(entered_BT), LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None)
 
-        capacity = self.config.capacity_tokens(self.layer_idx, hidden_BTD.shape[1])
+        capacity = capacity_tokens(self.capacity, hidden_BTD.shape[1])
         selection = select_top_k(router_logits_BT.detach(), capacity, real_BT)
         entered_BT = membership(selection, hidden_BTD.shape[1])
         loss = None

@@ -11,7 +11,6 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from mixture_of_depths.evaluation import blocks_used
 from mixture_of_depths.flops import block_flops
 from mixture_of_depths.generation import end_tokens, stream
 from mixture_of_depths.modeling import MoDForCausalLM
@@ -154,6 +153,15 @@ def tokens_per_second(model: MoDForCausalLM, input_ids: Tensor, max_new_tokens: 
     )
     assert isinstance(tokens, Tensor)
     return (tokens.shape[1] - input_ids.shape[1]) / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def blocks_used(model: MoDForCausalLM, input_ids: Tensor) -> Tensor:
+    """How many blocks each token went through under causal routing, dense ones included; of shape [B, T]."""
+    routing = model(input_ids=input_ids, use_cache=False, routing="causal", output_routing=True).routing
+    dense = sum(layer is None for layer in routing)
+    entered = [layer.entered.long() for layer in routing if layer is not None]
+    return torch.stack([torch.full_like(input_ids, dense), *entered]).sum(dim=0)
 
 
 def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Text:

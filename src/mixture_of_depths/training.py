@@ -39,12 +39,17 @@ from mixture_of_depths.checkpoint import (
     save_optimizer,
 )
 from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.data import Collator, Corpus, end_of_text
+from mixture_of_depths.data import Collator, Corpus
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import model_parameters, training_flops_per_token
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
+from mixture_of_depths.tokenizer import end_of_text
+
+
+class DivergenceError(ValueError):
+    """A loss or a gradient is no number."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Recorder(TrainerCallback):
         record: dict[str, Any] = {"step": state.global_step, **(logs or {})}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record.get(name, 0.0)):
-                raise ValueError(
+                raise DivergenceError(
                     f"{name}={record[name]} at step {state.global_step} is no number; the checkpoints up to here are "
                     "kept. Lower learning_rate or max_grad_norm and start again in another folder"
                 )
@@ -317,8 +322,8 @@ def train(
         console: where progress is shown.
 
     Raises:
-        ValueError: for options that contradict one another, a folder that holds another run or none to resume, or a
-            loss that is no number.
+        ValueError: for options that contradict one another, or a folder that holds another run or none to resume.
+        DivergenceError: for a loss or gradient that is no number.
     """
     console = console or Console()
     sequence_length = len(corpus.train[0]["input_ids"])

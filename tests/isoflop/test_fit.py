@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from mixture_of_depths.isoflop.fit import best_loss, curve, ratio_interval, smallest_as_good, summarise
+from mixture_of_depths.isoflop.fit import best_loss, comparisons, curve, ratio_interval, smallest_as_good, summarise
 
 
 def record(family: str, depth: int, loss: float, seed: int = 0, flops: float | None = None) -> dict[str, Any]:
     return {
+        "name": f"{family}-{depth}-{seed}",
         "family": family,
         "depth": depth,
         "budget": 1e13,
@@ -65,11 +66,42 @@ def test_the_interval_holds_the_ratio_and_needs_several_seeds() -> None:
 
 def test_the_summary_compares_the_optima_under_both_routings() -> None:
     records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0), record("other", 3, 6.0)]
-    row = summarise(records, "baseline", "mod")["1e13"]
+    row = summarise(records, "baseline", "mod", "other", {})["1e13"]
     assert row["loss_ratio"] == pytest.approx(0.8)
     assert row["loss_ratio_top_k"] == pytest.approx(3.99 / 4.99)
     assert row["causal_gap"] == pytest.approx(4.0 / 3.99 - 1)
     assert row["equal_loss_mod_flops_ratio"] == pytest.approx(3 / 4)
     assert row["train_wall_ratio"] == 1.0
     assert row["families"]["other"]["best_loss"] == 6.0
-    assert summarise(records, "baseline", "absent") == {}
+    assert row["stochastic_loss_ratio"] == pytest.approx(1.2)
+    assert row["equal_loss_sampling_speedup"] is None
+    assert summarise(records, "baseline", "mod", "absent", {})["1e13"]["stochastic_loss_ratio"] is None
+    assert summarise(records, "baseline", "absent", "other", {}) == {}
+
+
+def test_what_was_measured_counts_only_for_the_models_that_are_compared() -> None:
+    records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0)]
+    models = {"baseline": "baseline-4-0", "mod": "mod-4-0", "equal": "mod-3-0"}
+    measured = {"1e13": {"models": models, "sampling_speedup": 1.5, "gain_from_later_tokens": 0.01}}
+    row = summarise(records, "baseline", "mod", "absent", measured)["1e13"]
+    assert (row["equal_loss_sampling_speedup"], row["gain_from_later_tokens"]) == (1.5, 0.01)
+    measured["1e13"]["models"] = {**models, "equal": "mod-2-0"}
+    row = summarise(records, "baseline", "mod", "absent", measured)["1e13"]
+    assert (row["equal_loss_sampling_speedup"], row["gain_from_later_tokens"]) == (None, None)
+
+
+def test_runs_that_diverged_are_named_and_left_out() -> None:
+    records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0)]
+    lost = {**record("mod", 7, 1.0), "evaluation": None}
+    found = summarise([*records, lost], "baseline", "mod", "absent", {})
+    assert found["1e13"].pop("diverged") == ["mod-7-0"]
+    expected = summarise(records, "baseline", "mod", "absent", {})
+    assert expected["1e13"].pop("diverged") == []
+    assert found == expected
+
+
+def test_without_a_model_as_good_nothing_is_equal() -> None:
+    records = [*parabola("baseline", math.log(18), 3.0), *parabola("mod", math.log(18), 4.0)]
+    assert comparisons(records, "baseline", "mod")["1e13"].equal is None
+    row = summarise(records, "baseline", "mod", "absent", {})["1e13"]
+    assert (row["equal_loss_mod_flops_ratio"], row["equal_loss_mod_parameters"]) == (None, None)

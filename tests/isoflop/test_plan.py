@@ -70,6 +70,7 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
     changed = definitions(families={"baseline": {"routed": False}, "mod": {"capacity": [0.5], "every": 2}})
     assert [old == new for old, new in zip(first, changed, strict=True)] == [True, False]
     assert not set(definitions(learning_rates={"baseline": 2e-2, "mod": 2e-2})) & set(first)
+    assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_blocks": 3}) == first
 
 
 def test_a_ladder_refuses_widths_its_heads_do_not_divide() -> None:

@@ -1,5 +1,6 @@
 """Records of a study: none lost, none twice, none of another definition."""
 
+import fcntl
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
         assert record["parameters"] == item.parameters
     assert run_here(planned, corpus, out, quiet)
     assert len(read_records(out / "records.jsonl")) == len(planned)
-    assert summarise(records, "baseline", "mod").keys() == {"3e07"}
+    assert summarise(records, "baseline", "mod", "absent", {}).keys() == {"3e07"}
     drawn = draw(records, "baseline", "mod", out)
     assert [path.name for path in drawn] == ["isoflop.png", "relative.png", "routing.png", "curves.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -52,6 +53,32 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
     study = load_study(study_file(tmp_path, learning_rates={"baseline": 2e-2, "mod": 1e-2}))
     with pytest.raises(ValueError, match="holds a record of baseline-3e07-depth2-seed0 with another definition"):
         run_here(plan(study, corpus), corpus, out, quiet)
+
+
+def test_a_run_that_diverges_is_recorded_and_the_study_goes_on(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, learning_rates={"baseline": 1e30, "mod": 1e-2}))
+    corpus = prepare(study.data)
+    planned, out = plan(study, corpus), tmp_path / "out"
+    assert run_here(planned, corpus, out, Console(quiet=True))
+    diverged, finished = read_records(out / "records.jsonl")
+    assert diverged["name"] == "baseline-3e07-depth2-seed0"
+    assert diverged["evaluation"] is None
+    assert "is no number" in diverged["diverged"]
+    assert finished["evaluation"]["loss_causal"] > 0
+    assert draw([diverged, finished], "baseline", "mod", out)
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path))
+    corpus = prepare(study.data)
+    planned, out = plan(study, corpus), tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    with (out / "runs" / f"{planned[0].run.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_here(planned, corpus, out, Console(quiet=True))
+        assert [record["name"] for record in read_records(out / "records.jsonl")] == [planned[1].run.name]
+    assert run_here(planned, corpus, out, Console(quiet=True))
+    assert len(read_records(out / "records.jsonl")) == 2
 
 
 def test_records_of_many_writers_are_all_kept_once(tmp_path: Path) -> None:

@@ -64,11 +64,22 @@ def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | No
 
 
 def group(records: Records) -> dict[float, dict[str, Records]]:
-    """Records by budget and family."""
+    """Records by budget and family, without those of runs that diverged."""
     found: dict[float, dict[str, Records]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        found[record["budget"]][record["family"]].append(record)
+        if record["evaluation"] is not None:
+            found[record["budget"]][record["family"]].append(record)
     return found
+
+
+def budget_name(budget: float) -> str:
+    """Training FLOPs as a key, such as 1e13."""
+    return f"{budget:g}".replace("+", "")
+
+
+def run_of(records: Records, parameters: float) -> dict[str, Any]:
+    """The run of the first seed among those of one size."""
+    return min((record for record in records if record["parameters"] == parameters), key=lambda record: record["seed"])
 
 
 def ratio_interval(
@@ -93,15 +104,62 @@ def ratio_interval(
     return float(low), float(high)
 
 
-def summarise(records: Records, baseline: str, mod: str) -> dict[str, Any]:
-    """What is compared, per budget: the optima of both families and of all others, under both routings."""
-    summary: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Comparison:
+    """What stands against each other at one budget.
+
+    Attributes:
+        curves: by family, then by `loss_causal` and `loss_top_k`.
+        baseline: the baseline's best run.
+        mod: the best run of Mixture-of-Depths.
+        equal: the run of Mixture-of-Depths with the fewest forward FLOPs that is at least as good as the best baseline;
+            None when there is none.
+    """
+
+    curves: dict[str, dict[str, Curve]]
+    baseline: dict[str, Any]
+    mod: dict[str, Any]
+    equal: dict[str, Any] | None
+
+
+def comparisons(records: Records, baseline: str, mod: str) -> dict[str, Comparison]:
+    """Per budget at which both families have runs, what is compared under causal routing."""
+    found = {}
     for budget, families in sorted(group(records).items()):
         if baseline not in families or mod not in families:
             continue
-        curves = {name: {loss: curve(found, loss) for loss in LOSSES} for name, found in families.items()}
+        curves = {name: {loss: curve(runs, loss) for loss in LOSSES} for name, runs in families.items()}
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
         equal = smallest_as_good(ours, theirs.best[2])
+        found[budget_name(budget)] = Comparison(
+            curves=curves,
+            baseline=run_of(families[baseline], theirs.best[0]),
+            mod=run_of(families[mod], ours.best[0]),
+            equal=None if equal is None else run_of(families[mod], equal[0]),
+        )
+    return found
+
+
+def summarise(
+    records: Records, baseline: str, mod: str, stochastic: str, measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What is compared, per budget: the optima of both families and of all others, under both routings.
+
+    Args:
+        records: of all runs.
+        baseline, mod, stochastic: names of families; without runs of the last its ratio is None.
+        measured: what `measure` found on the trained models, by budget; what is not there, or was measured on other
+            models than are compared now, is None.
+    """
+    by_budget = {budget_name(budget): families for budget, families in group(records).items()}
+    summary: dict[str, Any] = {}
+    for budget, compared in comparisons(records, baseline, mod).items():
+        families, curves, equal = by_budget[budget], compared.curves, compared.equal
+        ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
+        random = curves.get(stochastic)
+        on_models = measured.get(budget, {})
+        if on_models.get("models") != models_of(compared):
+            on_models = {}
         row: dict[str, Any] = {
             "baseline_best_loss": best_loss(theirs),
             "mod_best_loss": best_loss(ours),
@@ -112,9 +170,13 @@ def summarise(records: Records, baseline: str, mod: str) -> dict[str, Any]:
             "mod_best_parameters": ours.best[0],
             "baseline_best_flops_per_token": theirs.best[1],
             "mod_best_flops_per_token": ours.best[1],
-            "equal_loss_mod_flops_ratio": None if equal is None else equal[1] / theirs.best[1],
+            "equal_loss_mod_parameters": None if equal is None else equal["parameters"],
+            "equal_loss_mod_flops_ratio": None if equal is None else equal["flops_per_token"] / theirs.best[1],
+            "equal_loss_sampling_speedup": on_models.get("sampling_speedup"),
             "train_wall_ratio": _wall(families[mod], ours) / _wall(families[baseline], theirs),
             "causal_gap": best_loss(ours) / best_loss(curves[mod]["loss_top_k"]) - 1,
+            "gain_from_later_tokens": on_models.get("gain_from_later_tokens"),
+            "stochastic_loss_ratio": None if random is None else best_loss(random["loss_causal"]) / best_loss(theirs),
             "families": {
                 name: {
                     "best_loss": best_loss(found["loss_causal"]),
@@ -125,9 +187,19 @@ def summarise(records: Records, baseline: str, mod: str) -> dict[str, Any]:
                 }
                 for name, found in curves.items()
             },
+            "diverged": [r["name"] for r in records if r["evaluation"] is None and budget_name(r["budget"]) == budget],
         }
-        summary[f"{budget:g}".replace("+", "")] = row
+        summary[budget] = row
     return summary
+
+
+def models_of(compared: Comparison) -> dict[str, str | None]:
+    """The names of the runs that stand against each other."""
+    return {
+        "baseline": compared.baseline["name"],
+        "mod": compared.mod["name"],
+        "equal": None if compared.equal is None else compared.equal["name"],
+    }
 
 
 def _wall(records: Records, found: Curve) -> float:

@@ -25,6 +25,8 @@ from mixture_of_depths.training import Horizon, check_options, horizon, model_co
 # What the study itself sets.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 HORIZON_FIELDS = ("max_steps", "max_tokens", "max_flops", "seed", "learning_rate")
+# When a run is looked at and saved decides nothing.
+WATCHING_FIELDS = ("eval_every", "eval_blocks", "save_every")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
             length = horizon(run.training, config, study.data.sequence_length)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
-        described = {"model": asdict(run.model), "training": asdict(run.training), "text": corpus.key}
+        training = {name: value for name, value in asdict(run.training).items() if name not in WATCHING_FIELDS}
+        described = {"model": asdict(run.model), "training": training, "text": corpus.key}
         planned.append(
             PlannedRun(
                 run=run,

@@ -35,6 +35,7 @@ def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
     - `routing.png`: loss under causal routing against loss under top-k (figure 6).
     - `curves.png`: training curves of the best runs at the largest budget, where their folders are still there.
     """
+    records = [record for record in records if record["evaluation"] is not None]
     styles = style([baseline, mod, *(record["family"] for record in records)])
     figures = {
         "isoflop": _panels(records, baseline, styles, _isoflop),
@@ -64,7 +65,8 @@ def _panels(
         panel.set_title(f"{budget:g} training FLOPs")
         panel.grid(alpha=0.3)
         fill(panel, families, baseline, styles)
-        panel.legend(frameon=False, fontsize=8)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
     return figure
 
 

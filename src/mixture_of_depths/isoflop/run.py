@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from rich.console import Console
 from mixture_of_depths.data import Corpus
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import read_records, train
+from mixture_of_depths.training import DivergenceError, read_records, train
 
 RECORDS = "records.jsonl"
 
@@ -62,15 +61,36 @@ def add_record(out: Path, record: dict[str, Any]) -> bool:
         return True
 
 
+@contextmanager
+def _claimed(out: Path, name: str, wait: bool) -> Iterator[bool]:
+    """Only one process at a time trains a run; yields whether it is this one, at once or after waiting for others."""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    with (out / "runs" / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> dict[str, Any] | None:
-    """Trains one run, from its newest checkpoint if it has one; returns its record, None when it was stopped."""
+    """Trains one run, from its newest checkpoint if it has one; returns its record, None when it was stopped.
+
+    A run whose loss became no number has a record, too: with the reason as `diverged`, and no `evaluation`.
+    """
     folder = out / "runs" / item.run.name
-    start = time.time()
-    _, result = train(
-        item.config, corpus, item.run.training, folder, resume=(folder / "run.json").exists(), console=console
-    )
-    if not result.finished:
-        return None
+    try:
+        _, result = train(
+            item.config, corpus, item.run.training, folder, resume=(folder / "run.json").exists(), console=console
+        )
+    except DivergenceError as error:
+        console.print(f"{item.run.name} diverged: {error}")
+        outcome: dict[str, Any] = {"parameters": item.parameters, "evaluation": None, "diverged": str(error)}
+    else:
+        if not result.finished:
+            return None
+        outcome = asdict(result)
     return {
         "name": item.run.name,
         "definition": item.definition,
@@ -81,23 +101,27 @@ def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> 
         "hidden_size": item.run.model.hidden_size,
         "learning_rate": item.run.training.learning_rate,
         "flops_per_token": item.flops_per_token,
-        "seconds": time.time() - start,
-        **asdict(result),
+        **outcome,
         **provenance(),
     }
 
 
 def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console) -> bool:
-    """Carries out what is missing, one after another; False when a signal stopped it."""
+    """Carries out what is missing, but for what another process is at; False when a signal stopped it."""
     out.mkdir(parents=True, exist_ok=True)
     done = open_records(out, planned)
     missing = [item for item in planned if item.run.name not in done]
     for number, item in enumerate(missing, start=1):
-        console.print(f"[bold]{item.run.name}[/bold] ({number} of {len(missing)} missing)")
-        record = carry_out(item, corpus, out, console)
-        if record is None:
-            return False
-        add_record(out, record)
+        name = item.run.name
+        console.print(f"[bold]{name}[/bold] ({number} of {len(missing)} missing)")
+        with _claimed(out, name, wait=False) as ours:
+            if not ours or name in open_records(out, planned):
+                console.print(f"{name} was taken by another process")
+                continue
+            record = carry_out(item, corpus, out, console)
+            if record is None:
+                return False
+            add_record(out, record)
     return True
 
 
@@ -133,10 +157,14 @@ def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: st
         raise ValueError(f"ray={address} is no running cluster: {error}") from error
 
     def task(item: PlannedRun, corpus: Corpus) -> str | None:
-        record = carry_out(item, corpus, out, Console(quiet=True))
-        if record is not None:
+        with _claimed(out, item.run.name, wait=True):
+            if item.run.name in open_records(out, [item]):
+                return item.run.name
+            record = carry_out(item, corpus, out, Console(quiet=True))
+            if record is None:
+                return None
             add_record(out, record)
-        return item.run.name if record is not None else None
+        return item.run.name
 
     # A worker that dies, with its node or alone, is started again as often as it takes.
     remote: Any = ray.remote(num_cpus=cpus, max_retries=-1)(task)

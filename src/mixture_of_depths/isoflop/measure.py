@@ -1,0 +1,119 @@
+"""What only the trained models of a study tell: how fast they sample, and what top-k routing gains by looking ahead."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixture_of_depths.bench import decode_seconds, in_precision
+from mixture_of_depths.data import Corpus, batches
+from mixture_of_depths.isoflop.fit import Records, comparisons, models_of
+from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.routing import Routing
+
+
+@torch.no_grad()
+def gain_from_later_tokens(
+    model: MoDForCausalLM,
+    blocks: datasets.Dataset,
+    end_of_text: int,
+    routing: Routing = "top_k",
+    stride: int = 16,
+    max_blocks: int = 64,
+) -> float:
+    """By which share a model's loss rises when the text that follows is taken from elsewhere.
+
+    Every block is cut at each multiple of `stride`, and from the cut on replaced by another block's tokens. Compared is
+    the loss of the `stride` predictions before the cut, whose own inputs stay. Only routing that looks ahead can tell
+    the two apart: under causal routing the result is 0.
+
+    Args:
+        model: the model, in evaluation mode.
+        blocks: data set with the column `input_ids`, of at least two blocks.
+        end_of_text: the token after which a new document begins.
+        routing: "top_k" or "causal".
+        stride: tokens between cuts, at least 1.
+        max_blocks: how many blocks to use.
+    """
+    own = cut = 0.0
+    # An even number: no batch is then a single block, which would be its own replacement.
+    count = min(max_blocks, len(blocks)) // 2 * 2
+    for batch in batches(blocks, range(count), end_of_text, 16, model.device):
+        input_BT, position_BT = batch["input_ids"], batch["position_ids"]
+        length = input_BT.shape[1]
+        loss_BT = _losses(model, input_BT, position_BT, input_BT, routing)
+        for end in range(stride, length, stride):
+            mixed_BT, mixed_position_BT = (
+                torch.cat([whole[:, :end], whole.roll(1, dims=0)[:, end:]], dim=1) for whole in (input_BT, position_BT)
+            )
+            own += loss_BT[:, end - stride : end].double().sum().item()
+            mixed_loss_BT = _losses(model, mixed_BT, mixed_position_BT, input_BT, routing)
+            cut += mixed_loss_BT[:, end - stride : end].double().sum().item()
+    return cut / own - 1
+
+
+def _losses(
+    model: MoDForCausalLM, input_BT: Tensor, position_BT: Tensor, target_BT: Tensor, routing: Routing
+) -> Tensor:
+    """The loss of predicting each token of `target_BT` but the first, of shape [B, T - 1]."""
+    output = model(input_ids=input_BT, position_ids=position_BT, use_cache=False, routing=routing)
+    return F.cross_entropy(output.logits[:, :-1].transpose(1, 2), target_BT[:, 1:], reduction="none")
+
+
+def tokens_per_second(models: dict[str, MoDForCausalLM], prompts: list[Tensor], new_tokens: int) -> dict[str, float]:
+    """Sampling speed of several models, which take turns: for each the median over the prompts, the first left out.
+
+    Args:
+        models: in evaluation mode; float32 is sampled with.
+        prompts: token indices, each of shape [1, T].
+        new_tokens: tokens to sample after each prompt.
+    """
+    ready = {name: in_precision(model, "fp32") for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number, prompt in enumerate(prompts):
+        options = SamplingOptions(max_new_tokens=new_tokens, temperature=1.0, top_k=0, seed=number)
+        for name in sorted(models, reverse=bool(number % 2)):
+            seconds[name].append(decode_seconds(ready[name], prompt, options))
+    return {name: 1 / median(values[1:]) for name, values in seconds.items()}
+
+
+def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """Per budget: sampling speed at equal loss, and what the best Mixture-of-Depths model gains from later tokens.
+
+    Prompts are the first halves of held-out blocks, as long again is sampled, by the model that is at least as good as
+    the best baseline with the fewest FLOPs, and by that baseline.
+
+    Raises:
+        ValueError: when a model is not in the folder `out` any more.
+    """
+    found: dict[str, Any] = {}
+    half = corpus.options.sequence_length // 2
+    first = range(min(8, len(corpus.validation)))
+    given = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
+    prompts = [batch["input_ids"][:, :half].contiguous() for batch in given]
+    for budget, compared in comparisons(records, baseline, mod).items():
+        best = _load(out, compared.mod)
+        row: dict[str, Any] = {
+            "models": models_of(compared),
+            "gain_from_later_tokens": gain_from_later_tokens(best, corpus.validation, corpus.end_of_text),
+            "sampling_speedup": None,
+        }
+        if compared.equal is not None:
+            torch._dynamo.reset()
+            sides = {"mod": _load(out, compared.equal), "baseline": _load(out, compared.baseline)}
+            speeds = tokens_per_second(sides, prompts, half)
+            row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}
+        found[budget] = row
+    return found
+
+
+def _load(out: Path, record: dict[str, Any]) -> MoDForCausalLM:
+    folder = out / "runs" / record["name"]
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"out={out} holds no trained model of {record['name']}, which is needed to measure")
+    return MoDForCausalLM.from_pretrained(folder).eval()

@@ -1,0 +1,64 @@
+"""Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after every document."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
+    )
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer from a folder.
+
+    Raises:
+        ValueError: when there is none, or it has no end-of-text token.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer={folder} is not a folder; give one that holds tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer={folder} has no tokenizer.json; save it as a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={folder} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """All documents as one row of tokens, each followed by the end-of-text token."""
+    pieces: list[np.ndarray] = []
+    last = end_of_text(tokenizer)
+    for start in range(0, len(documents), 256):
+        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, split_special_tokens=True)
+        pieces += [np.array([*ids, last], dtype=np.int32) for ids in cast(list[list[int]], encoded["input_ids"])]
+    return np.concatenate(pieces)
