@@ -37,7 +37,7 @@ def gain_from_later_tokens(
         blocks: data set with the column `input_ids`, of at least two blocks.
         end_of_text: the token after which a new document begins.
         routing: "top_k" or "causal".
-        stride: tokens between cuts, at least 1.
+        stride: tokens between cuts, at least 1 and less than the blocks' length.
         max_blocks: how many blocks to use.
     """
     own = cut = 0.0
@@ -100,7 +100,9 @@ def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path
         best = _load(out, compared.mod)
         row: dict[str, Any] = {
             "models": models_of(compared),
-            "gain_from_later_tokens": gain_from_later_tokens(best, corpus.validation, corpus.end_of_text),
+            "gain_from_later_tokens": gain_from_later_tokens(
+                best, corpus.validation, corpus.end_of_text, stride=max(1, half // 8)
+            ),
             "sampling_speedup": None,
         }
         if compared.equal is not None:
