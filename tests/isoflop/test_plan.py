@@ -46,7 +46,7 @@ def test_the_whole_study_of_the_recipe_can_be_planned() -> None:
                 # A run ends with the last whole step within its budget.
                 assert 0.99 * budget < item.length.flops <= budget
     shapes = {(item.config.hidden_size, item.config.num_hidden_layers) for item in planned}
-    assert (160, 8) in shapes
+    assert (80, 8) in shapes
 
 
 def test_a_run_of_two_sweeps_is_made_once(tmp_path: Path) -> None:
