@@ -64,7 +64,6 @@ def build(name: str) -> dict[str, MoDForCausalLM]:
     mod = MoDForCausalLM(MoDConfig(**shape, causal_router="threshold")).eval()
     dense = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
     for model in (mod, dense):
-        model.config.eos_token_id = None
         # Of variance 1, so that a router sees the token more than what its sequence has in common.
         model.model.embed_tokens.weight.data.mul_(1 / model.config.initializer_range)
     return {"mod": mod, "dense": dense}

@@ -12,12 +12,12 @@ def test_converted_copies_leave_the_model_as_it_is() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
         converted = bench.in_precision(model, precision)
         assert converted.model.embed_tokens.weight.dtype == dtype
-        assert converted.config.eos_token_id is None
+        assert converted.generation_config.eos_token_id is None
         seconds = bench.decode_seconds(
             converted, torch.randint(0, 31, (2, 5)), SamplingOptions(max_new_tokens=6, temperature=0), compiled=False
         )
         assert 0 < seconds < 1
-    assert model.config.eos_token_id == 3
+    assert model.generation_config.eos_token_id == 3
     assert model.dtype == torch.float32
 
 

@@ -156,7 +156,7 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:
     input_ids = torch.randint(0, 31, (6, 6))
     options = SamplingOptions(max_new_tokens=30, temperature=2.0, top_k=0)
     free = torch.stack(list(stream(model, input_ids, options=options)), dim=1)
-    model.config.eos_token_id = end = int(free[0, 4])
+    model.generation_config.eos_token_id = end = int(free[0, 4])
     tokens = torch.stack(list(stream(model, input_ids, options=options)), dim=1)
     for before, after in zip(free.tolist(), tokens.tolist(), strict=True):
         stop = before.index(end) if end in before else len(before)

@@ -83,7 +83,7 @@ def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) ->
     options = SamplingOptions(max_new_tokens=400, temperature=2.0, top_k=0)
     (sample,) = sample_texts(model, tokenizer, ["A"], options)
     model = copy.deepcopy(model)
-    model.config.eos_token_id = end = sample.tokens[20]
+    model.generation_config.eos_token_id = end = sample.tokens[20]
     (ended,) = sample_texts(model, tokenizer, ["A"], options)
     assert ended.ended == "end_of_text"
     assert ended.tokens == sample.tokens[: sample.tokens.index(end, 1) + 1]

@@ -22,7 +22,8 @@ def in_precision(model: MoDForCausalLM, precision: str) -> MoDForCausalLM:
     """A copy of the model that never ends a text, with weights in "fp32", "bf16", or "int8" (all else in bf16)."""
     converted = copy.deepcopy(model).eval()
     nn.Module.to(converted, torch.float32 if precision == "fp32" else torch.bfloat16)
-    converted.config.eos_token_id = None
+    assert converted.generation_config is not None
+    converted.generation_config.eos_token_id = None
     if precision == "int8":
         quantize(converted)
     return converted

@@ -25,7 +25,6 @@ from transformers.generation.logits_process import (
 )
 
 from mixture_of_depths.cache import RoutedCacheLayer
-from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors, rotate
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.quantization import Int8Linear
@@ -355,9 +354,10 @@ def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tens
         )
 
 
-def end_tokens(config: MoDConfig) -> list[int]:
-    """The tokens that end a text; none, one or several."""
-    ends = cast(int | list[int] | None, config.eos_token_id)
+def end_tokens(model: MoDForCausalLM) -> list[int]:
+    """The tokens that end a text, none, one or several: as in `generate()`, those of the generation configuration."""
+    assert model.generation_config is not None
+    ends = cast(int | list[int] | None, model.generation_config.eos_token_id)
     return [] if ends is None else [ends] if isinstance(ends, int) else ends
 
 
@@ -405,7 +405,7 @@ def stream(
         active_B = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
-    ends = end_tokens(model.config)
+    ends = end_tokens(model)
     ended_B = torch.zeros_like(active_B)
     step = torch.compile(decode_step, fullgraph=True, options=COMPILER_OPTIONS) if compiled else decode_step
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)

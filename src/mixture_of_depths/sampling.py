@@ -87,7 +87,7 @@ def stream_texts(
     decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
     begun = [len(sample.tokens) for sample in samples]
     held = [""] * len(samples)
-    ends = end_tokens(model.config)
+    ends = end_tokens(model)
     backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
     for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
         for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
