@@ -355,6 +355,21 @@ def test_saving_and_loading_through_the_auto_classes_keeps_logits(tmp_path: Any)
             assert torch.equal(a, b)
 
 
+def test_blocks_are_compiled_once_a_kind_however_many_there_are() -> None:
+    model = tiny(num_hidden_layers=20).train()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend=keep, fullgraph=True, dynamic=False)
+    model(torch.zeros(2, 8, dtype=torch.int64), labels=torch.zeros(2, 8, dtype=torch.int64)).loss.backward()
+    assert len(graphs) == 2
+
+
 def test_the_training_step_compiles_without_a_graph_break() -> None:
     model = MoDForCausalLM(MoDConfig(**TINY)).train()
     input_ids = torch.randint(0, 31, (2, 16))
