@@ -1,6 +1,7 @@
 """What is measured on the trained models of a study."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from test_plan import study_file
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.data import prepare
+from mixture_of_depths.data import Corpus, prepare
 from mixture_of_depths.isoflop.measure import gain_from_later_tokens, measure
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.run import RECORDS, run_here
@@ -31,6 +32,13 @@ def model(**changes: object) -> MoDForCausalLM:
 def blocks(count: int = 5, length: int = 24) -> datasets.Dataset:
     tokens = torch.randint(1, 50, (count, length), generator=torch.Generator().manual_seed(0))
     return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+def finished_study(folder: Path) -> tuple[Corpus, Path, list[dict[str, Any]]]:
+    study = load_study(study_file(folder))
+    corpus, out = prepare(study.data), folder / "out"
+    run_here(plan(study, corpus), corpus, out, Console(quiet=True))
+    return corpus, out, read_records(out / RECORDS)
 
 
 def test_only_routing_that_looks_ahead_depends_on_later_tokens() -> None:
@@ -56,11 +64,7 @@ def test_the_gain_is_that_of_cutting_every_block_by_hand() -> None:
 
 
 def test_a_study_without_its_models_cannot_be_measured(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path))
-    corpus = prepare(study.data)
-    out = tmp_path / "out"
-    run_here(plan(study, corpus), corpus, out, Console(quiet=True))
-    records = read_records(out / RECORDS)
+    corpus, out, records = finished_study(tmp_path)
     (out / "runs" / "mod-3e07-depth2-seed0" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no trained model of mod-3e07-depth2-seed0"):
         measure(records, "baseline", "mod", corpus, out)
@@ -68,11 +72,7 @@ def test_a_study_without_its_models_cannot_be_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_models_of_a_study_are_measured(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path))
-    corpus = prepare(study.data)
-    out = tmp_path / "out"
-    run_here(plan(study, corpus), corpus, out, Console(quiet=True))
-    records = read_records(out / RECORDS)
+    corpus, out, records = finished_study(tmp_path)
     # So that one of them is as good as the baseline.
     for record in records:
         record["evaluation"]["loss_causal"] += record["family"] == "baseline"
