@@ -247,7 +247,7 @@ def measure(
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     prefills: dict[str, list[float]] = {side: [] for side in models}
     bandwidths = []
-    long = torch.randint(0, VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(1))
+    long = random_tokens(1, LONG, seed=1)
     try:
         for turn in range(repeats + 1):
             order = list(sides)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_depths.isoflop.plan import budget_name
+
 Records = list[dict[str, Any]]
 LOSSES = ("loss_causal", "loss_top_k")
 
@@ -70,11 +72,6 @@ def group(records: Records) -> dict[float, dict[str, Records]]:
         if record["evaluation"] is not None:
             found[record["budget"]][record["family"]].append(record)
     return found
-
-
-def budget_name(budget: float) -> str:
-    """Training FLOPs as a key, such as 1e13."""
-    return f"{budget:g}".replace("+", "")
 
 
 def run_of(records: Records, parameters: float) -> dict[str, Any]:

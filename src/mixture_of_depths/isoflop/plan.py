@@ -88,6 +88,11 @@ class Study:
     """How every run is trained; its length, seed and learning rate come from the study."""
 
 
+def budget_name(budget: float) -> str:
+    """Training FLOPs as a key, such as 1e13."""
+    return f"{budget:g}".replace("+", "")
+
+
 @dataclass(frozen=True)
 class Run:
     """One training."""
@@ -102,8 +107,7 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name, which tells it from all others of its study."""
-        budget = f"{self.budget:g}".replace("+", "")
-        return f"{self.family}-{budget}-depth{self.depth}-seed{self.seed}"
+        return f"{self.family}-{budget_name(self.budget)}-depth{self.depth}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
