@@ -231,8 +231,8 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
             length = horizon(run.training, config, study.data.sequence_length)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
-        training = {name: value for name, value in asdict(run.training).items() if name not in WATCHING_FIELDS}
-        described = {"model": asdict(run.model), "training": training, "text": corpus.key}
+        training = {name: value for name, value in _changes(run.training).items() if name not in WATCHING_FIELDS}
+        described = {"model": _changes(run.model), "training": training, "text": corpus.key}
         planned.append(
             PlannedRun(
                 run=run,
@@ -244,6 +244,12 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
             )
         )
     return planned
+
+
+def _changes(options: ModelOptions | TrainOptions) -> dict[str, Any]:
+    """What differs from the defaults: an option that is added later leaves the runs that do not use it as they were."""
+    default = type(options)()
+    return {name: value for name, value in asdict(options).items() if value != getattr(default, name)}
 
 
 def flops_per_second() -> float:
