@@ -73,6 +73,8 @@ def test_the_summary_compares_the_optima_under_both_routings() -> None:
     assert row["equal_loss_mod_flops_ratio"] == pytest.approx(3 / 4)
     assert row["train_wall_ratio"] == 1.0
     assert row["families"]["other"]["best_loss"] == 6.0
+    assert row["families"]["other"]["ratio_to_baseline"] == pytest.approx(1.2)
+    assert row["families"]["other"]["flops_per_token"] == 3
     assert row["stochastic_loss_ratio"] == pytest.approx(1.2)
     assert row["equal_loss_sampling_speedup"] is None
     assert summarise(records, "baseline", "mod", "absent", {})["1e13"]["stochastic_loss_ratio"] is None

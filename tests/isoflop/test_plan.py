@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mixture_of_depths.data import prepare
-from mixture_of_depths.isoflop.plan import Ladder, load_study, plan, runs
+from mixture_of_depths.isoflop.plan import Ladder, capacities, load_study, plan, runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "isoflop-cpu.yaml"
 
@@ -47,6 +47,11 @@ def test_the_whole_study_of_the_recipe_can_be_planned() -> None:
                 assert 0.99 * budget < item.length.flops <= budget
     shapes = {(item.config.hidden_size, item.config.num_hidden_layers) for item in planned}
     assert (80, 8) in shapes
+
+
+def test_families_that_differ_in_capacity_alone_are_a_sweep_of_it() -> None:
+    expected = {"mod": 0.125, "mod-25": 0.25, "mod-50": 0.5, "mod-95": 0.95}
+    assert capacities(load_study(RECIPE), "mod") == expected
 
 
 def test_a_run_of_two_sweeps_is_made_once(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
     assert run_here(planned, corpus, out, quiet)
     assert len(read_records(out / "records.jsonl")) == len(planned)
     assert summarise(records, "baseline", "mod", "absent", {}).keys() == {"3e07"}
-    drawn = draw(records, "baseline", "mod", out)
+    drawn = draw(records, "baseline", "mod", {"mod": 0.25}, out)
     assert [path.name for path in drawn] == ["isoflop.png", "relative.png", "routing.png", "curves.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
@@ -65,7 +65,7 @@ def test_a_run_that_diverges_is_recorded_and_the_study_goes_on(tmp_path: Path) -
     assert diverged["evaluation"] is None
     assert "is no number" in diverged["diverged"]
     assert finished["evaluation"]["loss_causal"] > 0
-    assert draw([diverged, finished], "baseline", "mod", out)
+    assert draw([diverged, finished], "baseline", "mod", {}, out)
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:

@@ -217,6 +217,17 @@ def runs(study: Study) -> list[Run]:
     return sorted(found.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
 
 
+def capacities(study: Study, mod: str) -> dict[str, float]:
+    """The capacity of every family that differs from `mod` in nothing else, `mod` itself included."""
+
+    def rest(name: str) -> dict[str, Any]:
+        return {field: value for field, value in study.families[name].items() if field != "capacity"}
+
+    default = ModelOptions().capacity
+    given = {name: study.families[name].get("capacity", default) for name in study.families if rest(name) == rest(mod)}
+    return {name: capacity[0] for name, capacity in given.items() if len(capacity) == 1}
+
+
 def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
     """Every run of a study with its cost.
 

@@ -1,7 +1,9 @@
 """The study's figures, drawn from its records."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -27,12 +29,14 @@ def style(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
+def draw(records: Records, baseline: str, mod: str, capacities: dict[str, float], out: Path) -> list[Path]:
     """Writes every figure that the records allow; returns their paths.
 
     - `isoflop.png`: loss under causal routing against parameters, a panel a budget (figure 3 of the paper, left).
     - `relative.png`: loss over the best baseline's against forward FLOPs over the best baseline's (figure 4).
     - `routing.png`: loss under causal routing against loss under top-k (figure 6).
+    - `capacity.png`: loss of the families in `capacities`, which differ in nothing else, against their capacity, a line
+      a size (section 4.1).
     - `curves.png`: training curves of the best runs at the largest budget, where their folders are still there.
     """
     records = [record for record in records if record["evaluation"] is not None]
@@ -41,6 +45,7 @@ def draw(records: Records, baseline: str, mod: str, out: Path) -> list[Path]:
         "isoflop": _panels(records, baseline, styles, _isoflop),
         "relative": _panels(records, baseline, styles, _relative),
         "routing": _routing(records, styles),
+        "capacity": _capacity(records, baseline, capacities),
         "curves": _curves(records, (baseline, mod), styles, out),
     }
     paths = []
@@ -107,6 +112,30 @@ def _routing(records: Records, styles: Styles) -> Figure | None:
     axes.axline((low, low), slope=1, color="grey", lw=0.8)
     axes.set_xlabel("held-out loss, top-k routing")
     axes.set_ylabel("held-out loss, causal routing")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _capacity(records: Records, baseline: str, capacities: dict[str, float]) -> Figure | None:
+    sizes: dict[tuple[float, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["family"] in capacities or record["family"] == baseline:
+            losses = sizes[record["budget"], record["depth"]][record["family"]]
+            losses.append(record["evaluation"]["loss_causal"])
+    swept = {size: found for size, found in sorted(sizes.items()) if len(found.keys() & capacities.keys()) > 2}
+    if not swept:
+        return None
+    figure, axes = plt.subplots(figsize=(5, 4.2))
+    for (budget, depth), found in swept.items():
+        points = sorted((capacities[name], fmean(losses)) for name, losses in found.items() if name in capacities)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{budget:g} FLOPs, {depth} blocks")
+        if baseline in found:
+            axes.axhline(
+                fmean(found[baseline]), color=line.get_color(), linestyle="--", label=f"{baseline}, {depth} blocks"
+            )
+    axes.set_xlabel("capacity")
+    axes.set_ylabel("held-out loss, causal routing (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
