@@ -1,11 +1,30 @@
 """Slow oracles, token by token and written from the equations; they share no code with the package."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixture_of_depths import MoDConfig
+from mixture_of_depths.experts import ExpertMLP
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
+
+
+class Reference(NamedTuple):
+    """Logits [B, T, V], and the losses of the routers, each a mean over the blocks that have it."""
+
+    logits: Tensor
+    router_loss: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+
+
+class Asked(NamedTuple):
+    """What one token asked its expert router for: the logits, and the experts and no-ops it chose."""
+
+    logits: Tensor
+    chosen: list[int]
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -30,17 +49,77 @@ def linear(layer: torch.nn.Linear, x_D: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def first_largest(scores: dict[int, Tensor], count: int) -> list[int]:
+    """The keys of the largest values; the first among equals."""
+    return sorted(scores, key=lambda key: -float(scores[key]))[:count]
+
+
+def expert_outputs(
+    mlp: ExpertMLP, tokens: dict[int, Tensor], slots: int, routing: str, asked: list[Asked]
+) -> dict[int, Tensor]:
+    """The weighted sum of the experts that take each token; appends what every token asked for."""
+    config: MoDConfig = mlp.config
+    probabilities, chosen = {}, {}
+    for i, x_D in tokens.items():
+        logits = mlp.router.proj.weight @ x_D
+        exponentials = torch.exp(logits - logits.max())
+        probabilities[i] = exponentials / exponentials.sum()
+        if config.expert_routing == "expert_choice":
+            chosen[i] = list(range(config.num_experts))
+        else:
+            chosen[i] = first_largest(dict(enumerate(probabilities[i])), config.num_experts_per_tok)
+        asked.append(Asked(logits, chosen[i]))
+    outputs = {i: torch.zeros_like(x_D) for i, x_D in tokens.items()}
+    for expert in range(config.num_experts):
+        takes = [i for i in tokens if expert in chosen[i]]
+        if config.expert_capacity is not None and routing == "top_k":
+            fraction = config.expert_capacity * config.num_experts_per_tok / config.num_experts
+            places = max(1, math.floor(fraction * slots + 1e-9))
+            takes = first_largest({i: probabilities[i][expert] for i in takes}, places)
+        elif config.expert_capacity is not None:
+            takes = [i for i in takes if float(probabilities[i][expert]) > float(mlp.router.threshold[expert])]
+        for i in takes:
+            weight = probabilities[i][expert]
+            if config.expert_routing == "token_choice" and config.num_experts_per_tok > 1:
+                weight = weight / sum(probabilities[i][other] for other in chosen[i])
+            gate, up = (mlp.gate_up_proj.weight[expert] @ tokens[i]).chunk(2)
+            outputs[i] = outputs[i] + weight * (mlp.down_proj.weight[expert] @ swiglu(gate, up))
+    return outputs
+
+
+def expert_losses(asked: list[Asked], config: MoDConfig) -> tuple[Tensor, Tensor]:
+    """The balance loss, sum over e of f_e p_e / q_e, and the z-loss, mean of log(sum(exp))^2."""
+    tokens, choices = len(asked), config.num_experts + config.num_noop_experts
+    balance = torch.zeros((), dtype=torch.float64)
+    noop_share = config.noop_share if config.num_noop_experts else 0
+    for expert in range(choices):
+        share = sum(expert in one.chosen for one in asked) / (tokens * config.num_experts_per_tok)
+        mean = sum((torch.exp(one.logits) / torch.exp(one.logits).sum())[expert] for one in asked) / tokens
+        is_noop = expert >= config.num_experts
+        target = noop_share / config.num_noop_experts if is_noop else (1 - noop_share) / config.num_experts
+        balance = balance + share * mean / target
+    z = sum(torch.log(torch.exp(one.logits).sum()) ** 2 for one in asked) / tokens
+    assert isinstance(z, Tensor)
+    return balance, z
+
+
 def block_deltas(
     layer: DecoderLayer,
     tokens: dict[int, Tensor],
     positions: list[int],
     documents: list[int],
-    heads: int,
-    key_heads: int,
-    theta: float,
-    eps: float,
+    config: MoDConfig,
+    slots: int,
+    routing: str,
+    asked: list[Asked],
 ) -> dict[int, Tensor]:
     """f(X)_i for every token i of `tokens`, which are the only ones that attend and are attended to."""
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
     attention, mlp = layer.self_attn, layer.mlp
     queries, keys, values = {}, {}, {}
     for i, x_D in tokens.items():
@@ -53,7 +132,7 @@ def block_deltas(
         queries[i] = [rope(q, positions[i], theta) for q in query]
         keys[i] = [rope(k, positions[i], theta) for k in key]
         values[i] = linear(attention.v_proj, normed).view(key_heads, -1)
-    deltas = {}
+    attended_D, normed = {}, {}
     for i, x_D in tokens.items():
         seen = [j for j in tokens if j <= i and documents[j] == documents[i]]
         attended = []
@@ -62,11 +141,16 @@ def block_deltas(
             scores = torch.stack([queries[i][head] @ keys[j][group] for j in seen]) / math.sqrt(len(queries[i][head]))
             shares = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
             attended.append(sum(share * values[j][group] for share, j in zip(shares, seen, strict=True)))
-        attended_D = linear(attention.o_proj, torch.cat(attended))
-        normed = rms_norm(x_D + attended_D, layer.post_attention_layernorm.weight, eps)
-        gate = linear(mlp.gate_proj, normed)
-        deltas[i] = attended_D + linear(mlp.down_proj, gate / (1 + torch.exp(-gate)) * linear(mlp.up_proj, normed))
-    return deltas
+        attended_D[i] = linear(attention.o_proj, torch.cat(attended))
+        normed[i] = rms_norm(x_D + attended_D[i], layer.post_attention_layernorm.weight, eps)
+    if isinstance(mlp, ExpertMLP):
+        outputs = expert_outputs(mlp, normed, slots, routing, asked)
+    else:
+        outputs = {
+            i: linear(mlp.down_proj, swiglu(linear(mlp.gate_proj, x_D), linear(mlp.up_proj, x_D)))
+            for i, x_D in normed.items()
+        }
+    return {i: attended_D[i] + outputs[i] for i in tokens}
 
 
 def activate(r: Tensor, name: str) -> Tensor:
@@ -94,15 +178,15 @@ def reference_forward(
     positions: list[list[int]],
     documents: list[list[int]],
     routing: str,
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and the mean over routed blocks of the binary cross-entropy against top-k membership."""
+) -> Reference:
+    """The whole model; the router loss is the binary cross-entropy against top-k membership."""
     config = model.config
-    theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
+    eps = config.rms_norm_eps
     x = [[model.model.embed_tokens.weight[token] for token in row] for row in input_ids]
     batch, length = input_ids.shape
-    losses = []
+    losses, balances, zs = [], [], []
     for layer_idx, layer in enumerate(model.model.layers):
-        entropy, counted = torch.zeros((), dtype=torch.float64), 0
+        entropy, counted, asked, slots = torch.zeros((), dtype=torch.float64), 0, [], length
         for b in range(batch):
             alive = [i for i in range(length) if real[b][i]]
             chosen, weights = alive, {}
@@ -110,8 +194,8 @@ def reference_forward(
                 r = {i: layer.router.proj.weight[0] @ x[b][i] for i in alive}
                 logits = {i: causal_logit(layer, x[b][i], eps) for i in alive}
                 if routing == "top_k":
-                    capacity = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))
-                    chosen = sorted(sorted(alive, key=lambda i: -float(r[i]))[:capacity])
+                    slots = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))
+                    chosen = sorted(first_largest(r, slots))
                     for i in alive:
                         # -log p for members and -log (1 - p) for others, p = 1 / (1 + exp(-logit)); 1 - p itself
                         # would lose its digits to cancellation for a large logit.
@@ -125,17 +209,22 @@ def reference_forward(
                 {i: x[b][i] for i in chosen},
                 positions[b],
                 documents[b],
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                theta,
-                eps,
+                config,
+                slots,
+                routing,
+                asked,
             )
             for i in chosen:
                 x[b][i] = x[b][i] + (weights[i] * deltas[i] if weights else deltas[i])
         if counted:
             losses.append(entropy / counted)
+        if asked:
+            balance, z = expert_losses(asked, config)
+            balances.append(balance)
+            zs.append(z)
     rows = []
     for row in x:
         normed = [rms_norm(x_D, model.model.norm.weight, eps) for x_D in row]
         rows.append(torch.stack([model.lm_head.weight @ x_D for x_D in normed]))
-    return torch.stack(rows), torch.stack(losses).mean() if losses else torch.zeros(())
+    means = [torch.stack(found).mean() if found else torch.zeros(()) for found in (losses, balances, zs)]
+    return Reference(torch.stack(rows), *means)

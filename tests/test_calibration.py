@@ -34,6 +34,27 @@ def test_after_calibration_the_capacity_enters_every_block(causal_router: str) -
             assert figures.share_entering[0] == pytest.approx(0.25, abs=0.04)
 
 
+@pytest.mark.parametrize("routed", [[], [0, 2]])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"expert_routing": "expert_choice", "expert_capacity": 0.6},
+        {"num_experts_per_tok": 2, "expert_capacity": 0.5},
+    ],
+)
+def test_after_calibration_experts_take_at_most_their_capacity(routed: list[int], experts: dict[str, Any]) -> None:
+    model, blocks = model_with(routed_layers=routed, capacity=0.5, num_experts=4, **experts), some_blocks()
+    per_token = model.config.num_experts_per_tok
+    calibrate(model, blocks, end_of_text=0)
+    found = evaluate(model, blocks, 0, 1.0, batch_size=12).experts
+    assert set(found) == {"top_k", "causal"}
+    for figures in found["causal"].values():
+        limit = model.config.expert_capacity * per_token / 4 / per_token
+        assert all(share <= limit + 0.02 for share in figures.share)
+        if "expert_routing" in experts:
+            assert sum(figures.share) == pytest.approx(0.6, abs=0.03)
+
+
 def test_calibration_is_stored_in_the_checkpoint(tmp_path: Any) -> None:
     model, blocks = model_with(), some_blocks()
     calibrate(model, blocks, end_of_text=0)

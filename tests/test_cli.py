@@ -143,6 +143,31 @@ def test_calibrate_writes_a_model_whose_blocks_take_their_capacity(
     assert "exists" in errors
 
 
+def test_a_model_with_experts_goes_the_same_ways(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, calibrated = tmp_path / "run", tmp_path / "calibrated"
+    experts = ["--num-experts", "3", "--expert-capacity", "0.7", "--num-noop-experts", "1", "--noop-share", "0.3"]
+    status, output, _ = run(
+        monkeypatch, capsys, "train", "--out", str(out), *data(text), *TINY, *experts, "--max-steps", "6"
+    )
+    assert status == 0
+    assert '"experts"' in output
+    found = json.loads(run(monkeypatch, capsys, "evaluate", str(out))[1])
+    for routing in ("top_k", "causal"):
+        for figures in found["experts"][routing].values():
+            assert sum(figures["share"]) + figures["dropped"] == pytest.approx(1)
+            assert len(figures["share"]) == 4
+    assert run(monkeypatch, capsys, "calibrate", str(out), "--out", str(calibrated))[0] == 0
+    sample = ["--prompt", "The router", "--max-new-tokens", "12", "--show-depth"]
+    assert "blocks used" in run(monkeypatch, capsys, "generate", str(calibrated), *sample)[1]
+    refused = run(
+        monkeypatch, capsys, "train", "--out", str(tmp_path / "x"), *data(text), *TINY, "--expert-capacity", "2"
+    )
+    assert refused[0] == 2
+    assert refused[2].startswith("error: expert_capacity=2.0 needs experts")
+
+
 def test_without_a_compiler_it_says_so_and_samples(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -51,6 +51,38 @@ def test_capacity_may_differ_by_block() -> None:
     assert [config.capacity_tokens(i, 16) for i in range(4)] == [16, 8, 16, 4]
 
 
+@given(
+    tokens=st.integers(1, 300),
+    experts=st.integers(1, 9),
+    per_token=st.integers(1, 3),
+    capacity=st.floats(0.01, 4) | st.none(),
+    choice=st.sampled_from(["token_choice", "expert_choice"]),
+)
+def test_experts_have_places_for_their_capacity(
+    tokens: int, experts: int, per_token: int, capacity: float | None, choice: str
+) -> None:
+    experts = max(experts, per_token, 2)
+    config = MoDConfig(
+        num_experts=experts, num_experts_per_tok=per_token, expert_capacity=capacity, expert_routing=choice
+    )
+    rows = config.expert_rows(tokens)
+    assert 1 <= rows <= tokens * config.most_experts_per_token
+    if config.expert_capacity is None:
+        assert rows == tokens * per_token
+    else:
+        places = config.expert_places(tokens)
+        assert 1 <= places <= tokens
+        assert places <= max(1, config.expert_capacity * tokens * per_token / experts + 1e-6)
+        assert rows <= experts * places
+
+
+def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
+    assert MoDConfig(num_experts=4, expert_routing="expert_choice").expert_capacity == 1.0
+    assert MoDConfig(num_experts=4).expert_capacity is None
+    assert not MoDConfig().has_experts
+    assert MoDConfig(num_noop_experts=1).has_experts
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +112,21 @@ def test_capacity_may_differ_by_block() -> None:
         ({"router_seed": -1}, "router_seed=-1"),
         ({"tie_word_embeddings": 3}, "tie_word_embeddings=3"),
         ({"initializer_range": 0}, "initializer_range=0"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts and 0 no-ops"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok=2 is more than the 1 experts"),
+        ({"num_experts": 4, "expert_capacity": 0}, "expert_capacity=0 must be a number above 0"),
+        ({"num_experts": 4, "expert_capacity": float("inf")}, "expert_capacity=inf"),
+        ({"num_experts": 4, "expert_routing": "random"}, "expert_routing='random' is unknown"),
+        ({"expert_capacity": 1.0}, "expert_capacity=1.0 needs experts; give num_experts"),
+        ({"expert_routing": "expert_choice"}, "expert_routing='expert_choice' needs experts"),
+        ({"num_noop_experts": -1}, "num_noop_experts=-1"),
+        (
+            {"num_experts": 4, "num_noop_experts": 1, "expert_routing": "expert_choice"},
+            "num_noop_experts=1 needs expert_routing='token_choice'",
+        ),
+        ({"num_experts": 4, "num_noop_experts": 1, "noop_share": 1.0}, "noop_share=1.0 must lie between"),
+        ({"load_balance_loss_weight": -1}, "load_balance_loss_weight=-1"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )

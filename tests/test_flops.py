@@ -26,6 +26,10 @@ CONFIGS: list[dict[str, Any]] = [
     {"router_type": "random"},
     {"every": 1, "capacity": 0.5},
     {"routed_layers": [0, 3], "capacity": [0.3, 0.95], "num_key_value_heads": 1},
+    {"num_experts": 8},
+    {"num_experts": 4, "num_experts_per_tok": 2, "routed_layers": []},
+    {"num_experts": 4, "num_experts_per_tok": 2, "expert_capacity": 0.7},
+    {"num_experts": 3, "expert_routing": "expert_choice", "expert_capacity": 1.5, "every": 1, "capacity": 0.3},
     {"predictor_hidden_size": 33, "tie_word_embeddings": True, "attention_bias": True, "query_key_norm": True},
 ]
 
@@ -45,6 +49,39 @@ def test_forward_flops_equal_the_counter_on_meta(changes: dict[str, Any], length
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(input_ids, routing="top_k")
     assert counter.get_total_flops() == 3 * forward_flops(config, length, attention="full").total
+
+
+def test_no_ops_take_their_share_of_the_experts_work() -> None:
+    shape: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "num_noop_experts": 2}
+    config = config_of(shape)
+    model = MoDForCausalLM(config).eval()
+    input_ids = torch.randint(0, 101, (2, 40))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(input_ids, routing="top_k", use_cache=False, output_routing=True)
+    rows = sum(
+        layer.share[:3].sum().item() * tokens * 2
+        for layer, tokens in zip(output.expert_routing, [40, 5, 40, 5, 40], strict=True)
+    )
+    expert = 2 * 64 * 3 * 192
+    expected = forward_flops(config, 40, attention="full")
+    assert counter.get_total_flops() == pytest.approx(2 * (expected.total - expected.mlp + rows * expert))
+    # As many of the choices as is wanted.
+    assert expected.mlp == pytest.approx((3 * 40 + 2 * 5) * 2 * 0.5 * expert)
+
+
+def test_a_sampling_step_reads_the_experts_it_meets() -> None:
+    config = config_of({"num_experts": 4, "routed_layers": []})
+    model = MoDForCausalLM(config).eval()
+    past = model(torch.randint(0, 101, (1, 19))).cache
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randint(0, 101, (1, 1)), cache=past)
+    assert counter.get_total_flops() == decode_flops(config, 20).total
+    expert, unread = 3 * 64 * 192, 101 * 64 - 64
+    for rows, part in ((1, 0.75), (2, 0.75**2)):
+        read = model_parameters(config) - unread + (rows - 1) * 64 - 5 * 4 * expert * part
+        assert decode_bytes(config, 20, rows, bytes_per_element=1).weights == pytest.approx(read)
+    chosen = config_of({"num_experts": 4, "expert_routing": "expert_choice", "expert_capacity": 2.0})
+    assert decode_flops(chosen, 20).mlp == (3 + 2 * 0.125) * 2 * 2 * expert
 
 
 def test_causal_attention_is_half_of_full_and_training_three_times_forward() -> None:

@@ -39,10 +39,12 @@ def test_quantize_leaves_routers_norms_and_the_embedding() -> None:
     assert not any(isinstance(module, nn.Linear) for module in model.model.layers[0].modules())
 
 
-def test_a_quantised_model_samples_as_its_own_full_forward_says() -> None:
-    model = tiny(routed_layers=[1]).float().eval()
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 3}, {"num_experts": 2, "num_noop_experts": 1}])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_quantised_model_samples_as_its_own_full_forward_says(experts: dict[str, int], batch: int) -> None:
+    model = tiny(routed_layers=[1], **experts).float().eval()
     quantize(model)
-    prompt = torch.randint(0, 31, (1, 7))
+    prompt = torch.randint(0, 31, (batch, 7))
     tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
     logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits
     assert torch.equal(logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1), tokens)

@@ -101,19 +101,21 @@ class Stop(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("router_type", ["learned", "random"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"router_type": "random"}, {"num_experts": 3, "num_noop_experts": 1, "expert_capacity": 0.7}]
+)
 @pytest.mark.parametrize(("accumulation", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
     corpus: Corpus,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    router_type: str,
+    changes: dict[str, Any],
     accumulation: int,
     number: signal.Signals,
 ) -> None:
     # An epoch has 4 * n blocks, so that step 7 lies in the middle of the second epoch.
     few = replace(corpus, train=corpus.train.select(range(18)))
-    config = config_for(corpus, router_type=router_type)
+    config = config_for(corpus, **changes)
     opts = TrainOptions(max_steps=13, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=5)
     _, whole = train(config, few, opts, tmp_path / "whole", console=QUIET)
 

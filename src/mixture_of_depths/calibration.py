@@ -1,16 +1,22 @@
-"""Sets the causal routers so that, on given text, the share of tokens that enters a block equals its capacity."""
+"""Sets the causal routers so that, on given text, the share of tokens that enters a block equals its capacity.
+
+So too the thresholds of experts with a capacity.
+"""
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import datasets
 import torch
+from torch import Tensor
 
 from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import batches
+from mixture_of_depths.experts import ExpertMLP, ExpertRouter, ExpertRouting
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
+from mixture_of_depths.routing import LayerRouting
 
 
 def causal_routers(config: MoDConfig) -> tuple[str, ...]:
@@ -46,6 +52,7 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     Blocks are taken in order of depth, each with those before it set already, under the causal routing that sampling
     uses. The threshold moves; of a predictor the last bias does. A router trained with the auxiliary loss has no
     constant of its own to move: set `config.causal_router = "threshold"` to sample with its calibrated threshold.
+    Experts with a capacity are set to take its share of the tokens that the configured router lets in.
 
     Args:
         model: the model; it is left in the mode it came in.
@@ -55,21 +62,32 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     """
     was_training = model.training
     model.eval()
-    for causal_router in causal_routers(model.config):
-        if causal_router == "auxiliary_loss":
-            continue
-        with using_causal_router(model, causal_router), torch.compiler.set_stance("force_eager"):
-            for layer_idx in model.config.routed_layers or []:
-                logits = []
-                for batch in batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device):
-                    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-                    output = model.model(**inputs, use_cache=False, routing="causal")
-                    logits.append(output.routing[layer_idx].causal_logits.flatten())
-                _shift(model, layer_idx, causal_router, torch.cat(logits))
+    given = list(batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device))
+    names = causal_routers(model.config)
+    for position, name in enumerate(names or (model.config.causal_router,)):
+        with using_causal_router(model, name) if names else nullcontext():
+            for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
+                if names and layer.router is not None and name != "auxiliary_loss":
+                    decided = [routing for routing, _ in _decisions(model, given, layer_idx) if routing is not None]
+                    _shift(model, layer_idx, name, torch.cat([routing.causal_logits.flatten() for routing in decided]))
+                if position == 0 and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
+                    _shift_experts(layer.mlp.router, _decisions(model, given, layer_idx))
     model.train(was_training)
 
 
-def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: torch.Tensor) -> None:
+def _decisions(
+    model: MoDForCausalLM, given: list[dict[str, Tensor]], layer_idx: int
+) -> Iterator[tuple[LayerRouting | None, ExpertRouting | None]]:
+    """What the routers of one block decide about each batch."""
+    for batch in given:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        # A causal pass has shapes that depend on the data, which a compiled block would not accept.
+        with torch.compiler.set_stance("force_eager"):
+            output = model.model(**inputs, use_cache=False, routing="causal")
+        yield output.routing[layer_idx], output.expert_routing[layer_idx]
+
+
+def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: Tensor) -> None:
     """Moves the constant of one router so that the capacity's share of `logits_N` would have been positive."""
     entering = round(model.config.capacity_fraction(layer_idx) * len(logits_N))
     sorted_N = logits_N.float().sort(descending=True).values
@@ -83,3 +101,22 @@ def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: 
     else:
         assert router.predictor is not None
         router.predictor.down_proj.bias.sub_(cut)
+
+
+def _shift_experts(router: ExpertRouter, decisions: Iterator[tuple[LayerRouting | None, ExpertRouting | None]]) -> None:
+    """Sets each expert's threshold so that of the tokens it was asked by, at most its capacity's share passes."""
+    tokens, scores = 0, []
+    for routing, experts in decisions:
+        if experts is not None:
+            scores.append(experts.scores.flatten(0, 1))
+            tokens += len(scores[-1]) if routing is None else int(routing.entered.sum())
+    assert router.threshold is not None
+    if tokens == 0:
+        return
+    places = router.config.expert_places(tokens)
+    sorted_NE = torch.cat(scores).sort(dim=0, descending=True).values
+    threshold_E = torch.zeros_like(router.threshold)
+    if places < len(sorted_NE):
+        middle_E = (sorted_NE[places - 1] + sorted_NE[places]) / 2
+        threshold_E = torch.where(sorted_NE[places] > 0, middle_E, 0)
+    router.threshold.copy_(threshold_E)

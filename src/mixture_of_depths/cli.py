@@ -199,7 +199,7 @@ def generate(
 
 
 def calibrate(checkpoint: Checkpoint, out: Path) -> None:
-    """Shift the causal routers so that each block's capacity is what enters it, on text held out in training.
+    """Shift the causal routers so that the capacity of each block, and of experts, is what enters on held-out text.
 
     Every second held-out block is calibrated on; the others are evaluated on, before and after, as JSON. A model that
     was trained with the auxiliary loss has no constant of its own to shift, and from then on decides by its threshold.
@@ -209,6 +209,7 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
         out: Folder for the calibrated model.
     """
     from mixture_of_depths.calibration import calibrate as run
+    from mixture_of_depths.calibration import causal_routers
     from mixture_of_depths.evaluation import evaluate as evaluation
     from mixture_of_depths.tokenizer import end_of_text
 
@@ -216,8 +217,8 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     if out.exists():
         raise ValueError(f"out={out} exists; name another folder")
     model, tokenizer = _load(checkpoint)
-    if not model.config.routed_layers or model.config.router_type == "random":
-        raise ValueError(f"checkpoint={checkpoint} has no learned router to calibrate")
+    if not causal_routers(model.config) and model.config.expert_capacity is None:
+        raise ValueError(f"checkpoint={checkpoint} has no learned router and no experts' capacity to calibrate")
     corpus = _held_out(checkpoint)
     if len(corpus.validation) < 2:
         raise ValueError(f"checkpoint={checkpoint} held out fewer than 2 blocks; train with more held-out text")
@@ -446,10 +447,11 @@ def isoflop_plot(study: Study, out: Path, mod: str = "mod") -> None:
         out: Folder of the study.
         mod: The family that is compared with the baseline.
     """
+    from mixture_of_depths.isoflop.plan import capacities, load_study
     from mixture_of_depths.isoflop.plot import draw
 
     records, baseline = _records(study, out, mod)
-    for path in draw(records, baseline, mod, out):
+    for path in draw(records, baseline, mod, capacities(load_study(study), mod), out):
         print(path)
 
 

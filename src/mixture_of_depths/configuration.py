@@ -9,6 +9,7 @@ ROUTER_TYPES = ("learned", "random")
 ROUTER_ACTIVATIONS = ("none", "sigmoid", "tanh")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CAUSAL_ROUTERS = ("predictor", "auxiliary_loss", "threshold")
+EXPERT_ROUTINGS = ("token_choice", "expert_choice")
 
 
 class MoDConfig(PreTrainedConfig):
@@ -54,13 +55,33 @@ class MoDConfig(PreTrainedConfig):
         auxiliary_loss_weight: factor of the router's cross-entropy in the loss.
         threshold_decay: how much of the running average of the top-k threshold a training step keeps.
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
+        num_experts: number of SwiGLU experts of every block's MLP, each of `intermediate_size`; 1 is the dense MLP.
+        num_experts_per_tok: number of experts that a token asks for; under expert choice, how many it gets on average
+            at an `expert_capacity` of 1.
+        expert_routing: "token_choice", a token asks for the experts it gives most weight; or "expert_choice", an expert
+            takes the tokens that give it most.
+        expert_capacity: how many tokens an expert takes at most, as a multiple of an even share of the sequence's; the
+            others are dropped and keep their residual. None for no limit; expert choice needs one, by default 1.
+        num_noop_experts: number of experts that do nothing, beside the others: a token that asks for one keeps its
+            residual (integrated Mixture-of-Depths-and-Experts, section 4.3).
+        noop_share: share of the choices that the balance loss wants to fall on the no-ops together.
+        load_balance_loss_weight: factor of the experts' balance loss in the loss.
+        expert_z_loss_weight: factor of the expert router's z-loss in the loss.
 
     Raises:
         ValueError: naming the field, its value and the remedy.
     """
 
     model_type = "mixture_of_depths"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "lm_loss", "router_loss", "routing"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
+        "lm_loss",
+        "router_loss",
+        "balance_loss",
+        "expert_z_loss",
+        "routing",
+        "expert_routing",
+    ]
 
     vocab_size: int = 4096
     hidden_size: int = 512
@@ -93,6 +114,15 @@ class MoDConfig(PreTrainedConfig):
     threshold_decay: float = 0.99
     router_seed: int = 0
 
+    num_experts: int = 1
+    num_experts_per_tok: int = 1
+    expert_routing: str = "token_choice"
+    expert_capacity: float | None = None
+    num_noop_experts: int = 0
+    noop_share: float = 0.5
+    load_balance_loss_weight: float = 0.01
+    expert_z_loss_weight: float = 0.001
+
     def __post_init__(self, **kwargs: Any) -> None:
         every, offset = kwargs.pop("every", None), kwargs.pop("offset", None)
         self._require_positive_integers(
@@ -111,6 +141,8 @@ class MoDConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.predictor_hidden_size is None:
             self.predictor_hidden_size = max(16, self.hidden_size // 8)
+        if self.expert_capacity is None and self.expert_routing == "expert_choice":
+            self.expert_capacity = 1.0
         if self.routed_layers is None:
             self.routed_layers = self._layers_from(every, offset)
         elif every is not None or offset is not None:
@@ -162,13 +194,19 @@ class MoDConfig(PreTrainedConfig):
         for name in ("rms_norm_eps", "initializer_range"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
-        for name in ("predictor_loss_weight", "auxiliary_loss_weight"):
+        for name in (
+            "predictor_loss_weight",
+            "auxiliary_loss_weight",
+            "load_balance_loss_weight",
+            "expert_z_loss_weight",
+        ):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
         for name, choices in (
             ("router_type", ROUTER_TYPES),
             ("router_activation", ROUTER_ACTIVATIONS),
             ("causal_router", CAUSAL_ROUTERS),
+            ("expert_routing", EXPERT_ROUTINGS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
@@ -182,6 +220,7 @@ class MoDConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}; choose one of {', '.join(ROPE_TYPES)}")
         self.validate_rope()
         self._validate_routed_layers()
+        self._validate_experts()
 
     def _validate_routed_layers(self) -> None:
         layers, capacity = self.routed_layers, self.capacity
@@ -205,6 +244,61 @@ class MoDConfig(PreTrainedConfig):
                     f"capacity={capacity!r} must be a fraction above 0 and at most 1, such as 0.125; for a model "
                     "without routed blocks give routed_layers=[]"
                 )
+
+    def _validate_experts(self) -> None:
+        self._require_positive_integers("num_experts", "num_experts_per_tok")
+        if not _is_integer(self.num_noop_experts) or self.num_noop_experts < 0:
+            raise ValueError(f"num_noop_experts={self.num_noop_experts!r} must be an integer of at least 0")
+        if self.num_experts_per_tok > self.num_experts + self.num_noop_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {self.num_experts} experts and "
+                f"{self.num_noop_experts} no-ops there are; lower it"
+            )
+        capacity = self.expert_capacity
+        if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
+            raise ValueError(f"expert_capacity={capacity!r} must be a number above 0, such as 1.25, or None")
+        if not self.has_experts:
+            for name, default in (("expert_routing", "token_choice"), ("expert_capacity", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs experts; give num_experts of at least 2")
+        if self.num_noop_experts and self.expert_routing == "expert_choice":
+            raise ValueError(
+                f"num_noop_experts={self.num_noop_experts} needs expert_routing='token_choice': a token that no expert "
+                "chooses keeps its residual already"
+            )
+        if not _is_number(self.noop_share) or not 0 < self.noop_share < 1:
+            raise ValueError(f"noop_share={self.noop_share!r} must lie between 0 and 1")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether blocks have a mixture of experts in the place of their MLP."""
+        return self.num_experts > 1 or self.num_noop_experts > 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether top-k routing differs from causal routing: blocks are routed, or experts have a capacity."""
+        return bool(self.routed_layers) or self.expert_capacity is not None
+
+    @property
+    def target_noop_share(self) -> float:
+        """The share of the choices that should fall on no-ops; 0 without any."""
+        return self.noop_share if self.num_noop_experts else 0.0
+
+    @property
+    def most_experts_per_token(self) -> int:
+        """The largest number of experts that can take one token."""
+        return self.num_experts if self.expert_routing == "expert_choice" else self.num_experts_per_tok
+
+    def expert_places(self, tokens: int) -> int:
+        """The number of tokens of a sequence that an expert takes at most under top-k routing, with a capacity."""
+        assert self.expert_capacity is not None
+        fraction = self.expert_capacity * self.num_experts_per_tok / self.num_experts
+        return min(tokens, capacity_tokens(fraction, tokens))
+
+    def expert_rows(self, tokens: int) -> int:
+        """The number of products of an expert and a token of a sequence, at most, under top-k routing."""
+        asked = tokens * self.most_experts_per_token
+        return asked if self.expert_capacity is None else min(asked, self.num_experts * self.expert_places(tokens))
 
     @property
     def layer_types(self) -> list[str]:

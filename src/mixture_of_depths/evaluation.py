@@ -1,6 +1,7 @@
 """Held-out loss under top-k and under causal routing, and what the routers do there."""
 
 import math
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -32,15 +33,31 @@ class CausalEvaluation:
 
 
 @dataclass(frozen=True)
+class ExpertEvaluation:
+    """What became of the tokens that entered one block with experts; means over the batches.
+
+    Attributes:
+        share: tokens that each expert took and, at the end, each no-op got, over the choices.
+        dropped: share of the choices, or under expert choice of the tokens, that found no place.
+    """
+
+    share: list[float]
+    dropped: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What a pass over held-out blocks found; losses in nats per token.
 
     Attributes:
         loss_top_k: loss when the k largest router weights of the sequence decide, which looks ahead.
-        loss_causal: loss when every token decides by itself, as in sampling; equal to the above without routed blocks.
+        loss_causal: loss when every token decides by itself, as in sampling; equal to the above where nothing looks
+            ahead.
         bits_per_byte: of the causal loss.
         causal_routers: figures of each causal router that was asked for, the configured one first; empty without
             routed blocks.
+        experts: figures of each block with experts by its index, under "top_k" and under "causal" routing; empty
+            without experts.
         tokens: number of tokens that were predicted.
     """
 
@@ -48,6 +65,7 @@ class Evaluation:
     loss_causal: float
     bits_per_byte: float
     causal_routers: dict[str, CausalEvaluation]
+    experts: dict[Routing, dict[int, ExpertEvaluation]]
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,44 +104,68 @@ def evaluate(
     precision = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
     names = causal_routers(model.config)
     found: dict[str, CausalEvaluation] = {}
-    loss_top_k = loss_causal = 0.0
     try:
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
-            if not names:
-                loss_causal, _ = _run(model, given, "causal")
-                loss_top_k = loss_causal if not model.config.routed_layers else _run(model, given, "top_k")[0]
+            causal = _run(model, given, "causal")
+            top_k = _run(model, given, "top_k") if model.config.looks_ahead else causal
             for name in names if all_causal_routers else names[:1]:
                 with using_causal_router(model, name):
-                    loss_top_k, layers = _run(model, given, "top_k")
-                    agreed = [((causal > 0) == entered).float().mean().item() for entered, causal in layers.values()]
-                    loss, layers = _run(model, given, "causal")
-                    shares = {layer: entered.float().mean().item() for layer, (entered, _) in layers.items()}
-                found[name] = CausalEvaluation(loss, sum(agreed) / len(agreed), shares)
+                    # The configured one decided above.
+                    decided = causal if name == names[0] else _run(model, given, "causal")
+                    compared = top_k if name == names[0] else _run(model, given, "top_k")
+                    found[name] = _compared(decided, compared)
     finally:
         model.train(was_training)
-    if names:
-        loss_causal = found[names[0]].loss
+    passes: dict[Routing, _Pass] = {"top_k": top_k, "causal": causal}
     return Evaluation(
-        loss_top_k=loss_top_k,
-        loss_causal=loss_causal,
-        bits_per_byte=loss_causal / math.log(2) / bytes_per_token,
+        loss_top_k=top_k.loss,
+        loss_causal=causal.loss,
+        bits_per_byte=causal.loss / math.log(2) / bytes_per_token,
         causal_routers=found,
+        experts={name: seen.experts for name, seen in passes.items()} if model.config.has_experts else {},
         tokens=sum(batch["labels"][:, 1:].numel() for batch in given),
     )
 
 
-def _run(
-    model: MoDForCausalLM, given: list[dict[str, Tensor]], routing: Routing
-) -> tuple[float, dict[int, tuple[Tensor, Tensor]]]:
-    """The mean loss, and per routed block which tokens entered and the causal logits, each of shape [N, T]."""
+@dataclass(frozen=True)
+class _Pass:
+    """The mean loss; per routed block which tokens entered and the causal logits, of shape [N, T]; and the experts."""
+
+    loss: float
+    routed: dict[int, tuple[Tensor, Tensor]]
+    experts: dict[int, ExpertEvaluation]
+
+
+def _run(model: MoDForCausalLM, given: list[dict[str, Tensor]], routing: Routing) -> _Pass:
     total, tokens = 0.0, 0
-    layers: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in model.config.routed_layers or []}
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    experts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for batch in given:
         output = model(**batch, use_cache=False, routing=routing, output_routing=True)
         predicted = batch["labels"][:, 1:].numel()
         total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted
-        for layer_idx, seen in layers.items():
-            seen.append((output.routing[layer_idx].entered, output.routing[layer_idx].causal_logits))
-    joined = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
-    return total / tokens, cast(dict[int, tuple[Tensor, Tensor]], joined)
+        for layer_idx, layer in enumerate(output.routing):
+            if layer is not None:
+                layers[layer_idx].append((layer.entered, layer.causal_logits))
+        for layer_idx, layer in enumerate(output.expert_routing):
+            if layer is not None:
+                experts[layer_idx].append((layer.share, layer.dropped))
+    routed = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
+    means = {
+        layer: [torch.stack(parts).mean(dim=0) for parts in zip(*seen, strict=True)] for layer, seen in experts.items()
+    }
+    return _Pass(
+        loss=total / tokens,
+        routed=cast(dict[int, tuple[Tensor, Tensor]], routed),
+        experts={layer: ExpertEvaluation(share.tolist(), dropped.item()) for layer, (share, dropped) in means.items()},
+    )
+
+
+def _compared(causal: _Pass, top_k: _Pass) -> CausalEvaluation:
+    agreed = [((logits > 0) == entered).float().mean().item() for entered, logits in top_k.routed.values()]
+    return CausalEvaluation(
+        loss=causal.loss,
+        accuracy=sum(agreed) / len(agreed),
+        share_entering={layer: entered.float().mean().item() for layer, (entered, _) in causal.routed.items()},
+    )

@@ -1,11 +1,12 @@
 """Analytic floating-point operations and bytes of a Mixture-of-Depths model and of its baseline.
 
-Counted are matrix products, two operations a multiply-add: projections, attention scores and their use, MLP, router,
-predictor and head. Norms, RoPE, softmax, activations and the embedding's look-up are not. Attention is counted at its
-causal half: a token attends to itself and the tokens before it, S (S + 1) / 2 pairs for a sequence of S tokens. A
-backward pass costs twice its forward pass, so training is three times the forward count.
+Counted are matrix products, two operations a multiply-add: projections, attention scores and their use, MLP or
+experts, routers, predictor and head. Norms, RoPE, softmax, activations and the embedding's look-up are not. Attention
+is counted at its causal half: a token attends to itself and the tokens before it, S (S + 1) / 2 pairs for a sequence of
+S tokens. A backward pass costs twice its forward pass, so training is three times the forward count.
 
-A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2).
+A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2). Experts
+work for the tokens that ask for them, up to their capacity; no-ops are taken to get the share that is their target.
 """
 
 from dataclasses import dataclass
@@ -43,15 +44,46 @@ def _projection_sizes(config: MoDConfig) -> tuple[int, int]:
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
-def block_flops(config: MoDConfig, tokens: float, pairs: float) -> FlopCount:
-    """Forward operations of one block for a number of tokens and of query-key pairs, its router left out."""
+def block_flops(config: MoDConfig, tokens: float, pairs: float, expert_rows: float) -> FlopCount:
+    """Forward operations of one block, its router left out.
+
+    Args:
+        config: the model.
+        tokens: number of tokens.
+        pairs: number of query-key pairs.
+        expert_rows: number of products of an expert and a token; not looked at without experts.
+    """
     assert config.intermediate_size is not None
     query_size, key_size = _projection_sizes(config)
+    rows = expert_rows if config.has_experts else tokens
     return FlopCount(
         projections=tokens * 2 * config.hidden_size * (2 * query_size + 2 * key_size),
         attention=pairs * 2 * 2 * query_size,
-        mlp=tokens * 2 * config.hidden_size * 3 * config.intermediate_size,
+        mlp=rows * 2 * config.hidden_size * 3 * config.intermediate_size,
+        router=tokens * 2 * config.hidden_size * _expert_choices(config),
     )
+
+
+def _expert_choices(config: MoDConfig) -> int:
+    """Number of experts and no-ops that an expert router chooses from; 0 without one."""
+    return config.num_experts + config.num_noop_experts if config.has_experts else 0
+
+
+def expert_rows(config: MoDConfig, tokens: int) -> float:
+    """Products of an expert and a token that `tokens` tokens of a sequence are expected to need under top-k routing.
+
+    A capacity may leave places empty where the experts' shares are uneven; they count as taken.
+    """
+    asked = tokens * config.most_experts_per_token * (1 - config.target_noop_share)
+    return min(asked, config.expert_rows(tokens))
+
+
+def expert_rows_per_token(config: MoDConfig) -> float:
+    """Experts that a token is expected to meet in sampling."""
+    asked = config.most_experts_per_token * (1 - config.target_noop_share)
+    if config.expert_capacity is None:
+        return asked
+    return min(asked, config.expert_capacity * config.num_experts_per_tok)
 
 
 def router_flops(config: MoDConfig, tokens: float) -> FlopCount:
@@ -86,7 +118,7 @@ def forward_flops(
         if layer_idx in (config.routed_layers or []):
             tokens = config.capacity_tokens(layer_idx, sequence_length)
             total += router_flops(config, sequence_length)
-        total += block_flops(config, tokens, _pairs(tokens, attention))
+        total += block_flops(config, tokens, _pairs(tokens, attention), expert_rows(config, tokens))
     return total
 
 
@@ -108,7 +140,8 @@ def decode_flops(config: MoDConfig, context_length: int) -> FlopCount:
     total = FlopCount(head=2 * config.hidden_size * config.vocab_size)
     for layer_idx in range(config.num_hidden_layers):
         fraction = config.capacity_fraction(layer_idx)
-        total += block_flops(config, 1, fraction * context_length).scaled(fraction)
+        per_token = expert_rows_per_token(config)
+        total += block_flops(config, 1, fraction * context_length, per_token).scaled(fraction)
         if layer_idx in (config.routed_layers or []):
             total += router_flops(config, 1)
     return total
@@ -128,12 +161,18 @@ class DecodeBytes:
 
 def block_parameters(config: MoDConfig) -> int:
     """Number of weights of one block, its router left out."""
-    assert config.intermediate_size is not None
     query_size, key_size = _projection_sizes(config)
     projections = config.hidden_size * (2 * query_size + 2 * key_size)
     biases = (query_size + 2 * key_size + config.hidden_size) if config.attention_bias else 0
     norms = 2 * config.hidden_size + (2 * cast(int, config.head_dim) if config.query_key_norm else 0)
-    return projections + biases + norms + 3 * config.hidden_size * config.intermediate_size
+    expert_router = config.hidden_size * _expert_choices(config)
+    return projections + biases + norms + expert_router + config.num_experts * expert_parameters(config)
+
+
+def expert_parameters(config: MoDConfig) -> int:
+    """Number of weights of one expert, or of the dense MLP."""
+    assert config.intermediate_size is not None
+    return 3 * config.hidden_size * config.intermediate_size
 
 
 def router_parameters(config: MoDConfig) -> int:
@@ -166,17 +205,26 @@ def decode_bytes(
 ) -> DecodeBytes:
     """Expected bytes that one sampling step reads for `batch_size` sequences.
 
-    The weights of a routed block are read when any row of the batch enters it, and its cache for the rows that do;
-    rows are taken to decide independently. Of the embedding one entry per row is read.
+    The weights of a routed block are read when any row of the batch enters it, those of an expert when any row goes to
+    it, and the cache for the rows that enter; rows are taken to decide independently, and experts to be as likely as
+    one another. Of the embedding one entry per row is read.
     """
     key_size = _projection_sizes(config)[1]
     weights = float(config.hidden_size * (config.vocab_size + batch_size + 1))
     cache = 0.0
+    experts = config.num_experts * expert_parameters(config)
+    chosen = expert_rows_per_token(config) / config.num_experts if config.has_experts else 1.0
     for layer_idx in range(config.num_hidden_layers):
         fraction = config.capacity_fraction(layer_idx)
-        weights += (1 - (1 - fraction) ** batch_size) * block_parameters(config)
+        weights += _chance_of_any(fraction, batch_size) * (block_parameters(config) - experts)
+        weights += _chance_of_any(fraction * chosen, batch_size) * experts
         if layer_idx in (config.routed_layers or []):
             weights += router_parameters(config)
         stored = fraction * context_length
         cache += fraction * batch_size * stored * 2 * key_size
     return DecodeBytes(weights * bytes_per_element, cache * bytes_per_element)
+
+
+def _chance_of_any(chance: float, rows: int) -> float:
+    """The probability that at least one of `rows` independent rows does what each does with probability `chance`."""
+    return 1 - (1 - chance) ** rows

@@ -5,7 +5,7 @@ The prefill is the model's own causal pass. A decode step is a single function o
 row enters reads none of its weights.
 
 Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots of a buffer,
-O outputs, V vocabulary.
+E experts, F width of an expert, O outputs, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,10 @@ from transformers.generation.logits_process import (
 )
 
 from mixture_of_depths.cache import RoutedCacheLayer
-from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM, rotary_factors, rotate
+from mixture_of_depths.experts import ExpertMLP, GroupedLinear
+from mixture_of_depths.modeling import MLP, DecoderLayer, MoDForCausalLM, rotary_factors, rotate
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.quantization import Int8Linear
+from mixture_of_depths.quantization import Int8GroupedLinear, Int8Linear
 
 # Buffers grow by this many slots.
 GROWTH = 64
@@ -71,29 +72,66 @@ def settled(values: Tensor) -> Tensor:
 
 
 def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
-    """`layer(x_BD)` in float32, of shape [B, O].
+    """`layer(x_BD)` in float32, of shape [B, O]."""
+    out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
+    return out_BO if layer.bias is None else out_BO + layer.bias.float()
+
+
+def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
+    """Rows times the transposed weight in float32, of shape [B, O]; a weight of 8 bits comes with its scale.
 
     For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
     in every precision, where a library's matrix product does not.
     """
-    weight_OD = layer.weight
     x_BD = settled(x_BD)
     rows = x_BD.shape[0]
-    if rows == 1 or (rows <= 4 and isinstance(layer, Int8Linear)):
+    if rows == 1 or (rows <= 4 and scale_O is not None):
         # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
         streams = max(1, STREAMS // rows) if weight_OD.shape[0] % STREAMS == 0 else 1
         parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
         out_BO = torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
-    elif isinstance(layer, Int8Linear):
+    elif scale_O is not None:
         out_BO = F.linear(x_BD.bfloat16(), weight_OD.bfloat16()).float()
     elif weight_OD.dtype == torch.bfloat16 or rows > 8:
         # Faster on the CPU than the product the other way round.
         out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
     else:
         out_BO = F.linear(x_BD.to(weight_OD.dtype), weight_OD).float()
-    if isinstance(layer, Int8Linear):
-        out_BO = out_BO * layer.scale
-    return out_BO if layer.bias is None else out_BO + layer.bias.float()
+    return out_BO if scale_O is None else out_BO * scale_O
+
+
+def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The MLP or the experts of one token a row, in float32; `dtype` is that of the model's other weights."""
+    if isinstance(mlp, MLP):
+        return matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, x_BD)) * matvec(mlp.up_proj, x_BD))
+    if x_BD.shape[0] > 1:
+        return mlp(x_BD[:, None].to(dtype), None, "causal")[0][:, 0].float()
+    _, weight_BTE, _ = mlp.router(x_BD[:, None].to(dtype), None, "causal")
+    weight_E, expert_E = weight_BTE[0, 0].sort(descending=True, stable=True)
+    total_BD = torch.zeros_like(x_BD)
+    for slot in range(mlp.config.most_experts_per_token):
+        total_BD = total_BD + weight_E[slot] * apply_expert(mlp, expert_E[slot : slot + 1], weight_E[slot] > 0, x_BD)
+    return total_BD
+
+
+def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_BD: Tensor) -> Tensor:
+    """One expert, by its index, for one row; its weights are read only when it takes the row."""
+
+    def weights(layer: nn.Module, expert_1: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(layer, GroupedLinear | Int8GroupedLinear)
+        scale = layer.scale.index_select(0, expert_1)[0] if isinstance(layer, Int8GroupedLinear) else None
+        return layer.weight.index_select(0, expert_1)[0], scale
+
+    def enter(x_BD: Tensor, expert_1: Tensor) -> Tensor:
+        gate_BF, up_BF = product(*weights(mlp.gate_up_proj, expert_1), x_BD).chunk(2, dim=-1)
+        return product(*weights(mlp.down_proj, expert_1), F.silu(gate_BF) * up_BF)
+
+    def skip(x_BD: Tensor, expert_1: Tensor) -> Tensor:
+        return torch.zeros_like(x_BD)
+
+    if mlp.config.num_noop_experts == 0 and mlp.config.expert_capacity is None:
+        return enter(x_BD, expert_1)
+    return choose(is_taken, enter, skip, (x_BD, expert_1))
 
 
 def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
@@ -122,7 +160,7 @@ def decode_block(
     layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
-    attention, mlp, rows = layer.self_attn, layer.mlp, x_BD.shape[0]
+    attention, rows = layer.self_attn, x_BD.shape[0]
     normed = normalised(layer.input_layernorm, x_BD)
     query = normalised(attention.q_norm, matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
     key = normalised(attention.k_norm, matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
@@ -131,8 +169,7 @@ def decode_block(
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = matvec(attention.o_proj, attend(grouped, settled(key), value, keys, values, used_BS))
     normed = normalised(layer.post_attention_layernorm, x_BD + attended)
-    delta = attended + matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, normed)) * matvec(mlp.up_proj, normed))
-    return delta, key, value
+    return attended + apply_mlp(layer.mlp, normed, layer.input_layernorm.weight.dtype), key, value
 
 
 def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state: State) -> Tensor:

@@ -1,7 +1,8 @@
 """The Mixture-of-Depths transformer: a Llama-style decoder in which some blocks are routed.
 
 The baseline is the same model with `routed_layers=[]`, and its parameters carry Llama's names. Training, evaluation
-and sampling all run this file; `routing.py` holds the choice of tokens, `cache.py` the keys and values of the past.
+and sampling all run this file; `routing.py` holds the choice of tokens, `experts.py` that of experts, `cache.py` the
+keys and values of the past.
 
 Shapes: B batch, T tokens given, S tokens known (past and given), K chosen tokens per row, Q queries, D hidden size,
 H heads, h head width, V vocabulary. A slot is a token's place in the padded row (see `cache.py`).
@@ -25,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mixture_of_depths.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
 from mixture_of_depths.routing import LayerRouting, Predictor, Router, Routing, Selection, add_weighted, gather_tokens
 
 
@@ -38,6 +40,7 @@ class Placement:
         documents (torch.Tensor | None): which of the documents packed in the row a token belongs to; of shape [B, T].
         mask (torch.Tensor | None): True where a query may attend to a key; of shape [B, 1, Q, S]. None when every
             token attends to all tokens up to itself.
+        real (torch.Tensor | None): False for padding; of shape [B, T]. None when there is none.
     """
 
     cos: Tensor
@@ -45,6 +48,7 @@ class Placement:
     slots: Tensor
     documents: Tensor | None
     mask: Tensor | None
+    real: Tensor | None
 
     def of(self, selection: Selection) -> "Placement":
         """The placement of the chosen tokens, which attend to one another only."""
@@ -61,7 +65,7 @@ class Placement:
         mask = None
         if self.mask is not None or valid_BK is not None:
             mask = visible(slots_BK, slots_BK, documents_BK)
-        return Placement(chosen(self.cos), chosen(self.sin), slots_BK, documents_BK, mask)
+        return Placement(chosen(self.cos), chosen(self.sin), slots_BK, documents_BK, mask, valid_BK)
 
 
 def visible(query_slots_BQ: Tensor, key_slots_BS: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -156,45 +160,57 @@ class DecoderLayer(GradientCheckpointingLayer):
         assert config.routed_layers is not None
         self.layer_idx = layer_idx
         self.self_attn = Attention(config, layer_idx)
-        self.mlp = MLP(config)
+        self.mlp = ExpertMLP(config) if config.has_experts else MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.router = Router(config, layer_idx) if layer_idx in config.routed_layers else None
 
-    def delta(self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int) -> Tensor:
+    def delta(
+        self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int, routing: Routing
+    ) -> tuple[Tensor, ExpertRouting | None]:
         """What the block adds to the residual stream of the tokens it is given: f(X) of the paper's equation 1."""
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past, num_tokens)
-        return attended_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD + attended_BTD))
+        normed_BTD = self.post_attention_layernorm(hidden_BTD + attended_BTD)
+        if isinstance(self.mlp, ExpertMLP):
+            mlp_BTD, expert_routing = self.mlp(normed_BTD, placement.real, routing)
+            return attended_BTD + mlp_BTD, expert_routing
+        return attended_BTD + self.mlp(normed_BTD), None
 
     def forward(
         self,
         hidden_BTD: Tensor,
         placement: Placement,
         position_BT: Tensor,
-        real_BT: Tensor | None,
         routing: Routing,
         cache: Cache | None,
-    ) -> tuple[Tensor, LayerRouting | None]:
+    ) -> tuple[Tensor, LayerRouting | None, ExpertRouting | None]:
         num_tokens = hidden_BTD.shape[1]
         if self.router is None:
-            return hidden_BTD + self.delta(hidden_BTD, placement, cache, num_tokens), None
+            delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
+            return hidden_BTD + delta_BTD, None, expert_routing
 
-        selection, layer_routing = self.router.select(hidden_BTD, position_BT, real_BT, routing)
+        selection, layer_routing = self.router.select(hidden_BTD, position_BT, placement.real, routing)
         if selection.index_BK.shape[1] == 0:
             if cache is not None:
                 cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
-            return hidden_BTD, layer_routing
+            return hidden_BTD, layer_routing, None
         chosen_BKD = gather_tokens(hidden_BTD, selection)
-        delta_BKD = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens)
+        delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
         weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
-        return add_weighted(hidden_BTD, selection, delta_BKD, weight_BK), layer_routing
+        return add_weighted(hidden_BTD, selection, delta_BKD, weight_BK), layer_routing, expert_routing
 
 
 @dataclass
 class MoDModelOutput(BaseModelOutputWithPast):
-    """Output of `MoDModel`: the base model's fields, and `routing`, one `LayerRouting` a block, None for dense ones."""
+    """Output of `MoDModel`: the base model's fields, and what the routers decided.
+
+    Attributes:
+        routing: one `LayerRouting` a block, None for dense ones.
+        expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
+    """
 
     routing: tuple[LayerRouting | None, ...] | None = None
+    expert_routing: tuple[ExpertRouting | None, ...] | None = None
 
 
 @dataclass
@@ -202,16 +218,22 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
     """Output of `MoDForCausalLM`.
 
     Attributes:
-        loss (torch.Tensor): the language model's loss plus the weighted router loss; given with labels.
+        loss (torch.Tensor): the language model's loss plus the weighted losses of the routers; given with labels.
         lm_loss (torch.Tensor): mean cross-entropy of the next token, in nats.
         router_loss (torch.Tensor): the blocks' mean cross-entropy of the causal decision against the top-k choice,
             unweighted; given with labels under top-k routing.
+        balance_loss, expert_z_loss (torch.Tensor): the blocks' mean losses of the expert routers, unweighted; given
+            with labels under top-k routing.
         routing: one `LayerRouting` a block, None for dense ones; given with `output_routing=True`.
+        expert_routing: one `ExpertRouting` a block, None where there is none; given with `output_routing=True`.
     """
 
     lm_loss: Tensor | None = None
     router_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    expert_z_loss: Tensor | None = None
     routing: tuple[LayerRouting | None, ...] | None = None
+    expert_routing: tuple[ExpertRouting | None, ...] | None = None
 
 
 class MoDPreTrainedModel(PreTrainedModel):
@@ -230,6 +252,10 @@ class MoDPreTrainedModel(PreTrainedModel):
         if isinstance(module, Predictor):
             init.ones_(module.router_scale)
         if isinstance(module, Router) and not module.is_random:
+            init.zeros_(module.threshold)
+        if isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, ExpertRouter) and module.threshold is not None:
             init.zeros_(module.threshold)
 
 
@@ -282,22 +308,16 @@ class MoDModel(MoDPreTrainedModel):
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
-        position_BT, real_BT, placement = self._place(
-            hidden_BTD, attention_mask, position_ids, documents_BT, past_length
-        )
-        layer_routings, hidden_states = [], []
+        position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
+        layer_routings, expert_routings, hidden_states = [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
-            hidden_BTD, layer_routing = layer(
-                hidden_BTD,
-                placement=placement,
-                position_BT=position_BT,
-                real_BT=real_BT,
-                routing=routing,
-                cache=cache,
+            hidden_BTD, layer_routing, expert_routing = layer(
+                hidden_BTD, placement=placement, position_BT=position_BT, routing=routing, cache=cache
             )
             layer_routings.append(layer_routing)
+            expert_routings.append(expert_routing)
         hidden_BTD = self.norm(hidden_BTD)
         if output_hidden_states:
             hidden_states.append(hidden_BTD)
@@ -306,6 +326,7 @@ class MoDModel(MoDPreTrainedModel):
             cache=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             routing=tuple(layer_routings),
+            expert_routing=tuple(expert_routings),
         )
 
     def _resolve_routing(self, routing: str | None) -> Routing:
@@ -346,8 +367,8 @@ class MoDModel(MoDPreTrainedModel):
         position_ids: Tensor | None,
         documents_BT: Tensor | None,
         past_length: int,
-    ) -> tuple[Tensor, Tensor | None, Placement]:
-        """Positions, which tokens are no padding, and the placement of the given tokens."""
+    ) -> tuple[Tensor, Placement]:
+        """Positions and the placement of the given tokens."""
         num_tokens, device = hidden_BTD.shape[1], hidden_BTD.device
         known_BS = None
         if attention_mask is not None:
@@ -380,7 +401,7 @@ class MoDModel(MoDPreTrainedModel):
             mask = visible(slots_BT, key_slots_BS, documents_BT)
         cos_BTh, sin_BTh = rotary_factors(self.config, position_BT, hidden_BTD.dtype)
         real_BT = None if known_BS is None else known_BS[:, past_length:]
-        return position_BT, real_BT, Placement(cos_BTh, sin_BTh, slots_BT, documents_BT, mask)
+        return position_BT, Placement(cos_BTh, sin_BTh, slots_BT, documents_BT, mask, real_BT)
 
 
 class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
@@ -428,7 +449,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             output_attentions: not supported; must be false.
             output_hidden_states: whether to return the residual stream before each block and after the final norm.
             logits_to_keep: how many last positions to compute logits for, 0 for all; or the positions, of shape [N].
-            num_items_in_batch: number of labels the loss is averaged over, when a batch is given in several parts.
+            num_items_in_batch: number of labels the loss is averaged over, when a batch is given in several parts; the
+                routers' losses then count by this part's share of them.
             routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
             output_routing: whether to return each block's routing.
 
@@ -449,7 +471,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         )
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
-        loss = lm_loss = router_loss = None
+        loss = lm_loss = router_loss = balance_loss = z_loss = None
         if labels is not None:
             lm_loss = self.loss_function(
                 logits=logits_BTV,
@@ -458,10 +480,19 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
             loss = lm_loss
-            layer_losses = [layer.loss for layer in outputs.routing if layer is not None and layer.loss is not None]
-            if layer_losses:
-                router_loss = torch.stack(layer_losses).mean()
-                loss = lm_loss + self._router_loss_weight(labels, num_items_in_batch) * router_loss
+            share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+            router_loss = _mean_over_blocks([layer.loss for layer in outputs.routing if layer is not None])
+            experts = [layer for layer in outputs.expert_routing if layer is not None]
+            balance_loss = _mean_over_blocks([layer.balance_loss for layer in experts])
+            z_loss = _mean_over_blocks([layer.z_loss for layer in experts])
+            is_predicted = self.config.causal_router == "predictor"
+            for weight, part in (
+                (self.config.predictor_loss_weight if is_predicted else self.config.auxiliary_loss_weight, router_loss),
+                (self.config.load_balance_loss_weight, balance_loss),
+                (self.config.expert_z_loss_weight, z_loss),
+            ):
+                if part is not None:
+                    loss = loss + weight * share * part
         return MoDCausalLMOutput(
             loss=loss,
             logits=logits_BTV,
@@ -469,18 +500,11 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,
             router_loss=router_loss,
+            balance_loss=balance_loss,
+            expert_z_loss=z_loss,
             routing=outputs.routing if output_routing else None,
+            expert_routing=outputs.expert_routing if output_routing else None,
         )
-
-    def _router_loss_weight(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The configured weight, times this part's share of the batch when the batch is given in several parts."""
-        if self.config.causal_router == "predictor":
-            weight = self.config.predictor_loss_weight
-        else:
-            weight = self.config.auxiliary_loss_weight
-        if num_items_in_batch is None:
-            return weight
-        return weight * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -491,6 +515,11 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
         return {"routing": "causal", **inputs}
+
+
+def _mean_over_blocks(losses: list[Tensor | None]) -> Tensor | None:
+    present = [loss for loss in losses if loss is not None]
+    return torch.stack(present).mean() if present else None
 
 
 AutoConfig.register(MoDConfig.model_type, MoDConfig)

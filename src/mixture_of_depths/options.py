@@ -69,6 +69,18 @@ class ModelOptions:
     """How a token decides in sampling whether it enters."""
     predictor_hidden_size: int | None = None
     """Width of the predictor's MLP; by default an eighth of the hidden size."""
+    num_experts: int = 1
+    """Experts of every block's MLP, each of the MLP's width; 1 is the dense MLP."""
+    num_experts_per_tok: int = 1
+    """Experts that a token asks for."""
+    expert_routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    """Whether tokens choose experts or experts tokens."""
+    expert_capacity: float | None = None
+    """Most tokens that an expert takes, as a multiple of an even share; by default no limit, 1 under expert choice."""
+    num_noop_experts: int = 0
+    """Experts that do nothing, beside the others: integrated Mixture-of-Depths-and-Experts."""
+    noop_share: float = 0.5
+    """Share of the choices that the balance loss wants to fall on the no-ops."""
 
 
 @dataclass(frozen=True)

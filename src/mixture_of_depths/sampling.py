@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from mixture_of_depths.flops import block_flops
+from mixture_of_depths.flops import block_flops, expert_rows_per_token
 from mixture_of_depths.generation import end_tokens, stream
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
@@ -182,7 +182,7 @@ def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: 
         text.append(f" {count} ", style=f"bold {colour(count)}")
         text.append(f"({used.count(count) / len(used):.0%})")
     mean = sum(used) / len(used)
-    block = block_flops(model.config, 1, len(used) / 2).total
+    block = block_flops(model.config, 1, len(used) / 2, expert_rows_per_token(model.config)).total
     whole = blocks * block + 2 * model.config.hidden_size * model.config.vocab_size
     text.append(f"   mean {mean:.2f} of {blocks}; {(blocks - mean) * block / whole:.0%} of the compute saved")
     return text

@@ -116,6 +116,12 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
         router_activation=options.router_activation,
         causal_router=options.causal_router,
         predictor_hidden_size=options.predictor_hidden_size,
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.num_experts_per_tok,
+        expert_routing=options.expert_routing,
+        expert_capacity=options.expert_capacity,
+        num_noop_experts=options.num_noop_experts,
+        noop_share=options.noop_share,
         eos_token_id=end_of_text(tokenizer),
         pad_token_id=cast(int | None, tokenizer.pad_token_id),
         **routed,
@@ -155,7 +161,7 @@ class MoDTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices of the language model; routers, predictors, norms and biases do not decay."""
-        return [name for name, weight in model.named_parameters() if weight.ndim == 2 and ".router." not in name]
+        return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
