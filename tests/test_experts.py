@@ -227,7 +227,7 @@ def test_padding_changes_nothing_for_real_tokens(kind: str, routed: list[int]) -
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("routed", [[], [1]])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 6])
 def test_stream_generate_and_the_full_causal_forward_give_the_same_tokens(
     kind: str, routed: list[int], batch: int
 ) -> None:
@@ -244,12 +244,12 @@ def test_stream_generate_and_the_full_causal_forward_give_the_same_tokens(
     assert torch.equal(logits[:, input_ids.shape[1] - 1 : -1].argmax(dim=-1), tokens)
 
 
-@pytest.mark.parametrize("kind", ["two of four", "integrated"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_compiled_step_gives_the_same_tokens_with_experts(kind: str, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "batch", "routed"), [("two of four", 1, [1]), ("integrated", 2, []), ("one of four", 5, [])]
+)
+def test_the_compiled_step_gives_the_same_tokens_with_experts(kind: str, batch: int, routed: list[int]) -> None:
     torch._dynamo.reset()
-    model = tiny(routed_layers=[1], num_hidden_layers=2, **KINDS[kind]).float().eval()
-    model.model.layers[1].router.predictor.down_proj.bias.data.fill_(1.0)
+    model = tiny(routed_layers=routed, num_hidden_layers=2, **KINDS[kind]).float().eval()
     input_ids, mask = left_padded(batch, 9)
     options = SamplingOptions(max_new_tokens=70, temperature=0)
     tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)), dim=1)

@@ -104,17 +104,23 @@ def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """The MLP or the experts of one token a row, in float32; `dtype` is that of the model's other weights."""
     if isinstance(mlp, MLP):
         return matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, x_BD)) * matvec(mlp.up_proj, x_BD))
-    if x_BD.shape[0] > 1:
-        return mlp(x_BD[:, None].to(dtype), None, "causal")[0][:, 0].float()
-    _, weight_BTE, _ = mlp.router(x_BD[:, None].to(dtype), None, "causal")
-    weight_E, expert_E = weight_BTE[0, 0].sort(descending=True, stable=True)
-    total_BD = torch.zeros_like(x_BD)
-    for slot in range(mlp.config.most_experts_per_token):
-        total_BD = total_BD + weight_E[slot] * apply_expert(mlp, expert_E[slot : slot + 1], weight_E[slot] > 0, x_BD)
-    return total_BD
+    router_input_B1D = x_BD[:, None].to(dtype)
+    if x_BD.shape[0] > 4:
+        # Rows share experts: products by expert read each once.
+        return mlp(router_input_B1D, None, "causal")[0][:, 0].float()
+    _, weight_BTE, _ = mlp.router(router_input_B1D, None, "causal")
+    weight_BE, expert_BE = weight_BTE[:, 0].sort(dim=-1, descending=True, stable=True)
+    rows = []
+    for row, x_1D in enumerate(x_BD.split(1)):
+        total_1D = torch.zeros_like(x_1D)
+        for slot in range(mlp.config.most_experts_per_token):
+            weight, expert_1 = weight_BE[row, slot], expert_BE[row, slot : slot + 1]
+            total_1D = total_1D + weight * apply_expert(mlp, expert_1, weight > 0, x_1D)
+        rows.append(total_1D)
+    return torch.cat(rows)
 
 
-def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_BD: Tensor) -> Tensor:
+def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tensor) -> Tensor:
     """One expert, by its index, for one row; its weights are read only when it takes the row."""
 
     def weights(layer: nn.Module, expert_1: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,16 +128,16 @@ def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_BD: Tenso
         scale = layer.scale.index_select(0, expert_1)[0] if isinstance(layer, Int8GroupedLinear) else None
         return layer.weight.index_select(0, expert_1)[0], scale
 
-    def enter(x_BD: Tensor, expert_1: Tensor) -> Tensor:
-        gate_BF, up_BF = product(*weights(mlp.gate_up_proj, expert_1), x_BD).chunk(2, dim=-1)
-        return product(*weights(mlp.down_proj, expert_1), F.silu(gate_BF) * up_BF)
+    def enter(x_1D: Tensor, expert_1: Tensor) -> Tensor:
+        gate_1F, up_1F = product(*weights(mlp.gate_up_proj, expert_1), x_1D).chunk(2, dim=-1)
+        return product(*weights(mlp.down_proj, expert_1), F.silu(gate_1F) * up_1F)
 
-    def skip(x_BD: Tensor, expert_1: Tensor) -> Tensor:
-        return torch.zeros_like(x_BD)
+    def skip(x_1D: Tensor, expert_1: Tensor) -> Tensor:
+        return torch.zeros_like(x_1D)
 
     if mlp.config.num_noop_experts == 0 and mlp.config.expert_capacity is None:
-        return enter(x_BD, expert_1)
-    return choose(is_taken, enter, skip, (x_BD, expert_1))
+        return enter(x_1D, expert_1)
+    return choose(is_taken, enter, skip, (x_1D, expert_1))
 
 
 def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
