@@ -395,7 +395,7 @@ def isoflop_measure(study: Study, out: Path, mod: str = "mod") -> None:
     """Measure on a study's trained models what their records do not tell; writes measurements.json and prints it.
 
     That is, per budget, the sampling speed of the smallest model that is as good as the best baseline against that
-    baseline's, and what top-k routing gains by looking ahead.
+    baseline's, the training times of both best models, and what top-k routing gains by looking ahead.
 
     Args:
         study: Study file, YAML.

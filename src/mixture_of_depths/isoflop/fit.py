@@ -170,7 +170,7 @@ def summarise(
             "equal_loss_mod_parameters": None if equal is None else equal["parameters"],
             "equal_loss_mod_flops_ratio": None if equal is None else equal["flops_per_token"] / theirs.best[1],
             "equal_loss_sampling_speedup": on_models.get("sampling_speedup"),
-            "train_wall_ratio": _wall(families[mod], ours) / _wall(families[baseline], theirs),
+            "train_wall_ratio": on_models.get("train_wall_ratio"),
             "causal_gap": best_loss(ours) / best_loss(curves[mod]["loss_top_k"]) - 1,
             "gain_from_later_tokens": on_models.get("gain_from_later_tokens"),
             "stochastic_loss_ratio": None if random is None else best_loss(random["loss_causal"]) / best_loss(theirs),
@@ -200,8 +200,3 @@ def models_of(compared: Comparison) -> dict[str, str | None]:
         "mod": compared.mod["name"],
         "equal": None if compared.equal is None else compared.equal["name"],
     }
-
-
-def _wall(records: Records, found: Curve) -> float:
-    """Mean training seconds of the best size."""
-    return fmean(record["train_seconds"] for record in records if record["parameters"] == found.best[0])

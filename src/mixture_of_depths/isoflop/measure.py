@@ -1,5 +1,6 @@
-"""What only the trained models of a study tell: how fast they sample, and what top-k routing gains by looking ahead."""
+"""What only a study's models tell: how fast they sample and train, and what top-k routing gains by looking ahead."""
 
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_depths.bench import decode_seconds, in_precision
+from mixture_of_depths.checkpoint import read_json
 from mixture_of_depths.data import Corpus, batches
 from mixture_of_depths.isoflop.fit import Records, comparisons, models_of
 from mixture_of_depths.modeling import MoDForCausalLM
-from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.options import SamplingOptions, TrainOptions
 from mixture_of_depths.routing import Routing
 
 
@@ -82,11 +84,44 @@ def tokens_per_second(models: dict[str, MoDForCausalLM], prompts: list[Tensor], 
     return {name: 1 / median(values[1:]) for name, values in seconds.items()}
 
 
-def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path) -> dict[str, Any]:
-    """Per budget: sampling speed at equal loss, and what the best Mixture-of-Depths model gains from later tokens.
+def seconds_per_step(
+    models: dict[str, MoDForCausalLM], batch: dict[str, Tensor], options: TrainOptions, repeats: int = 15
+) -> dict[str, float]:
+    """Time of a training step of several models, which take turns: for each the median, the first ones left out.
 
-    Prompts are the first halves of held-out blocks, as long again is sampled, by the model that is at least as good as
-    the best baseline with the fewest FLOPs, and by that baseline.
+    A step is forward and backward pass, clipping and AdamW. The models are trained by it.
+
+    Args:
+        models: the models, on one device.
+        batch: what the model is called with.
+        options: precision and compilation.
+        repeats: number of turns.
+    """
+    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    for model in models.values():
+        model.train()
+        for layer in model.model.layers if options.compile else []:
+            layer.compile(fullgraph=True, dynamic=False)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(repeats + 3):
+        for name in sorted(models, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            optimizers[name].zero_grad(set_to_none=True)
+            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                loss = models[name](**batch, use_cache=False, routing="top_k").loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(models[name].parameters(), options.max_grad_norm)
+            optimizers[name].step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values[3:]) for name, values in seconds.items()}
+
+
+def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """Per budget: sampling speed at equal loss, training time, and the best model's gain from later tokens.
+
+    Training times are those of all steps of both best models, and of one step. Prompts are the first halves of held-out
+    blocks; as long again is sampled, by the model that is at least as good as the best baseline with the fewest FLOPs,
+    and by that baseline.
 
     Raises:
         ValueError: when a model is not in the folder `out` any more.
@@ -105,6 +140,13 @@ def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path
             ),
             "sampling_speedup": None,
         }
+        options = TrainOptions(**read_json(out / "runs" / compared.mod["name"] / "run.json")["train"])
+        torch._dynamo.reset()
+        trained = {"mod": best, "baseline": _load(out, compared.baseline)}
+        seconds = seconds_per_step(trained, _batch(corpus, options.batch_size), options)
+        steps = {"mod": compared.mod["steps"], "baseline": compared.baseline["steps"]}
+        whole = {side: seconds[side] * steps[side] for side in steps}
+        row |= {"seconds_per_step": seconds, "train_wall_ratio": whole["mod"] / whole["baseline"]}
         if compared.equal is not None:
             torch._dynamo.reset()
             sides = {"mod": _load(out, compared.equal), "baseline": _load(out, compared.baseline)}
@@ -112,6 +154,11 @@ def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path
             row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}
         found[budget] = row
     return found
+
+
+def _batch(corpus: Corpus, batch_size: int) -> dict[str, Tensor]:
+    """The first batch of the training text."""
+    return next(batches(corpus.train, range(batch_size), corpus.end_of_text, batch_size, torch.device("cpu")))
 
 
 def _load(out: Path, record: dict[str, Any]) -> MoDForCausalLM:
