@@ -307,3 +307,14 @@ def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: C
         assert result.evaluation is not None
         found.append(result.evaluation.loss_top_k)
     assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_one_process_can_train_many_compiled_models(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch.compiler.reset()
+    for width in (16, 24):
+        config = config_for(corpus, hidden_size=width, num_hidden_layers=2)
+        opts = TrainOptions(max_steps=1, batch_size=4, compile=True)
+        assert train(config, corpus, opts, tmp_path / str(width), console=QUIET)[1].finished

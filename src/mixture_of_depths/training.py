@@ -386,6 +386,8 @@ def _run(
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if options.compile:
+        # The graphs of models trained before in this process count against the number the compiler keeps.
+        torch.compiler.reset()
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
     # Whole batches only: every step then costs the same, and the horizon is exact.
