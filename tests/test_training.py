@@ -265,6 +265,18 @@ def test_resuming_with_other_text_is_refused_and_changes_nothing(corpus: Corpus,
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
+def test_a_run_without_a_later_field_is_resumed_at_its_default(corpus: Corpus, tmp_path: Path) -> None:
+    opts, path = TrainOptions(max_steps=2, batch_size=4), tmp_path / "run.json"
+    train(config_for(corpus), corpus, opts, tmp_path, console=QUIET)
+    before = json.loads(path.read_text())
+    del before["model"]["expert_routing"], before["train"]["precision"]
+    path.write_text(json.dumps(before))
+    assert train(config_for(corpus), corpus, opts, tmp_path, resume=True, console=QUIET)[1].finished
+    for change in ({"num_experts": 2}, {"capacity": (0.5,)}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}=.* differs from"):
+            train(config_for(corpus, **change), corpus, opts, tmp_path, resume=True, console=QUIET)
+
+
 def test_resuming_passes_over_a_damaged_checkpoint_and_a_cut_off_record(corpus: Corpus, tmp_path: Path) -> None:
     opts = TrainOptions(max_steps=6, batch_size=4, save_every=2)
     _, whole = train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)

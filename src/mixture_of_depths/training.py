@@ -464,12 +464,14 @@ def _open_folder(
                 f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}, which had "
                 f"{earlier['text']['options']}; resume with the same or use another folder"
             )
+        # A field that the run's version of this package did not have stood at its default.
+        defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions())}
         for part in ("model", "train"):
             for name in sorted(described[part].keys() | earlier[part].keys()):
                 # What transformers adds of its own accord may differ.
                 if name in ("transformers_version", "architectures", "dtype"):
                     continue
-                old, new = earlier[part].get(name), described[part].get(name)
+                old, new = earlier[part].get(name, defaults[part].get(name)), described[part].get(name)
                 if old != new:
                     raise ValueError(
                         f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "
