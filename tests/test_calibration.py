@@ -34,6 +34,25 @@ def test_after_calibration_the_capacity_enters_every_block(causal_router: str) -
             assert figures.share_entering[0] == pytest.approx(0.25, abs=0.04)
 
 
+def test_experts_are_calibrated_for_the_router_that_decides_in_sampling() -> None:
+    model, blocks = (
+        model_with(causal_router="auxiliary_loss", num_experts=4, expert_routing="expert_choice"),
+        some_blocks(),
+    )
+    calibrate(model, blocks, end_of_text=0)
+    model.config.causal_router = "threshold"
+    for figures in evaluate(model, blocks, 0, 1.0, batch_size=12).experts["causal"].values():
+        assert sum(figures.share) == pytest.approx(1.0, abs=0.05)
+
+
+def test_evaluation_tells_capacities_under_top_k_from_thresholds() -> None:
+    model, blocks = model_with(routed_layers=[], capacity=0.5, num_experts=4, expert_capacity=0.5), some_blocks()
+    found = evaluate(model, blocks, 0, 1.0)
+    assert found.loss_top_k != found.loss_causal
+    assert found.experts["top_k"][0].dropped > 0
+    assert found.experts["causal"][0].dropped == 0
+
+
 @pytest.mark.parametrize("routed", [[], [0, 2]])
 @pytest.mark.parametrize(
     "experts",
@@ -51,6 +70,7 @@ def test_after_calibration_experts_take_at_most_their_capacity(routed: list[int]
     for figures in found["causal"].values():
         limit = model.config.expert_capacity * per_token / 4 / per_token
         assert all(share <= limit + 0.02 for share in figures.share)
+        assert sum(figures.share) > 0.25
         if "expert_routing" in experts:
             assert sum(figures.share) == pytest.approx(0.6, abs=0.03)
 

@@ -81,6 +81,10 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
     assert MoDConfig(num_experts=4).expert_capacity is None
     assert not MoDConfig().has_experts
     assert MoDConfig(num_noop_experts=1).has_experts
+    config = MoDConfig(num_experts=4)
+    config.expert_routing = "expert_choice"
+    with pytest.raises(ValueError, match="expert_capacity=None needs"):
+        config.validate()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,12 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
         ),
         ({"num_experts": 4, "num_noop_experts": 1, "noop_share": 1.0}, "noop_share=1.0 must lie between"),
         ({"load_balance_loss_weight": -1}, "load_balance_loss_weight=-1"),
+        ({"load_balance_loss_weight": 0.5}, "load_balance_loss_weight=0.5 needs experts"),
+        ({"noop_share": 0.3}, "noop_share=0.3 needs experts"),
+        (
+            {"num_experts": 4, "num_noop_experts": 1, "num_experts_per_tok": 4, "noop_share": 0.9},
+            "noop_share=0.9 cannot be reached: .* between 0 and 0.25",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )

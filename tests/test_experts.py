@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from reference import reference_forward
 from test_cache import left_padded
 from test_generation import greedy
-from test_modeling import layout, tiny
+from test_modeling import distinct_tokens, layout, tiny
 from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mixture_of_depths import MoDConfig
-from mixture_of_depths.experts import ExpertMLP, dispatch, grouped_mm, largest, load_balance_loss
+from mixture_of_depths.experts import ExpertMLP, capacity_boundary, dispatch, grouped_mm, largest, load_balance_loss
 from mixture_of_depths.generation import stream
 from mixture_of_depths.modeling import MLP
 from mixture_of_depths.options import SamplingOptions
@@ -33,6 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "integrated": {"num_experts": 3, "num_noop_experts": 2, "noop_share": 0.4},
     "integrated, two": {"num_experts": 3, "num_noop_experts": 1, "num_experts_per_tok": 2, "expert_capacity": 1.0},
+    "more asked than there are": {
+        "num_experts": 2,
+        "num_noop_experts": 2,
+        "num_experts_per_tok": 3,
+        "load_balance_loss_weight": 0.1,
+    },
     "one and a no-op": {"num_experts": 1, "num_noop_experts": 1},
 }
 
@@ -71,7 +77,7 @@ def test_forward_losses_and_gradients_equal_the_per_token_oracle(
         if tied:
             # All tokens give all experts the same weight.
             layer.mlp.router.proj.weight.data.zero_()
-    input_ids = torch.randint(0, 31, (batch, length))
+    input_ids = distinct_tokens(batch, length)
     mask, position_ids, *lists = layout(padding, batch, length, torch.Generator().manual_seed(seed))
     real = torch.tensor(lists[0])
     given: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
@@ -273,16 +279,66 @@ def test_a_compiled_block_gives_the_same_loss_and_gradients_without_a_graph_brea
             assert (a - b).abs().max() < 1e-4 * max(1.0, b.abs().max().item())
 
 
-def test_training_moves_the_thresholds_to_where_the_capacity_cuts() -> None:
-    torch.manual_seed(0)
-    mlp = block_of(num_experts=2, expert_routing="expert_choice", expert_capacity=0.5, threshold_decay=0.5).train()
-    hidden = torch.randn(8, 64, 16, dtype=torch.float64)
-    for _ in range(40):
-        mlp(hidden, None, "top_k")
-    mlp.eval()
-    top_k, causal = mlp(hidden, None, "top_k")[1], mlp(hidden, None, "causal")[1]
-    assert top_k.share.tolist() == [0.25, 0.25]
-    assert causal.share.tolist() == pytest.approx([0.25, 0.25], abs=0.02)
+@pytest.mark.parametrize(
+    "changes", [{"expert_routing": "expert_choice", "expert_capacity": 0.5}, {"expert_capacity": 0.6}]
+)
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_thresholds_follow_where_the_capacity_cuts_once_a_training_pass(
+    changes: dict[str, Any], checkpointed: bool
+) -> None:
+    model = tiny(routed_layers=[], num_experts=4, threshold_decay=0.7, **changes)
+    router = model.model.layers[1].mlp.router
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    input_ids = torch.randint(0, 31, (4, 16))
+    model.eval()(input_ids, routing="top_k", use_cache=False)
+    assert (router.threshold == 0).all()
+    output = model.train()(input_ids, labels=input_ids, output_routing=True)
+    output.loss.backward()
+    info = output.expert_routing[1]
+    assert (info.boundary > 0).any()
+    assert torch.allclose(router.threshold, 0.3 * info.boundary)
+
+
+def test_the_boundary_lies_midway_and_rows_without_any_taken_do_not_count() -> None:
+    scores = torch.tensor([[[0.9, 0.2], [0.5, 0.4], [0.3, 0.0]], [[0.8, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    taken = torch.tensor(
+        [[[True, False], [True, True], [False, False]], [[True, False], [False, False], [False, False]]]
+    )
+    # The first expert: midway in the first row, the least taken in the second, which dropped nothing.
+    assert capacity_boundary(scores, taken).tolist() == pytest.approx([(0.4 + 0.8) / 2, 0.3])
+    assert capacity_boundary(scores[1:], taken[1:]).tolist() == pytest.approx([0.8, 0.0])
+
+
+@pytest.mark.parametrize("changes", [{"expert_routing": "expert_choice"}, {"expert_capacity": 0.7}])
+def test_in_sampling_as_much_is_dropped_as_in_training(changes: dict[str, Any]) -> None:
+    mlp = block_of(num_experts=4, **changes).train()
+    mlp.router.proj.weight.data.mul_(0.3)
+    threshold = mlp.router.threshold
+    hidden = torch.randn(64, 128, 16, dtype=torch.float64)
+    top_k = mlp(hidden, None, "top_k")[1]
+    threshold.copy_(top_k.boundary)
+    causal = mlp(hidden, None, "causal")[1]
+    assert causal.share.tolist() == pytest.approx(top_k.share.tolist(), abs=0.03)
+    assert causal.dropped.item() == pytest.approx(top_k.dropped.item(), abs=0.03)
+
+
+def test_of_expert_choice_the_tokens_that_none_takes_are_dropped() -> None:
+    mlp = block_of(num_experts=2, expert_routing="expert_choice", expert_capacity=0.5)
+    hidden = torch.randn(1, 8, 16, dtype=torch.float64)
+    found, info = mlp(hidden, None, "top_k")
+    assert info.dropped.item() == pytest.approx((found == 0).all(dim=-1).double().mean().item())
+    assert 0.5 <= info.dropped < 1
+
+
+def test_experts_compute_in_bf16_under_autocast() -> None:
+    mlp = ExpertMLP(config_of(num_experts=2))
+    for weight in mlp.parameters():
+        torch.nn.init.normal_(weight)
+    rows, ends = torch.randn(4, 16), torch.tensor([2, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp.gate_up_proj(rows, ends).dtype == torch.bfloat16
+        assert mlp(rows[None], None, "causal")[0].isfinite().all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -51,6 +51,13 @@ def test_forward_flops_equal_the_counter_on_meta(changes: dict[str, Any], length
     assert counter.get_total_flops() == 3 * forward_flops(config, length, attention="full").total
 
 
+def test_bytes_of_experts_rise_with_the_rows_and_stay_below_the_whole() -> None:
+    config = config_of({"num_noop_experts": 1, "num_experts_per_tok": 2, "noop_share": 0.5})
+    read = [decode_bytes(config, 20, rows, 1).weights for rows in (1, 2, 3)]
+    assert read == sorted(read)
+    assert config.expert_rows(10) == 10
+
+
 def test_no_ops_take_their_share_of_the_experts_work() -> None:
     shape: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "num_noop_experts": 2}
     config = config_of(shape)

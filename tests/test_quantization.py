@@ -7,7 +7,7 @@ from torch import nn
 
 from mixture_of_depths.generation import matvec, stream
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.quantization import Int8Linear, quantize
+from mixture_of_depths.quantization import Int8GroupedLinear, Int8Linear, quantize
 
 
 def test_a_rounded_weight_is_off_by_half_a_step_at_most() -> None:
@@ -44,6 +44,7 @@ def test_quantize_leaves_routers_norms_and_the_embedding() -> None:
 def test_a_quantised_model_samples_as_its_own_full_forward_says(experts: dict[str, int], batch: int) -> None:
     model = tiny(routed_layers=[1], **experts).float().eval()
     quantize(model)
+    assert isinstance(model.model.layers[0].mlp.down_proj, Int8GroupedLinear if experts else Int8Linear)
     prompt = torch.randint(0, 31, (batch, 7))
     tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
     logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits

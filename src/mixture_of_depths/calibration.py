@@ -52,7 +52,8 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     Blocks are taken in order of depth, each with those before it set already, under the causal routing that sampling
     uses. The threshold moves; of a predictor the last bias does. A router trained with the auxiliary loss has no
     constant of its own to move: set `config.causal_router = "threshold"` to sample with its calibrated threshold.
-    Experts with a capacity are set to take its share of the tokens that the configured router lets in.
+    Experts with a capacity are set to take its share of the tokens that the configured router lets in, or the threshold
+    in the place of the auxiliary loss.
 
     Args:
         model: the model; it is left in the mode it came in.
@@ -64,10 +65,11 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     model.eval()
     given = list(batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device))
     names = causal_routers(model.config)
-    for position, name in enumerate(names or (model.config.causal_router,)):
+    shifted = [name for name in names if name != "auxiliary_loss"]
+    for position, name in enumerate(shifted or [model.config.causal_router]):
         with using_causal_router(model, name) if names else nullcontext():
             for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
-                if names and layer.router is not None and name != "auxiliary_loss":
+                if names and layer.router is not None:
                     decided = [routing for routing, _ in _decisions(model, given, layer_idx) if routing is not None]
                     _shift(model, layer_idx, name, torch.cat([routing.causal_logits.flatten() for routing in decided]))
                 if position == 0 and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:

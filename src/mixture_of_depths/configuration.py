@@ -40,7 +40,7 @@ class MoDConfig(PreTrainedConfig):
             and `offset` (default `every - 1`): blocks `offset, offset + every, …`. Routing every other block was best
             in the paper (section 4.1).
         capacity: fraction of the sequence that enters a routed block, one number or one per routed block; 0.125 was
-            best in the paper. A sequence of S tokens gives `max(1, floor(capacity * S))` places.
+            best in the paper. A sequence of S tokens, padding included, gives `max(1, floor(capacity * S))` places.
         router_type: "learned", a linear projection; or "random", weights drawn from a Gaussian, the paper's
             stochastic control.
         router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
@@ -53,15 +53,17 @@ class MoDConfig(PreTrainedConfig):
         predictor_loss_weight: factor of the predictor's cross-entropy in the loss. It does not reach the language
             model's weights, but counts in the norm by which gradients are clipped.
         auxiliary_loss_weight: factor of the router's cross-entropy in the loss.
-        threshold_decay: how much of the running average of the top-k threshold a training step keeps.
+        threshold_decay: how much of the running averages of where top-k and the experts' capacity cut is kept by a
+            forward pass in training.
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
         num_experts: number of SwiGLU experts of every block's MLP, each of `intermediate_size`; 1 is the dense MLP.
         num_experts_per_tok: number of experts that a token asks for; under expert choice, how many it gets on average
             at an `expert_capacity` of 1.
         expert_routing: "token_choice", a token asks for the experts it gives most weight; or "expert_choice", an expert
             takes the tokens that give it most.
-        expert_capacity: how many tokens an expert takes at most, as a multiple of an even share of the sequence's; the
-            others are dropped and keep their residual. None for no limit; expert choice needs one, by default 1.
+        expert_capacity: how many tokens an expert takes at most, as a multiple of an even share of the sequence's,
+            padding included; the others are dropped and keep their residual. None for no limit; expert choice needs
+            one, by default 1.
         num_noop_experts: number of experts that do nothing, beside the others: a token that asks for one keeps its
             residual (integrated Mixture-of-Depths-and-Experts, section 4.3).
         noop_share: share of the choices that the balance loss wants to fall on the no-ops together.
@@ -258,9 +260,17 @@ class MoDConfig(PreTrainedConfig):
         if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
             raise ValueError(f"expert_capacity={capacity!r} must be a number above 0, such as 1.25, or None")
         if not self.has_experts:
-            for name, default in (("expert_routing", "token_choice"), ("expert_capacity", None)):
-                if getattr(self, name) != default:
+            for name in (
+                "expert_routing",
+                "expert_capacity",
+                "noop_share",
+                "load_balance_loss_weight",
+                "expert_z_loss_weight",
+            ):
+                if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name}={getattr(self, name)!r} needs experts; give num_experts of at least 2")
+        if self.expert_routing == "expert_choice" and capacity is None:
+            raise ValueError("expert_capacity=None needs expert_routing='token_choice'; give a number, such as 1.0")
         if self.num_noop_experts and self.expert_routing == "expert_choice":
             raise ValueError(
                 f"num_noop_experts={self.num_noop_experts} needs expert_routing='token_choice': a token that no expert "
@@ -268,6 +278,19 @@ class MoDConfig(PreTrainedConfig):
             )
         if not _is_number(self.noop_share) or not 0 < self.noop_share < 1:
             raise ValueError(f"noop_share={self.noop_share!r} must lie between 0 and 1")
+        if self.num_noop_experts:
+            # A token asks for different ones.
+            per_token = self.num_experts_per_tok
+            least, most = (
+                1 - min(self.num_experts, per_token) / per_token,
+                min(self.num_noop_experts, per_token) / per_token,
+            )
+            if not least <= self.noop_share <= most:
+                raise ValueError(
+                    f"noop_share={self.noop_share} cannot be reached: with num_experts={self.num_experts}, "
+                    f"num_noop_experts={self.num_noop_experts} and num_experts_per_tok={per_token} it lies between "
+                    f"{least:.3g} and {most:.3g}"
+                )
 
     @property
     def has_experts(self) -> bool:
@@ -287,7 +310,9 @@ class MoDConfig(PreTrainedConfig):
     @property
     def most_experts_per_token(self) -> int:
         """The largest number of experts that can take one token."""
-        return self.num_experts if self.expert_routing == "expert_choice" else self.num_experts_per_tok
+        if self.expert_routing == "expert_choice":
+            return self.num_experts
+        return min(self.num_experts, self.num_experts_per_tok)
 
     def expert_places(self, tokens: int) -> int:
         """The number of tokens of a sequence that an expert takes at most under top-k routing, with a capacity."""

@@ -56,8 +56,8 @@ class Evaluation:
         bits_per_byte: of the causal loss.
         causal_routers: figures of each causal router that was asked for, the configured one first; empty without
             routed blocks.
-        experts: figures of each block with experts by its index, under "top_k" and under "causal" routing; empty
-            without experts.
+        experts: figures of each block with experts that any token entered, by its index, under "top_k" and under
+            "causal" routing; empty without experts.
         tokens: number of tokens that were predicted.
     """
 

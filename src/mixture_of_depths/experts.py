@@ -37,6 +37,8 @@ class ExpertRouting(NamedTuple):
             tokens times `num_experts_per_tok`; of shape [E + N].
         dropped (torch.Tensor): share of the choices that found their expert full; under expert choice, share of the
             tokens that no expert took.
+        boundary (torch.Tensor | None): where the capacity cut; of shape [E]. None outside top-k routing in training and
+            without a capacity.
         scores (torch.Tensor): p where a token asks for an expert, 0 elsewhere; of shape [B, T, E].
         balance_loss (torch.Tensor | None): 1 when choices and probabilities are spread as they should be; None under
             causal routing and for expert choice, which is balanced by itself.
@@ -45,6 +47,7 @@ class ExpertRouting(NamedTuple):
 
     share: Tensor
     dropped: Tensor
+    boundary: Tensor | None
     scores: Tensor
     balance_loss: Tensor | None
     z_loss: Tensor | None
@@ -84,7 +87,7 @@ class ExpertRouter(nn.Module):
             asked_BTX = asked_BTX & real_BT[..., None]
 
         scores_BTE = (probability_BTX * asked_BTX)[..., :num_experts]
-        taken_BTE = asked_BTX[..., :num_experts]
+        taken_BTE, boundary_E = asked_BTX[..., :num_experts], None
         if self.threshold is not None:
             if routing == "causal":
                 taken_BTE = taken_BTE & (scores_BTE > self.threshold)
@@ -93,7 +96,6 @@ class ExpertRouter(nn.Module):
                 taken_BTE = taken_BTE & largest(scores_BTE.detach(), places, dim=1)
                 if self.training:
                     boundary_E = capacity_boundary(scores_BTE.detach(), taken_BTE)
-                    self.threshold.lerp_(boundary_E.to(self.threshold.dtype), 1 - config.threshold_decay)
         weight_BTE = scores_BTE * taken_BTE
         if is_token_choice and per_token > 1:
             weight_BTE = weight_BTE / (probability_BTX * asked_BTX).sum(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -112,7 +114,11 @@ class ExpertRouter(nn.Module):
             if is_token_choice:
                 mean_X = (probability_BTX * real_BT1).sum(dim=(0, 1)) / tokens
                 balance_loss = load_balance_loss(asked_X.to(mean_X.dtype), mean_X, config)
-        return taken_BTE, weight_BTE, ExpertRouting(share_X, dropped, scores_BTE.detach(), balance_loss, z_loss)
+        return (
+            taken_BTE,
+            weight_BTE,
+            ExpertRouting(share_X, dropped, boundary_E, scores_BTE.detach(), balance_loss, z_loss),
+        )
 
 
 def largest(scores: Tensor, count: int, dim: int) -> Tensor:
@@ -124,11 +130,13 @@ def largest(scores: Tensor, count: int, dim: int) -> Tensor:
 def capacity_boundary(scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
     """Where the capacity cut: midway between the least score taken and the greatest dropped; of shape [E].
 
-    A mean over rows, in which a row that dropped nothing counts as 0.
+    A mean over the rows of which the expert took any. One that dropped nothing counts with the least it took.
     """
     least_BE = scores_BTE.masked_fill(~taken_BTE, math.inf).amin(dim=1)
     greatest_BE = scores_BTE.masked_fill(taken_BTE, 0).amax(dim=1)
-    return torch.where(greatest_BE > 0, (least_BE + greatest_BE) / 2, 0).mean(dim=0)
+    middle_BE = torch.where(greatest_BE > 0, (least_BE + greatest_BE) / 2, least_BE)
+    is_used_BE = middle_BE.isfinite()
+    return middle_BE.masked_fill(~is_used_BE, 0).sum(dim=0) / is_used_BE.sum(dim=0).clamp(min=1)
 
 
 def load_balance_loss(asked_X: Tensor, probability_X: Tensor, config: MoDConfig) -> Tensor:
@@ -246,9 +254,9 @@ def _products(rows_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
-    """Whether one kernel does it. On the CPU the products one by one are as fast, in every precision and size."""
+    """Whether one kernel does it; on the CPU, products one by one are as fast and know every precision and size."""
     sizes = (rows.shape[-1], *weight.shape[1:])
-    return rows.device.type != "cpu" and rows.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
 
 
 def _segments(ends_E: Tensor) -> list[tuple[int, int]]:

@@ -318,6 +318,8 @@ class MoDModel(MoDPreTrainedModel):
             )
             layer_routings.append(layer_routing)
             expert_routings.append(expert_routing)
+            # Outside the block, which gradient checkpointing may run twice.
+            self._follow(cast(DecoderLayer, layer), layer_routing, expert_routing)
         hidden_BTD = self.norm(hidden_BTD)
         if output_hidden_states:
             hidden_states.append(hidden_BTD)
@@ -328,6 +330,21 @@ class MoDModel(MoDPreTrainedModel):
             routing=tuple(layer_routings),
             expert_routing=tuple(expert_routings),
         )
+
+    @torch.no_grad()
+    def _follow(
+        self, layer: DecoderLayer, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None
+    ) -> None:
+        """Moves the running averages of the thresholds towards where top-k and the experts' capacity cut."""
+        moved = []
+        if layer_routing is not None and layer_routing.boundary is not None:
+            assert layer.router is not None
+            moved.append((layer.router.threshold, layer_routing.boundary))
+        if expert_routing is not None and expert_routing.boundary is not None:
+            assert isinstance(layer.mlp, ExpertMLP)
+            moved.append((layer.mlp.router.threshold, expert_routing.boundary))
+        for threshold, boundary in moved:
+            threshold.lerp_(boundary.to(threshold.dtype), 1 - self.config.threshold_decay)
 
     def _resolve_routing(self, routing: str | None) -> Routing:
         if routing is None:

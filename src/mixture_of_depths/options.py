@@ -81,6 +81,10 @@ class ModelOptions:
     """Experts that do nothing, beside the others: integrated Mixture-of-Depths-and-Experts."""
     noop_share: float = 0.5
     """Share of the choices that the balance loss wants to fall on the no-ops."""
+    load_balance_loss_weight: float = 0.01
+    """Factor of the experts' balance loss in the loss."""
+    expert_z_loss_weight: float = 0.001
+    """Factor of the expert router's z-loss in the loss."""
 
 
 @dataclass(frozen=True)

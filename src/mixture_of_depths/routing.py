@@ -48,12 +48,15 @@ class LayerRouting(NamedTuple):
         causal_logits (torch.Tensor): positive where causal routing lets the token in; of shape [B, T].
         loss (torch.Tensor | None): binary cross-entropy of the causal decision against the top-k choice, a mean over
             real tokens; None under causal routing, for thresholds and for random routers.
+        boundary (torch.Tensor | None): where top-k cut, a scalar; None outside top-k routing in training and for random
+            routers.
     """
 
     entered: Tensor
     router_logits: Tensor
     causal_logits: Tensor
     loss: Tensor | None
+    boundary: Tensor | None
 
 
 class Predictor(nn.Module):
@@ -146,18 +149,17 @@ class Router(nn.Module):
         router_logits_BT, causal_logits_BT = self.logits(hidden_BTD, position_BT)
         if routing == "causal":
             entered_BT = causal_logits_BT > 0 if real_BT is None else (causal_logits_BT > 0) & real_BT
-            return select_entered(entered_BT), LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None)
+            return select_entered(entered_BT), LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None, None)
 
         capacity = capacity_tokens(self.capacity, hidden_BTD.shape[1])
         selection = select_top_k(router_logits_BT.detach(), capacity, real_BT)
         entered_BT = membership(selection, hidden_BTD.shape[1])
-        loss = None
+        loss = boundary = None
         if not self.is_random and self.config.causal_router != "threshold":
             loss = membership_loss(causal_logits_BT, entered_BT, real_BT)
         if not self.is_random and self.training:
             boundary = top_k_boundary(router_logits_BT.detach(), entered_BT, real_BT)
-            self.threshold.lerp_(boundary.to(self.threshold.dtype), 1 - self.config.threshold_decay)
-        return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss)
+        return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss, boundary)
 
 
 def select_top_k(router_logits_BT: Tensor, capacity: int, real_BT: Tensor | None = None) -> Selection:

@@ -122,6 +122,8 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
         expert_capacity=options.expert_capacity,
         num_noop_experts=options.num_noop_experts,
         noop_share=options.noop_share,
+        load_balance_loss_weight=options.load_balance_loss_weight,
+        expert_z_loss_weight=options.expert_z_loss_weight,
         eos_token_id=end_of_text(tokenizer),
         pad_token_id=cast(int | None, tokenizer.pad_token_id),
         **routed,
@@ -149,6 +151,10 @@ class MoDTrainer(Trainer):
         for causal in found.causal_routers.values():
             metrics["eval_causal_accuracy"] = causal.accuracy
             metrics |= {f"eval_share_entering_{layer}": share for layer, share in causal.share_entering.items()}
+        experts, num_experts = found.experts.get("causal", {}), self.model.config.num_experts
+        metrics |= {f"eval_expert_dropped_{layer}": seen.dropped for layer, seen in experts.items()}
+        if self.model.config.num_noop_experts:
+            metrics |= {f"eval_noop_share_{layer}": sum(seen.share[num_experts:]) for layer, seen in experts.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
