@@ -1,0 +1,111 @@
+"""Pretrained dense models keep their logits, and what cannot be represented is refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_modeling import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mixture_of_depths.convert import config_from, from_dense, load_dense, to_llama
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True),
+    "smollm": LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "llama 3": LlamaConfig(
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_an_imported_model_has_the_logits_of_its_source(name: str, tmp_path: Any) -> None:
+    source = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    for parameter_name, weight in source.named_parameters():
+        if parameter_name.endswith(("bias", "norm.weight")):
+            weight.data.add_(torch.randn_like(weight) * 0.3)
+    ours = from_dense(source)
+    assert ours.config.routed_layers == []
+    input_ids = torch.randint(0, 97, (2, 80))
+    expected = source(input_ids).logits
+    assert (ours(input_ids).logits - expected).abs().max() < 1e-4
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, ours(input_ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases", "smollm", "llama 3", "qwen2"])
+def test_a_model_without_routed_blocks_goes_back_to_llama(name: str, tmp_path: Any) -> None:
+    ours = from_dense(AutoModelForCausalLM.from_config(CONFIGS[name]))
+    to_llama(ours).save_pretrained(tmp_path)
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert llama.config.model_type == "llama"
+    input_ids = torch.randint(0, 97, (2, 20))
+    assert (ours(input_ids).logits - llama(input_ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "model_type='gpt2' is none of llama, mistral"),
+        (LlamaConfig(**SHAPE, mlp_bias=True), "mlp_bias=True of this llama model"),
+        (LlamaConfig(**SHAPE, hidden_act="gelu"), "hidden_act='gelu' of this llama"),
+        (LlamaConfig(**SHAPE, attention_dropout=0.1), "attention_dropout=0.1"),
+        (MistralConfig(**SHAPE, sliding_window=64, max_position_embeddings=128), "sliding_window=64 of this mistral"),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "rope_parameters=.*dynamic.* of this llama",
+        ),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(config: PreTrainedConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routed_layers": [1]}, r"routed_layers=\[1\] has no counterpart in Llama"),
+        ({"routed_layers": [], "num_experts": 2}, "num_experts=2"),
+        ({"routed_layers": [], "query_key_norm": True}, "query_key_norm=True"),
+    ],
+)
+def test_what_llama_does_not_have_is_not_exported(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_llama(tiny(**changes))
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"missing\.gguf is no file"):
+        load_dense(str(tmp_path / "missing.gguf"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_dense(str(tmp_path))
