@@ -51,6 +51,8 @@ class ModelOptions:
     """Width of the MLP; by default 8/3 of the hidden size."""
     tie_word_embeddings: bool = False
     """Whether the head shares its weights with the embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
     routed: bool = True
     """Whether any block is routed; --no-routed gives the baseline."""
     routed_layers: tuple[int, ...] | None = None

@@ -110,6 +110,7 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
         num_attention_heads=options.num_attention_heads,
         num_key_value_heads=options.num_key_value_heads,
         tie_word_embeddings=options.tie_word_embeddings,
+        initializer_range=options.initializer_range,
         max_position_embeddings=max(2048, sequence_length),
         capacity=options.capacity[0] if len(options.capacity) == 1 else list(options.capacity),
         router_type=options.router_type,

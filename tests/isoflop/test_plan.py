@@ -59,6 +59,14 @@ def test_a_run_of_two_sweeps_is_made_once(tmp_path: Path) -> None:
     assert len(runs(load_study(study_file(tmp_path, sweeps=[sweep, {**sweep, "seeds": [0, 1]}])))) == 2
 
 
+def test_wider_models_start_from_smaller_weights(tmp_path: Path) -> None:
+    ladder = {"width_per_block": 8, "width_offset": 0, "head_dim": 8, "initializer_scale": 0.5}
+    sweep = {"budgets": [3e9], "families": ["mod"], "depths": [2, 8]}
+    study = load_study(study_file(tmp_path, sweeps=[sweep], ladder=ladder))
+    ranges = [item.config.initializer_range for item in plan(study, prepare(study.data))]
+    assert ranges == [pytest.approx(0.125), pytest.approx(0.0625)]
+
+
 def test_wider_models_learn_at_a_lower_rate(tmp_path: Path) -> None:
     sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2, 8]}
     study = load_study(study_file(tmp_path, sweeps=[sweep], learning_rate_width=16))

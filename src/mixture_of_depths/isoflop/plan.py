@@ -36,8 +36,10 @@ class Ladder:
     width_per_block: int = 16
     width_offset: int = 32
     head_dim: int = 32
+    initializer_scale: float | None = None
+    """Standard deviation of the initial weights times the root of the width; by default the model's own deviation."""
 
-    def size(self, depth: int) -> dict[str, int]:
+    def size(self, depth: int) -> dict[str, Any]:
         """The fields of `ModelOptions` for a model of `depth` blocks.
 
         Raises:
@@ -49,7 +51,10 @@ class Ladder:
                 f"depth={depth} makes models {width} wide, no multiple of head_dim={self.head_dim}; change the depth, "
                 "or ladder"
             )
-        return {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": width // self.head_dim}
+        size = {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": width // self.head_dim}
+        if self.initializer_scale is None:
+            return size
+        return {**size, "initializer_range": self.initializer_scale / width**0.5}
 
 
 @dataclass(frozen=True)
@@ -179,10 +184,12 @@ def _check(study: Study, path: Path) -> None:
             raise ValueError(f"study={path}: {name}={value} must be at least 1")
     if not study.sweeps or any(min(sweep.seeds, default=-1) < 0 for sweep in study.sweeps):
         raise ValueError(f"study={path}: sweeps must hold at least one, with seeds of at least 0")
+    if study.ladder.initializer_scale is not None and not study.ladder.initializer_scale > 0:
+        raise ValueError(f"study={path}: ladder.initializer_scale={study.ladder.initializer_scale} must be above 0")
     for name, changes in study.families.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise ValueError(f"study={path}: families: {name!r} must be made of letters, digits, '.', '_' and '-'")
-        for part in SIZE_FIELDS:
+        for part in (*SIZE_FIELDS, *(["initializer_range"] if study.ladder.initializer_scale is not None else [])):
             if part in changes:
                 raise ValueError(f"study={path}: families.{name}: {part} comes from the ladder; leave it out")
         if not study.learning_rates.get(name, 0) > 0:
