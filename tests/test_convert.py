@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_modeling import tiny
+from test_modeling import LLAMA, tiny
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,21 +17,12 @@ from transformers import (
 
 from mixture_of_depths.convert import config_from, from_dense, load_dense, to_llama
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True),
-    "smollm": LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "llama": LlamaConfig(**LLAMA),
+    "llama with biases": LlamaConfig(**LLAMA, attention_bias=True),
+    "smollm": LlamaConfig(**LLAMA, tie_word_embeddings=True, rms_norm_eps=1e-5),
     "llama 3": LlamaConfig(
-        **SHAPE,
+        **LLAMA,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -41,9 +32,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "mistral": MistralConfig(**SHAPE, sliding_window=None),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": MistralConfig(**LLAMA, sliding_window=None),
+    "qwen2": Qwen2Config(**LLAMA),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=16),
 }
 
 
@@ -76,12 +67,12 @@ def test_a_model_without_routed_blocks_goes_back_to_llama(name: str, tmp_path: A
     ("config", "message"),
     [
         (GPT2Config(), "model_type='gpt2' is none of llama, mistral"),
-        (LlamaConfig(**SHAPE, mlp_bias=True), "mlp_bias=True of this llama model"),
-        (LlamaConfig(**SHAPE, hidden_act="gelu"), "hidden_act='gelu' of this llama"),
-        (LlamaConfig(**SHAPE, attention_dropout=0.1), "attention_dropout=0.1"),
-        (MistralConfig(**SHAPE, sliding_window=64, max_position_embeddings=128), "sliding_window=64 of this mistral"),
+        (LlamaConfig(**LLAMA, mlp_bias=True), "mlp_bias=True of this llama model"),
+        (LlamaConfig(**LLAMA, hidden_act="gelu"), "hidden_act='gelu' of this llama"),
+        (LlamaConfig(**LLAMA, attention_dropout=0.1), "attention_dropout=0.1"),
+        (MistralConfig(**LLAMA, sliding_window=64, max_position_embeddings=128), "sliding_window=64 of this mistral"),
         (
-            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rope_parameters=.*dynamic.* of this llama",
         ),
     ],

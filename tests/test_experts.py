@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import reference_forward
 from test_cache import left_padded
 from test_generation import greedy
-from test_modeling import distinct_tokens, layout, tiny
+from test_modeling import check_gradients, distinct_tokens, layout, tiny
 from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -96,14 +96,7 @@ def test_forward_losses_and_gradients_equal_the_per_token_oracle(
             assert output.balance_loss.item() == pytest.approx(expected.balance_loss.item(), rel=1e-9)
             loss, reference_loss = loss + output.balance_loss, reference_loss + expected.balance_loss
 
-    parameters = list(model.parameters())
-    got = torch.autograd.grad(loss, parameters, allow_unused=True)
-    wanted = torch.autograd.grad(reference_loss, parameters, allow_unused=True)
-    for name, a, b in zip([n for n, _ in model.named_parameters()], got, wanted, strict=True):
-        a = torch.zeros(()) if a is None else a
-        b = torch.zeros(()) if b is None else b
-        scale = max(1.0, b.abs().max().item())
-        assert (a - b).abs().max().item() / scale < 1e-9, name
+    check_gradients(model, loss, reference_loss)
 
 
 def test_the_loss_holds_the_weighted_losses_of_the_experts() -> None:

@@ -34,6 +34,18 @@ def distinct_tokens(batch: int, length: int) -> torch.Tensor:
     return torch.stack([torch.randperm(31)[:length] for _ in range(batch)])
 
 
+def check_gradients(model: MoDForCausalLM, loss: torch.Tensor, reference_loss: torch.Tensor) -> None:
+    """Both losses have the same gradients by every weight."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    wanted = torch.autograd.grad(reference_loss, parameters, allow_unused=True)
+    for name, a, b in zip(names, got, wanted, strict=True):
+        a = torch.zeros(()) if a is None else a
+        b = torch.zeros(()) if b is None else b
+        scale = max(1.0, b.abs().max().item())
+        assert (a - b).abs().max().item() / scale < 1e-9, name
+
+
 def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tuple[Any, Any, Any, Any, Any]:
     """Inputs of the model and the lists of the oracle: real tokens, positions, documents."""
     real = [[True] * length for _ in range(batch)]
@@ -104,14 +116,7 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
     else:
         assert output.router_loss is None
 
-    parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    got = torch.autograd.grad(loss, parameters, allow_unused=True)
-    wanted = torch.autograd.grad(reference_loss, parameters, allow_unused=True)
-    for name, a, b in zip([n for n, _ in model.named_parameters()], got, wanted, strict=True):
-        a = torch.zeros(()) if a is None else a
-        b = torch.zeros(()) if b is None else b
-        scale = max(1.0, b.abs().max().item())
-        assert (a - b).abs().max().item() / scale < 1e-9, name
+    check_gradients(model, loss, reference_loss)
 
 
 def test_gradients_of_the_router_loss_equal_the_oracle() -> None:
@@ -169,17 +174,20 @@ def test_a_routed_block_with_capacity_one_and_weight_one_equals_the_dense_block(
     assert difference.abs().max() < 1e-9
 
 
+LLAMA: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
 def llama_pair(**changes: Any) -> tuple[LlamaForCausalLM, MoDForCausalLM]:
-    shape = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **changes,
-    }
-    llama = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.3)).eval()
+    shape = {**LLAMA, **changes}
+    llama = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     ours = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
     ours.load_state_dict(llama.state_dict())
     return llama, ours
