@@ -86,7 +86,8 @@ class ExpertRouter(nn.Module):
         if real_BT is not None:
             asked_BTX = asked_BTX & real_BT[..., None]
 
-        scores_BTE = (probability_BTX * asked_BTX)[..., :num_experts]
+        asked_probability_BTX = probability_BTX * asked_BTX
+        scores_BTE = asked_probability_BTX[..., :num_experts]
         taken_BTE, boundary_E = asked_BTX[..., :num_experts], None
         if self.threshold is not None:
             if routing == "causal":
@@ -98,7 +99,7 @@ class ExpertRouter(nn.Module):
                     boundary_E = capacity_boundary(scores_BTE.detach(), taken_BTE)
         weight_BTE = scores_BTE * taken_BTE
         if is_token_choice and per_token > 1:
-            weight_BTE = weight_BTE / (probability_BTX * asked_BTX).sum(dim=-1, keepdim=True).clamp(min=1e-30)
+            weight_BTE = weight_BTE / asked_probability_BTX.sum(dim=-1, keepdim=True).clamp(min=1e-30)
 
         real_BT1 = torch.ones_like(probability_BTX[..., :1]) if real_BT is None else real_BT[..., None].to(logits_BTX)
         tokens = real_BT1.sum().clamp(min=1)
