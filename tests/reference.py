@@ -154,7 +154,20 @@ def block_deltas(
 
 
 def activate(r: Tensor, name: str) -> Tensor:
-    return {"none": lambda: r, "sigmoid": lambda: 1 / (1 + torch.exp(-r)), "tanh": lambda: torch.tanh(r)}[name]()
+    return {
+        "none": lambda: r,
+        "sigmoid": lambda: 1 / (1 + torch.exp(-r)),
+        "tanh": lambda: torch.tanh(r),
+        "straight_through": lambda: r + (1 - r).detach(),
+    }[name]()
+
+
+def router_logit(layer: DecoderLayer, x_D: Tensor, eps: float) -> Tensor:
+    assert layer.router is not None
+    if layer.router.config.router_activation == "straight_through":
+        x_D = x_D.detach()
+    scale = torch.sqrt((x_D * x_D).mean() + eps) if layer.router.config.router_norm else 1.0
+    return layer.router.proj.weight[0] @ (x_D / scale)
 
 
 def causal_logit(layer: DecoderLayer, x_D: Tensor, eps: float) -> Tensor:
@@ -162,12 +175,12 @@ def causal_logit(layer: DecoderLayer, x_D: Tensor, eps: float) -> Tensor:
     assert layer.router is not None
     predictor = layer.router.predictor
     if layer.router.config.causal_router == "threshold":
-        return layer.router.proj.weight[0] @ x_D - layer.router.threshold[0]
+        return router_logit(layer, x_D, eps) - layer.router.threshold[0]
     if predictor is None:
-        return layer.router.proj.weight[0] @ x_D
+        return router_logit(layer, x_D, eps)
     x_D = x_D.detach()
     hidden = linear(predictor.up_proj, x_D / torch.sqrt((x_D * x_D).mean() + eps))
-    r = (layer.router.proj.weight[0] @ x_D).detach()
+    r = router_logit(layer, x_D, eps).detach()
     return linear(predictor.down_proj, hidden / (1 + torch.exp(-hidden)))[0] + predictor.router_scale[0] * r
 
 
@@ -191,7 +204,7 @@ def reference_forward(
             alive = [i for i in range(length) if real[b][i]]
             chosen, weights = alive, {}
             if layer_idx in config.routed_layers:
-                r = {i: layer.router.proj.weight[0] @ x[b][i] for i in alive}
+                r = {i: router_logit(layer, x[b][i], eps) for i in alive}
                 logits = {i: causal_logit(layer, x[b][i], eps) for i in alive}
                 if routing == "top_k":
                     slots = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))

@@ -74,7 +74,7 @@ def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tu
     length=st.integers(1, 13),
     kind=st.sampled_from(["plain", "left", "right", "packed"]),
     routing=st.sampled_from(["top_k", "causal"]),
-    activation=st.sampled_from(["none", "sigmoid", "tanh"]),
+    activation=st.sampled_from(["none", "sigmoid", "tanh", "straight_through"]),
     causal_router=st.sampled_from(["predictor", "auxiliary_loss", "threshold"]),
     capacity=st.sampled_from([0.125, 0.3, 0.5, 0.95, 1.0]),
     extras=st.booleans(),
@@ -98,6 +98,7 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
         causal_router=causal_router,
         query_key_norm=extras,
         attention_bias=extras,
+        router_norm=extras,
         tie_word_embeddings=extras,
     ).train()
     input_ids = distinct_tokens(batch, length)

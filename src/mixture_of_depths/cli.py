@@ -5,13 +5,13 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
+from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, SamplingOptions, TrainOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Flat = tyro.conf.OmitArgPrefixes
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
+Source = Annotated[str, tyro.conf.Positional]
 
 
 def train(
@@ -237,6 +238,46 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
 
 
+def retrofit(
+    source: Source,
+    out: Path,
+    data: DataOptions = DataOptions(sequence_length=512),
+    routing: RetrofitOptions = RetrofitOptions(),
+    training: TrainOptions = TrainOptions(batch_size=4, learning_rate=1e-4, precision="bf16"),
+    resume: bool = False,
+) -> None:
+    """Make a pretrained Llama-family model skip: measure which blocks to route, tune, and compare with the dense model.
+
+    Every second held-out block calibrates the causal routers; the comparison is made on the others.
+
+    Args:
+        source: Folder, GGUF file or hub name of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
+        out: Folder for the model, its checkpoints, metrics.jsonl and retrofit.json.
+        data: Text to tune on, cut with the model's own tokenizer.
+        routing: What is routed, and which parts are tuned.
+        training: The tuning.
+        resume: Go on with the run in the folder from its newest checkpoint.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.convert import load_dense
+    from mixture_of_depths.data import prepare
+    from mixture_of_depths.retrofit import retrofit as run
+    from mixture_of_depths.tokenizer import checked
+
+    _quiet()
+    console = Console()
+    if data.tokenizer is not None:
+        raise ValueError(f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own")
+    dense, tokenizer = load_dense(source)
+    corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
+    _, result = run(dense, source, corpus, routing, training, out, resume, console)
+    if not result.finished:
+        console.print("stopped; go on with the same command and --resume")
+        raise SystemExit(130)
+    console.print_json(data=asdict(result))
+
+
 def bench(
     checkpoint: Checkpoint,
     prompt_tokens: int = 128,
@@ -321,6 +362,7 @@ def _held_out(checkpoint: Path) -> "Corpus":
     """
     from mixture_of_depths.checkpoint import read_json
     from mixture_of_depths.data import prepare
+    from mixture_of_depths.tokenizer import load_tokenizer
 
     trained = checkpoint / "run.json"
     if not trained.exists():
@@ -328,7 +370,8 @@ def _held_out(checkpoint: Path) -> "Corpus":
     text = read_json(trained)["text"]
     options = text["options"]
     kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
-    corpus = prepare(kept)
+    # The model's own copy: the one it was trained with may have moved.
+    corpus = prepare(kept, load_tokenizer(str(checkpoint)) if kept.tokenizer else None)
     if corpus.key != text["key"]:
         raise ValueError(
             f"data={' '.join(kept.data)} has changed since the training; bring it back, or give other data"
@@ -555,6 +598,7 @@ def main() -> None:
         "train": train,
         "evaluate": evaluate,
         "calibrate": calibrate,
+        "retrofit": retrofit,
         "generate": generate,
         "bench": bench,
         "isoflop": isoflop,

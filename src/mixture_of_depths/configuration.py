@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 ROUTER_TYPES = ("learned", "random")
-ROUTER_ACTIVATIONS = ("none", "sigmoid", "tanh")
+ROUTER_ACTIVATIONS = ("none", "sigmoid", "tanh", "straight_through")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CAUSAL_ROUTERS = ("predictor", "auxiliary_loss", "threshold")
 EXPERT_ROUTINGS = ("token_choice", "expert_choice")
@@ -44,7 +44,10 @@ class MoDConfig(PreTrainedConfig):
         router_type: "learned", a linear projection; or "random", weights drawn from a Gaussian, the paper's
             stochastic control.
         router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
-            paper's equation 1), "sigmoid" or "tanh".
+            paper's equation 1), "sigmoid", "tanh", or "straight_through": a factor of 1, so that chosen tokens meet the
+            block of a dense model unchanged, whose gradient by the router's weights is that of the router's output.
+        router_norm: whether the router reads hidden states that are scaled to a root mean square of 1, as suits the
+            large residual streams of pretrained models.
         causal_router: how a token decides without looking ahead whether it enters (section 3.5): "predictor", an MLP
             behind a stop-gradient; "auxiliary_loss", the router itself, trained to be positive for chosen tokens; or
             "threshold", the router's output against a running average of the top-k threshold, which is kept with the
@@ -109,6 +112,7 @@ class MoDConfig(PreTrainedConfig):
     capacity: float | list[float] = 0.125
     router_type: str = "learned"
     router_activation: str = "sigmoid"
+    router_norm: bool = False
     causal_router: str = "predictor"
     predictor_hidden_size: int | None = None
     predictor_loss_weight: float = 0.1
@@ -190,7 +194,7 @@ class MoDConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even, as RoPE rotates pairs; change head_dim")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; the MLP is SwiGLU: use 'silu'")
-        for name in ("attention_bias", "query_key_norm", "tie_word_embeddings", "use_cache"):
+        for name in ("attention_bias", "query_key_norm", "tie_word_embeddings", "router_norm", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name in ("rms_norm_eps", "initializer_range"):

@@ -96,7 +96,7 @@ def from_dense(source: PreTrainedModel) -> MoDForCausalLM:
 
 
 def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
-    """A pretrained model in float32 and its tokenizer.
+    """A pretrained model in float32 and its tokenizer; one of this package is returned as it is.
 
     Args:
         source: a folder, the name of a model on the Hugging Face hub, or a GGUF file, whose weights are dequantised.
@@ -112,15 +112,17 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
             raise ValueError(f"source={source} is no file; name a GGUF file, a folder or a model of the hub")
         place, gguf = str(path.parent), {"gguf_file": path.name}
     try:
-        # Before the weights are read.
-        config_from(AutoConfig.from_pretrained(place, **gguf))
+        config = AutoConfig.from_pretrained(place, **gguf)
+        if not isinstance(config, MoDConfig):
+            # Before the weights are read.
+            config_from(config)
         tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
         if gguf:
             gguf["quantization_config"] = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **gguf)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"source={source} cannot be read: {error}") from error
-    return from_dense(model), tokenizer
+    return model.eval() if isinstance(model, MoDForCausalLM) else from_dense(model), tokenizer
 
 
 def to_llama(model: MoDForCausalLM) -> LlamaForCausalLM:

@@ -77,8 +77,12 @@ class Corpus:
         return end_of_text(self.tokenizer)
 
 
-def prepare(options: DataOptions) -> Corpus:
+def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> Corpus:
     """Reads, splits, tokenises and packs text, or takes the result from the cache.
+
+    Args:
+        options: the text, and how it is cut.
+        tokenizer: one to use in the place of that which the options name.
 
     Raises:
         ValueError: when there is no text, a path or column is missing, or the text is shorter than one block.
@@ -91,7 +95,7 @@ def prepare(options: DataOptions) -> Corpus:
             f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files, folders or globs of "
             f"{' '.join(SUFFIXES)}"
         )
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    given = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     folder = options.cache_dir / _cache_key(options, documents, given)
     if not (folder / "facts.json").exists():
         _write_cache(folder, options, documents, given, skipped)

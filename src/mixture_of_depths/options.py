@@ -65,7 +65,7 @@ class ModelOptions:
     """Fraction of the tokens that enters a routed block; one number, or one per routed block."""
     router_type: Literal["learned", "random"] = "learned"
     """Learned routing, or the stochastic control."""
-    router_activation: Literal["none", "sigmoid", "tanh"] = "sigmoid"
+    router_activation: Literal["none", "sigmoid", "tanh", "straight_through"] = "sigmoid"
     """What is applied to the router's output before it scales the block's delta."""
     causal_router: Literal["predictor", "auxiliary_loss", "threshold"] = "predictor"
     """How a token decides in sampling whether it enters."""
@@ -125,6 +125,49 @@ class TrainOptions:
     """Steps between checkpoints; by default a fifth of the run."""
     seed: int = 0
     """Seed of initialisation, data order and random routing."""
+
+
+@dataclass(frozen=True)
+class RetrofitOptions:
+    """How a pretrained dense model is made to skip."""
+
+    flops_share: float = 0.8
+    """FLOPs per token of the result over the dense model's; as many blocks are routed as that takes."""
+    capacity: float = 0.125
+    """Fraction of the tokens that enters a routed block."""
+    routed_layers: tuple[int, ...] | None = None
+    """Blocks to route, instead of those that measuring finds; flops_share is then not looked at."""
+    router_type: Literal["learned", "random"] = "learned"
+    """Learned routing, or the stochastic control."""
+    causal_router: Literal["predictor", "threshold"] = "predictor"
+    """How a token decides in sampling whether it enters."""
+    part: Literal["routers", "lora", "all"] = "all"
+    """What is tuned: routers and predictors; these and low-rank adapters of all projections; or everything."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    distillation: float = 0.0
+    """Share of the loss that is the divergence from the dense model's predictions; the rest is that of the text."""
+    lowering_fraction: float = 0.5
+    """Share of the steps in which the capacity falls from 1 to its own."""
+    measure_blocks: int = 8
+    """Blocks of training text on which the importance of the model's blocks is measured."""
+    fit_blocks: int = 64
+    """Blocks of training text to which the routers' initial weights are fitted."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an option that is out of its range."""
+        for name, valid, range_ in (
+            ("flops_share", 0 < self.flops_share < 1, "between 0 and 1"),
+            ("capacity", 0 < self.capacity < 1, "between 0 and 1"),
+            ("routed_layers", self.routed_layers is None or len(self.routed_layers) > 0, "of at least one block"),
+            ("lora_rank", self.lora_rank >= 1, "at least 1"),
+            ("distillation", 0 <= self.distillation <= 1, "between 0 and 1"),
+            ("lowering_fraction", 0 <= self.lowering_fraction < 1, "at least 0 and below 1"),
+            ("measure_blocks", self.measure_blocks >= 1, "at least 1"),
+            ("fit_blocks", self.fit_blocks >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {range_}")
 
 
 @dataclass(frozen=True)

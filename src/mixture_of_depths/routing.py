@@ -97,13 +97,22 @@ class Router(nn.Module):
             self.predictor = Predictor(config) if config.causal_router == "predictor" else None
             self.threshold = nn.Buffer(torch.zeros(1))
 
+    def input_of(self, hidden_BTD: Tensor) -> Tensor:
+        """What the router's weights are multiplied with, of the shape of the hidden states."""
+        if self.config.router_activation == "straight_through":
+            # The factor does not change with the hidden states: only the router's weights are to learn from it.
+            hidden_BTD = hidden_BTD.detach()
+        if not self.config.router_norm:
+            return hidden_BTD
+        return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], eps=self.config.rms_norm_eps)
+
     def logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the router's logits and the causal logits, both of shape [B, T]."""
         if self.is_random:
             router_logits_BT = self._random_logits(hidden_BTD, position_BT)
             threshold = NormalDist().inv_cdf(1 - min(self.capacity, 1 - 1e-12))
             return router_logits_BT, router_logits_BT - threshold
-        router_logits_BT = self.proj(hidden_BTD).squeeze(-1)
+        router_logits_BT = self.proj(self.input_of(hidden_BTD)).squeeze(-1)
         match self.config.causal_router:
             case "predictor":
                 assert self.predictor is not None
@@ -132,6 +141,8 @@ class Router(nn.Module):
                 return torch.sigmoid(router_logits)
             case "tanh":
                 return torch.tanh(router_logits)
+            case "straight_through":
+                return 1 + (router_logits - router_logits.detach())
             case _:
                 return router_logits
 

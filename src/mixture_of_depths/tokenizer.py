@@ -47,10 +47,19 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+    return checked(tokenizer, folder)
+
+
+def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that comes from `source`.
+
+    Raises:
+        ValueError: when it is not a fast one, or has no end-of-text token.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer={folder} has no tokenizer.json; save it as a fast tokenizer")
+        raise ValueError(f"tokenizer={source} has no tokenizer.json; save it as a fast tokenizer")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer={folder} has no end-of-text token; set eos_token in its tokenizer_config.json")
+        raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -296,6 +298,26 @@ class StopOnSignal(TrainerCallback):
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """A run that goes on from a pretrained model, in the place of new weights.
+
+    Attributes:
+        model: the start; it is trained in place.
+        facts: what defines the run beside model, text and options: kept in `run.json` as "tuning", and compared when
+            the run is resumed.
+        trainer: the trainer's class.
+        callbacks: further callbacks.
+        finish: turns the trained model into the one that is saved and evaluated.
+    """
+
+    model: MoDForCausalLM
+    facts: dict[str, Any]
+    trainer: Callable[..., MoDTrainer] = MoDTrainer
+    callbacks: tuple[TrainerCallback, ...] = ()
+    finish: Callable[[MoDForCausalLM], MoDForCausalLM] = lambda model: model
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """How a run ended.
 
@@ -323,6 +345,7 @@ def train(
     folder: Path,
     resume: bool = False,
     console: Console | None = None,
+    tuning: Tuning | None = None,
 ) -> tuple[MoDForCausalLM, TrainResult]:
     """Trains a model to its horizon and leaves model, tokenizer, records and curve in `folder`.
 
@@ -333,6 +356,7 @@ def train(
         folder: where the run lives: the finished model, `checkpoint-*`, `metrics.jsonl`, `run.json`, `curve.png`.
         resume: whether to go on from the newest whole checkpoint in `folder`; a finished run is only evaluated again.
         console: where progress is shown.
+        tuning: what to start from, by default new weights; `config` is then its model's.
 
     Raises:
         ValueError: for options that contradict one another, or a folder that holds another run or none to resume.
@@ -343,25 +367,27 @@ def train(
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     arguments = _arguments(options, length, folder)
-    start = _open_folder(folder, config, corpus, options, resume)
+    start = _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
     if resume and start is None:
         console.print("no whole checkpoint yet; starting from the beginning")
 
     set_seed(options.seed)
-    model = MoDForCausalLM(copy.deepcopy(config))
+    tuning = tuning or Tuning(MoDForCausalLM(copy.deepcopy(config)), {})
+    model = tuning.model
     tokens_per_step = options.batch_size * sequence_length
     recorder = Recorder(folder, training_flops_per_token(config, sequence_length), tokens_per_step, console)
     steps = start[1] if start else 0
     if start and steps >= length.steps:
         # The trainer would take one step before it looks at the horizon.
-        model = MoDForCausalLM.from_pretrained(start[0])
+        load_model(model, start[0] / "model.safetensors")
         recorder.recall(steps)
     else:
-        steps = _run(model, corpus, options, arguments, recorder, start[0] if start else None)
+        steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
 
     finished = steps >= length.steps
     evaluation = None
     if finished:
+        model = tuning.finish(model)
         model.save_pretrained(folder)
         corpus.tokenizer.save_pretrained(str(folder))
         evaluation = _evaluate(model, corpus, options, max_blocks=None, every_router=True)
@@ -382,7 +408,7 @@ def train(
 
 
 def _run(
-    model: MoDForCausalLM,
+    tuning: Tuning,
     corpus: Corpus,
     options: TrainOptions,
     arguments: HFTrainingArguments,
@@ -390,6 +416,7 @@ def _run(
     start: Path | None,
 ) -> int:
     """Trains to the horizon, or until a signal; returns the steps done in all."""
+    model = tuning.model
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if options.compile:
@@ -400,7 +427,7 @@ def _run(
     # Whole batches only: every step then costs the same, and the horizon is exact.
     whole = len(corpus.train) // options.batch_size * options.batch_size
     with StopOnSignal() as stop, recorder:
-        trainer = MoDTrainer(
+        trainer = tuning.trainer(
             corpus,
             options,
             model=model,
@@ -408,7 +435,7 @@ def _run(
             train_dataset=corpus.train.select(range(whole)),
             eval_dataset=corpus.validation,
             data_collator=Collator(corpus.end_of_text),
-            callbacks=[recorder, stop],
+            callbacks=[recorder, stop, *tuning.callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -454,12 +481,14 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
 
 
 def _open_folder(
-    folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool
+    folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool, tuning: dict[str, Any]
 ) -> tuple[Path, int] | None:
     """Makes the run's folder, or checks that it holds the same run; returns the checkpoint to go on from."""
     text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
     described = json.loads(
-        json.dumps({"model": config.to_diff_dict(), "train": asdict(options), "text": text}, allow_nan=False)
+        json.dumps(
+            {"model": config.to_diff_dict(), "train": asdict(options), "text": text, "tuning": tuning}, allow_nan=False
+        )
     )
     path = folder / "run.json"
     if resume:
@@ -472,13 +501,13 @@ def _open_folder(
                 f"{earlier['text']['options']}; resume with the same or use another folder"
             )
         # A field that the run's version of this package did not have stood at its default.
-        defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions())}
-        for part in ("model", "train"):
-            for name in sorted(described[part].keys() | earlier[part].keys()):
+        defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions()), "tuning": {}}
+        for part in ("model", "train", "tuning"):
+            for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
                 # What transformers adds of its own accord may differ.
                 if name in ("transformers_version", "architectures", "dtype"):
                     continue
-                old, new = earlier[part].get(name, defaults[part].get(name)), described[part].get(name)
+                old, new = earlier.get(part, {}).get(name, defaults[part].get(name)), described[part].get(name)
                 if old != new:
                     raise ValueError(
                         f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "

@@ -1,0 +1,275 @@
+"""A retrofitted model starts as the dense one, routes what measuring finds cheapest, and tunes what it is told to."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_data import SENTENCE, options
+from torch.nn import functional as F
+from transformers import TrainingArguments
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths import retrofit as retrofit_module
+from mixture_of_depths.data import Corpus, batches, prepare
+from mixture_of_depths.options import RetrofitOptions, TrainOptions
+from mixture_of_depths.retrofit import (
+    RIDGE,
+    BlockImportance,
+    CapacitySchedule,
+    DistillationTrainer,
+    choose_blocks,
+    fit_routers,
+    flops_share,
+    measure_importance,
+    retrofit,
+    routed_from,
+    routers_of,
+    set_routers,
+)
+
+QUIET = Console(quiet=True)
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+    "routed_layers": [],
+}
+TUNING = TrainOptions(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_blocks=2)
+ROUTING = RetrofitOptions(capacity=0.25, routed_layers=(1, 2), fit_blocks=4, measure_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
+    return prepare(options(folder, str(folder / "*.txt")))
+
+
+def dense_for(corpus: Corpus, **changes: Any) -> MoDForCausalLM:
+    torch.manual_seed(1)
+    end = corpus.end_of_text
+    config = MoDConfig(vocab_size=len(corpus.tokenizer), eos_token_id=end, pad_token_id=end, **{**SMALL, **changes})
+    return MoDForCausalLM(config).eval()
+
+
+def some_blocks(dense: MoDForCausalLM, count: int = 6, length: int = 12) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {"input_ids": torch.randint(1, dense.config.vocab_size, (count, length)).tolist()}
+    )
+
+
+@pytest.mark.parametrize("router_type", ["learned", "random"])
+def test_at_capacity_one_the_retrofitted_model_is_the_dense_one(corpus: Corpus, router_type: str) -> None:
+    dense = dense_for(corpus).double()
+    model = routed_from(dense, routed_layers=[0, 2, 3], capacity=1.0, router_type=router_type)
+    input_ids = torch.randint(0, dense.config.vocab_size, (2, 16))
+    difference = model(input_ids, routing="top_k", use_cache=False).logits - dense(input_ids).logits
+    assert difference.abs().max() < 1e-12
+
+
+def test_fitted_routers_are_the_least_squares_of_what_leaving_a_token_out_costs(corpus: Corpus) -> None:
+    dense = dense_for(corpus).double()
+    blocks = some_blocks(dense)
+    end = 0
+    fitted = fit_routers(dense, blocks, end)
+
+    layer_idx, step = 2, 1e-5
+    layer, inputs, needs = dense.model.layers[layer_idx], [], []
+    for batch in batches(blocks, range(len(blocks)), end, 1, dense.device):
+        hidden_TD = dense(**batch, use_cache=False, output_hidden_states=True).hidden_states[layer_idx][0].detach()
+        inputs.append(F.rms_norm(hidden_TD, hidden_TD.shape[-1:], eps=dense.config.rms_norm_eps))
+        for token in range(hidden_TD.shape[0]):
+            losses = []
+            for sign in (1, -1):
+
+                def scaled(module: Any, given: Any, output: Any, token: int = token, sign: int = sign) -> Any:
+                    hidden, *rest = output
+                    factor = torch.zeros_like(hidden)
+                    factor[:, token] = sign * step
+                    return (hidden + factor * (hidden - given[0]), *rest)
+
+                hook = layer.register_forward_hook(scaled)
+                logits_TV = dense(**batch, use_cache=False).logits[0, :-1]
+                losses.append(F.cross_entropy(logits_TV, batch["labels"][0, 1:], reduction="sum").item())
+                hook.remove()
+            needs.append((losses[1] - losses[0]) / (2 * step))
+    x_ND = torch.cat(inputs)
+    x_ND = x_ND - x_ND.mean(dim=0)
+    y_N = torch.tensor(needs, dtype=torch.float64)
+    y_N = y_N - y_N.mean()
+    # The intercept is not held back; the weights are, by the mean square of the inputs, the intercept's included.
+    ridge = RIDGE * len(y_N)
+    weight_D = torch.linalg.solve(x_ND.T @ x_ND + ridge * torch.eye(16, dtype=torch.float64), x_ND.T @ y_N)
+    weight_D = weight_D / (x_ND @ weight_D).std(correction=0)
+    assert torch.allclose(fitted[layer_idx].double(), weight_D, atol=1e-3)
+
+
+def test_importance_is_what_the_loss_rises_by(corpus: Corpus) -> None:
+    dense = dense_for(corpus)
+    blocks = some_blocks(dense)
+    weights_LD = fit_routers(dense, blocks, 0)
+    found = measure_importance(dense, weights_LD, 0.25, blocks, 0, console=QUIET)
+
+    given = next(batches(blocks, range(len(blocks)), 0, len(blocks), dense.device))
+    before = dense(**given, use_cache=False).lm_loss.item()
+    shorter = MoDForCausalLM(MoDConfig(**{**dense.config.to_dict(), "num_hidden_layers": 3})).eval()
+    renamed = {
+        name.replace("layers.3.", "layers.2."): w for name, w in dense.state_dict().items() if "layers.2." not in name
+    }
+    shorter.load_state_dict(renamed)
+    assert found[2].bypassed == pytest.approx(shorter(**given, use_cache=False).lm_loss.item() - before, abs=1e-5)
+    routed = routed_from(dense, routed_layers=[2], capacity=0.25).eval()
+    set_routers(routed, weights_LD)
+    loss = routed(**given, use_cache=False, routing="top_k").lm_loss.item()
+    assert found[2].lower_ranked == pytest.approx(loss - before, abs=1e-5)
+
+
+def test_the_fewest_of_the_cheapest_blocks_are_chosen(corpus: Corpus) -> None:
+    dense = dense_for(corpus).config
+    importance = [BlockImportance(0, cost) for cost in (0.4, 0.1, 0.3, 0.2)]
+    both = flops_share(dense, [1, 3], ROUTING, 16)
+    assert choose_blocks(importance, dense, replace(ROUTING, flops_share=both), 16) == [1, 3]
+    assert choose_blocks(importance, dense, replace(ROUTING, flops_share=both - 1e-6), 16) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"flops_share=0\.01 cannot be reached with capacity=0\.25: .* share is 0\."):
+        choose_blocks(importance, dense, replace(ROUTING, flops_share=0.01), 16)
+
+
+def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
+    model = routed_from(dense_for(corpus), routed_layers=[1, 2], capacity=[0.25, 0.5])
+    schedule = CapacitySchedule(model, 0.5)
+    seen = []
+    for step in range(32):
+        state: Any = type("State", (), {"global_step": step, "max_steps": 32})
+        schedule.on_step_begin(None, state, None)  # pyright: ignore[reportArgumentType]
+        seen.append([router.capacity for router in routers_of(model).values()])
+    assert seen[0] == [1, 1]
+    assert seen[16:] == [[0.25, 0.5]] * 16
+    assert all(later <= earlier for (earlier, _), (later, _) in pairwise(seen))
+    assert len({first for first, _ in seen}) == retrofit_module.LEVELS + 1
+
+
+@pytest.mark.parametrize("part", ["routers", "lora", "all"])
+def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: Any) -> None:
+    dense = dense_for(corpus)
+    before = {name: weight.clone() for name, weight in dense.state_dict().items()}
+    routing = replace(ROUTING, part=part, lora_rank=2)
+    model, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
+    assert all(torch.equal(weight, dense.state_dict()[name]) for name, weight in before.items())
+    after = model.state_dict()
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    projections = {name for name in before if name.endswith("proj.weight")}
+    assert changed == {"routers": set(), "lora": projections, "all": set(before)}[part]
+    assert set(after) == set(before) | {name for name in after if ".router." in name}
+
+    loaded = MoDForCausalLM.from_pretrained(tmp_path / "out")
+    input_ids = torch.randint(0, 99, (2, 16))
+    assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
+    record = json.loads((tmp_path / "out" / "retrofit.json").read_text())
+    assert record["routed_layers"] == [1, 2] == loaded.config.routed_layers
+    assert record["flops_share"] == flops_share(dense.config, [1, 2], routing, 16)
+    assert result.retrofitted is not None
+    for share in result.retrofitted.causal_routers["predictor"].share_entering.values():
+        assert share == pytest.approx(0.25, abs=0.15)
+
+
+def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = dense_for(corpus)
+    routing = RetrofitOptions(
+        flops_share=0.9, capacity=0.25, part="lora", lora_rank=2, distillation=0.5, fit_blocks=4, measure_blocks=2
+    )
+    _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "whole", console=QUIET)
+    with monkeypatch.context() as patch:
+        schedule = CapacitySchedule.on_step_begin
+
+        def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            schedule(self, args, state, control, **kwargs)
+            control.should_training_stop = state.global_step == 3
+
+        patch.setattr(CapacitySchedule, "on_step_begin", stopping)
+        _, stopped = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", console=QUIET)
+        assert not stopped.finished
+    # What is measured once is not measured again.
+    monkeypatch.setattr(retrofit_module, "measure_importance", None)
+    monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", resume=True, console=QUIET)
+    assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
+    for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(weight, load_file(tmp_path / "parts" / "model.safetensors")[name]), name
+    with pytest.raises(ValueError, match=r"distillation=0\.25 differs from 0\.5 of the run"):
+        retrofit(dense, "dense", corpus, replace(routing, distillation=0.25), TUNING, tmp_path / "parts", True, QUIET)
+
+
+def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, tmp_path: Path) -> None:
+    dense = dense_for(corpus)
+    model = routed_from(dense, routed_layers=[1], capacity=0.25)
+    trainer = DistillationTrainer(
+        corpus,
+        TUNING,
+        teacher=dense,
+        share=0.3,
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+        train_dataset=corpus.train,
+    )
+    batch = next(batches(corpus.train, range(3), corpus.end_of_text, 3, model.device))
+    batch["labels"][0, 4:9] = -100
+    model.train()
+    loss = trainer.compute_loss(model, batch)
+    output = model(**batch, use_cache=False)
+    kept = batch["labels"][:, 1:] != -100
+    log_p = dense(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1].log_softmax(-1)
+    log_q = output.logits[:, :-1].log_softmax(-1)
+    divergence = ((log_p.exp() * (log_p - log_q)).sum(-1) * kept).sum() / kept.sum()
+    expected = 0.7 * output.lm_loss + 0.3 * divergence + 0.1 * output.router_loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "tuning", "message"),
+    [
+        ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source: it must be a dense model"),
+        ({}, {"max_steps": None, "max_flops": 1e9}, "max_flops=1e\\+09 cannot be kept while the capacity falls"),
+        ({}, {"max_steps": None}, "exactly one of max_steps"),
+    ],
+)
+def test_what_cannot_be_retrofitted_is_refused(
+    corpus: Corpus, tmp_path: Path, source: Any, tuning: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrofit(
+            dense_for(corpus, **source),
+            "dense",
+            corpus,
+            ROUTING,
+            replace(TUNING, **tuning),
+            tmp_path / "out",
+            console=QUIET,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flops_share": 1.0}, r"flops_share=1\.0 is out of range"),
+        ({"capacity": 0.0}, r"capacity=0\.0"),
+        ({"routed_layers": ()}, "routed_layers="),
+        ({"distillation": 1.5}, r"distillation=1\.5"),
+        ({"lowering_fraction": 1.0}, r"lowering_fraction=1\.0"),
+        ({"lora_rank": 0}, "lora_rank=0"),
+    ],
+)
+def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RetrofitOptions(**changes)
