@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -276,6 +276,44 @@ def retrofit(
         console.print("stopped; go on with the same command and --resume")
         raise SystemExit(130)
     console.print_json(data=asdict(result))
+
+
+def serve(
+    checkpoint: Checkpoint,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+) -> None:
+    """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
+
+    The model is called by the name of its folder, as given here. Needs the extra "serve".
+
+    Args:
+        checkpoint: Folder of a model.
+        host: Address to listen on; by default only this machine can ask.
+        port: Port to listen on.
+        precision: Precision of the weights and of the sampling.
+        compile: Compile the sampling step before the first request: many times faster afterwards.
+    """
+    from importlib.util import find_spec
+
+    import torch
+
+    _quiet()
+    if not 0 < port < 65536:
+        raise ValueError(f"port={port} must lie between 1 and 65535")
+    for needed in ("fastapi", "uvicorn", "openai"):
+        if find_spec(needed) is None:
+            raise ValueError(f'{needed} is not installed; install the extra: pip install "mixture-of-depths[serve]"')
+    if compile and not _can_compile():
+        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    model, tokenizer = _load(checkpoint)
+    if precision == "bf16":
+        torch.nn.Module.to(model, torch.bfloat16)
+    from mixture_of_depths.serving import serve as run
+
+    run(model, tokenizer, str(checkpoint), host, port, compile)
 
 
 def bench(
@@ -601,6 +639,7 @@ def main() -> None:
         "retrofit": retrofit,
         "generate": generate,
         "bench": bench,
+        "serve": serve,
         "isoflop": isoflop,
         "demo": demo,
     }

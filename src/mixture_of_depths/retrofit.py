@@ -243,6 +243,10 @@ class CapacitySchedule(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps = self.lowering_fraction * state.max_steps
         level = 1.0 if state.global_step >= steps else int(LEVELS * state.global_step / steps) / LEVELS
+        self.lower(level)
+
+    def lower(self, level: float) -> None:
+        """Sets the capacities between 1, at level 0, and their own, at level 1."""
         for router, target in self.targets:
             router.capacity = 1 - (1 - target) * level
 
@@ -382,7 +386,10 @@ def retrofit(
     calibration = corpus.validation.select(range(0, len(corpus.validation), 2))
     others = corpus.validation.select(range(1, len(corpus.validation), 2))
 
+    schedule = CapacitySchedule(model, options.lowering_fraction)
+
     def finish(tuned: MoDForCausalLM) -> MoDForCausalLM:
+        schedule.lower(1.0)
         if adapters is not None:
             tuned = cast(MoDForCausalLM, adapters.merge_and_unload())
         calibrate(tuned, spread(calibration, CALIBRATION_BLOCKS), end)
@@ -392,7 +399,7 @@ def retrofit(
         model,
         {"source": source, **asdict(options), "importance": [asdict(found) for found in importance], "chosen": chosen},
         partial(DistillationTrainer, teacher=dense, share=options.distillation) if options.distillation else MoDTrainer,
-        (CapacitySchedule(model, options.lowering_fraction),),
+        (schedule,),
         finish,
     )
     model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
