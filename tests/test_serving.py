@@ -25,9 +25,8 @@ from mixture_of_depths.tokenizer import load_tokenizer, train_tokenizer
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
+def make_checkpoint(folder: Path) -> None:
+    """A small model with a tokenizer and a chat template."""
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(str(folder))
@@ -41,6 +40,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
     )
     MoDForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    make_checkpoint(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 """The command `mod`. Heavy imports happen inside the commands, so that `mod --help` answers at once."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -68,14 +69,18 @@ def train(
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: tuple[str, ...] = (),
+    data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--text",))] = (),
     text_column: str = "text",
     sequence_length: int | None = None,
     max_blocks: int | None = None,
+    tasks: tuple[str, ...] = (),
+    task_files: Path | None = None,
+    limit: int | None = None,
 ) -> None:
-    """Loss and bits per byte of a model under top-k and every causal routing, as JSON.
+    """Loss, perplexity and bits per byte of a model under top-k and every causal routing, as JSON; or figures of tasks.
 
-    Without --data on the text that its training held out; with it on all of the text given.
+    Without --data on the text that its training held out; with it on all of the text given. With --tasks, on those of
+    lm-evaluation-harness instead, under causal routing; this needs the extra "eval".
 
     Args:
         checkpoint: Folder of a trained model.
@@ -83,6 +88,9 @@ def evaluate(
         text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
         sequence_length: Tokens per block; by default as in training.
         max_blocks: Use this many blocks, evenly spaced, instead of all.
+        tasks: Tasks or groups of lm-evaluation-harness.
+        task_files: Folder of further tasks, as the harness' YAML.
+        limit: Use this many examples of a task instead of all.
     """
     from mixture_of_depths.checkpoint import read_json
     from mixture_of_depths.data import Skipped, pack, read_documents
@@ -94,7 +102,19 @@ def evaluate(
     _quiet()
     if max_blocks is not None and max_blocks < 1:
         raise ValueError(f"max_blocks={max_blocks} must be at least 1")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    if tasks and data:
+        raise ValueError(f"data={' '.join(data)} and tasks={' '.join(tasks)} exclude one another; give one of them")
+    if tasks:
+        _needs("eval", "lm_eval")
     model, tokenizer = _load(checkpoint)
+    if tasks:
+        from mixture_of_depths.harness import evaluate_tasks
+
+        results = evaluate_tasks(model, tokenizer, tasks, task_files, limit)
+        print(json.dumps({"tasks": results, **provenance()}, indent=2))
+        return
     trained = checkpoint / "run.json"
     if not trained.exists() and not (data and sequence_length):
         raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
@@ -117,6 +137,8 @@ def evaluate(
     record = {
         "text": list(data) or "held out in training",
         **found.as_dict(),
+        "perplexity_top_k": math.exp(found.loss_top_k),
+        "perplexity_causal": math.exp(found.loss_causal),
         "sequence_length": length,
         "parameters": model_parameters(model.config),
         "forward_flops_per_token": forward_flops_per_token(model.config, length),
@@ -296,16 +318,12 @@ def serve(
         precision: Precision of the weights and of the sampling.
         compile: Compile the sampling step before the first request: many times faster afterwards.
     """
-    from importlib.util import find_spec
-
     import torch
 
     _quiet()
     if not 0 < port < 65536:
         raise ValueError(f"port={port} must lie between 1 and 65535")
-    for needed in ("fastapi", "uvicorn", "openai"):
-        if find_spec(needed) is None:
-            raise ValueError(f'{needed} is not installed; install the extra: pip install "mixture-of-depths[serve]"')
+    _needs("serve", "fastapi", "uvicorn", "openai")
     if compile and not _can_compile():
         raise ValueError("compile needs a C++ compiler; install one, such as g++")
     model, tokenizer = _load(checkpoint)
@@ -587,6 +605,15 @@ def demo(
 
     _quiet()
     run(out, max_flops, data, seed, resume)
+
+
+def _needs(extra: str, *modules: str) -> None:
+    """Refuses with the name of the extra that brings a missing module."""
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            raise ValueError(f'{module} is not installed; run: pip install "mixture-of-depths[{extra}]"')
 
 
 def _quiet() -> None:

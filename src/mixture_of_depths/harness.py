@@ -1,0 +1,48 @@
+"""Tasks of lm-evaluation-harness, with a live model of this package."""
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
+
+from mixture_of_depths.modeling import MoDForCausalLM
+
+
+def evaluate_tasks(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: tuple[str, ...],
+    task_files: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """The harness' figures for each task, under causal routing; groups of tasks are there as a whole, too.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        tasks: names of tasks or groups of the harness, or of those in `task_files`.
+        task_files: folder of further tasks, as the harness' own YAML.
+        limit: number of examples per task; None for all.
+        batch_size: requests computed together.
+
+    Raises:
+        ValueError: for a task that is not known.
+    """
+    manager = TaskManager(include_path=None if task_files is None else str(task_files))
+    known = set(manager.all_tasks)
+    for name in tasks:
+        if name not in known:
+            raise ValueError(f"tasks={name} is unknown; give one of lm-evaluation-harness, or its folder as task_files")
+    # Outside training each token decides from its own past, whatever the harness pads a batch with on the right.
+    live: Any = model
+    harness_model: Any = HFLM(live, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    # Its decorator hides its arguments.
+    run: Any = simple_evaluate
+    found = run(
+        harness_model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+    )
+    return found["results"]
