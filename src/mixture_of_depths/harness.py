@@ -38,10 +38,10 @@ def evaluate_tasks(
         if name not in known:
             raise ValueError(f"tasks={name} is unknown; give one of lm-evaluation-harness, or its folder as task_files")
     # Outside training each token decides from its own past, whatever the harness pads a batch with on the right.
-    live: Any = model
-    harness_model: Any = HFLM(live, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-    # Its decorator hides its arguments.
+    # Their decorators hide the arguments of both.
+    wrap: Any = HFLM
     run: Any = simple_evaluate
+    harness_model = wrap(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
     found = run(
         harness_model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
     )
