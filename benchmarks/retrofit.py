@@ -1,0 +1,288 @@
+"""What a pretrained model loses and gains when it is made to skip: retrofit, whole blocks dropped, random routing.
+
+    python benchmarks/retrofit.py SmolLM2-135M-Instruct.Q4_1.gguf --tune wikitext2_valid.txt \\
+        --test wikitext=wikitext2_test.txt --max-steps 400 --out results/retrofit
+
+At each share of the dense model's FLOPs per token (`--shares`): `retrofit`, the blocks that measuring finds cheapest
+routed with learned routers; `random`, the same blocks with random routing; `dropped`, the blocks taken out that cost
+least to take out; all with the same tuning, and `tuned`, the dense model with that tuning, too. They are tuned on the
+files of `--tune` and as many characters of the built-in corpus' training part, and tested on the files of `--test` and
+the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, float32.
+
+Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
+on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
+came) per text, `flops_ratio`, `tuning_minutes`, and, with `--decode`, `tokens_per_s` and `decode_speedup`: bf16, batch
+1, prompts from the test text, all sides in turns. With `--vllm PYTHON`, the interpreter of an environment with vLLM,
+its speed with the dense model is measured in those turns.
+"""
+
+import argparse
+import json
+import subprocess
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.bench import decode_seconds, in_precision
+from mixture_of_depths.checkpoint import read_json
+from mixture_of_depths.convert import load_dense, to_llama
+from mixture_of_depths.data import Corpus, Skipped, batches, pack, prepare, read_documents, split_documents
+from mixture_of_depths.evaluation import evaluate
+from mixture_of_depths.flops import forward_flops_per_token
+from mixture_of_depths.options import DataOptions, RetrofitOptions, SamplingOptions, TrainOptions
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.retrofit import BlockImportance, retrofit
+from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
+from mixture_of_depths.training import Tuning, read_records, train
+
+WINDOW = 1024
+
+
+def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
+    """The model with some of its blocks taken out."""
+    kept = [i for i in range(dense.config.num_hidden_layers) if i not in dropped]
+    fields = {name: value for name, value in dense.config.to_dict().items() if name in MoDConfig.__dataclass_fields__}
+    model = MoDForCausalLM(MoDConfig(**{**fields, "num_hidden_layers": len(kept)}))
+    weights = {name: weight for name, weight in dense.state_dict().items() if not name.startswith("model.layers.")}
+    for new, old in enumerate(kept):
+        prefix = f"model.layers.{old}."
+        for name, weight in dense.state_dict().items():
+            if name.startswith(prefix):
+                weights[f"model.layers.{new}.{name.removeprefix(prefix)}"] = weight
+    model.load_state_dict(weights)
+    model.generation_config = dense.generation_config
+    return model
+
+
+def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, length: int) -> list[int]:
+    """The blocks to drop: those that cost least to bypass, as many as the share of the FLOPs asks for."""
+    order = sorted(range(len(importance)), key=lambda i: importance[i].bypassed)
+    for count in range(1, len(order)):
+        fewer = MoDConfig(**{**dense.to_diff_dict(), "num_hidden_layers": dense.num_hidden_layers - count})
+        if forward_flops_per_token(fewer, length) / forward_flops_per_token(dense, length) <= share:
+            return sorted(order[:count])
+    raise ValueError(f"shares={share} is less than the embedding and the head alone")
+
+
+def tuning_corpus(files: list[str], out: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> Corpus:
+    """The given files and as many characters of the built-in corpus' training part."""
+    given = list(read_documents(DataOptions(data=tuple(files)), Skipped()))
+    code, _, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
+    characters = sum(map(len, given))
+    for text in code:
+        if characters <= 0:
+            break
+        given.append(text)
+        characters -= len(text)
+    path = out / "tuning.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
+    options = DataOptions(data=(str(path),), sequence_length=length, tokenizer="of the source")
+    return prepare(options, tokenizer)
+
+
+def test_windows(files: dict[str, str], tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, datasets.Dataset]:
+    """Evenly spread windows of each text, `count` at most."""
+    documents = {name: list(read_documents(DataOptions(data=(path,)), Skipped())) for name, path in files.items()}
+    _, held_out, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
+    documents["code"] = held_out
+    found = {}
+    for name, texts in documents.items():
+        windows = pack(tokenize(texts, tokenizer), WINDOW, name)
+        step = max(1, len(windows) // count)
+        found[name] = windows.select(range(0, len(windows), step)[:count])
+    return found
+
+
+def perplexities(model: MoDForCausalLM, windows: dict[str, datasets.Dataset], end: int) -> dict[str, float]:
+    """Perplexity under causal routing, by text."""
+    found = {
+        name: evaluate(model, blocks, end, 1.0, batch_size=2, all_causal_routers=False)
+        for name, blocks in windows.items()
+    }
+    return {name: exp(evaluation.loss_causal) for name, evaluation in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--tune", nargs="+", required=True)
+    parser.add_argument("--test", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.8, 0.65])
+    parser.add_argument("--sides", nargs="+", default=["retrofit", "dropped", "random"])
+    parser.add_argument("--capacity", type=float, default=0.125)
+    parser.add_argument("--max-steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--distillation", type=float, default=0.0)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--vllm", metavar="PYTHON")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+
+    dense, loaded = load_dense(arguments.source)
+    tokenizer, length = checked(loaded, arguments.source), arguments.sequence_length
+    corpus = tuning_corpus(arguments.tune, arguments.out, tokenizer, length)
+    end = end_of_text(tokenizer)
+    windows = test_windows(dict(text.split("=", 1) for text in arguments.test), tokenizer, arguments.windows)
+    training = TrainOptions(
+        max_steps=arguments.max_steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        precision=arguments.precision,
+        eval_blocks=16,
+        save_every=50,
+    )
+    records = arguments.out / "records.jsonl"
+    done = {record["side"]: record for record in read_records(records)}
+
+    def keep(side: str, model: MoDForCausalLM, minutes: float, **facts: Any) -> None:
+        ratio = forward_flops_per_token(model.config, WINDOW) / forward_flops_per_token(dense.config, WINDOW)
+        record = {
+            "side": side,
+            "perplexity": perplexities(model.eval(), windows, end),
+            "flops_ratio": ratio,
+            "tuning_minutes": minutes,
+            "training": {"max_steps": training.max_steps, "learning_rate": training.learning_rate},
+            **facts,
+            **provenance(),
+        }
+        with records.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        done[side] = record
+        console.print(f"{side}: {record['perplexity']}")
+
+    def folder_of(side: str) -> tuple[Path, bool]:
+        folder = arguments.out / "runs" / side
+        return folder, (folder / "run.json").exists()
+
+    def tune(side: str, model: MoDForCausalLM, **facts: Any) -> None:
+        folder, resume = folder_of(side)
+        tuned, result = train(model.config, corpus, training, folder, resume, console, Tuning(model, {"side": side}))
+        if not result.finished:
+            raise SystemExit(130)
+        keep(side, tuned, result.train_seconds / 60, **facts)
+
+    if "dense" not in done:
+        keep("dense", dense, 0.0)
+    for share in arguments.shares:
+        options = RetrofitOptions(flops_share=share, capacity=arguments.capacity, distillation=arguments.distillation)
+        for kind in ("retrofit", "random"):
+            side = f"{kind}-{share:g}"
+            if kind not in arguments.sides or side in done:
+                continue
+            chosen = options
+            if kind == "random":
+                blocks = tuple(done[f"retrofit-{share:g}"]["blocks"])
+                chosen = replace(options, routed_layers=blocks, router_type="random")
+            folder, resume = folder_of(side)
+            model, result = retrofit(dense, arguments.source, corpus, chosen, training, folder, resume, console)
+            if not result.finished:
+                raise SystemExit(130)
+            assert result.retrofitted is not None
+            keep(side, model, result.tuning_minutes, blocks=result.routed_layers, held_out=result.retrofitted.as_dict())
+        side = f"dropped-{share:g}"
+        if "dropped" in arguments.sides and side not in done:
+            measured = read_json(arguments.out / "runs" / f"retrofit-{share:g}" / "retrofit.json")["importance"]
+            importance = [BlockImportance(**block) for block in measured]
+            blocks = cheapest(importance, dense.config, share, length)
+            tune(side, without(dense, blocks), blocks=blocks)
+    if "tuned" in arguments.sides and "tuned" not in done:
+        tune("tuned", without(dense, []))
+
+    speeds = decoding(dense, done, arguments, windows, end) if arguments.decode else {}
+    print(json.dumps(summarise(done, speeds, arguments.out), indent=2))
+
+
+def decoding(
+    dense: MoDForCausalLM,
+    done: dict[str, Any],
+    arguments: argparse.Namespace,
+    windows: dict[str, datasets.Dataset],
+    end_of_text: int,
+) -> dict[str, float]:
+    """Tokens per second of all sides that are there, in turns: bf16, batch 1, prompts of 128 tokens, 128 new ones."""
+    sides = {"dense": in_precision(dense, "bf16")}
+    for side in done:
+        folder = arguments.out / "runs" / side
+        if (folder / "model.safetensors").exists() and side != "tuned":
+            sides[side] = in_precision(MoDForCausalLM.from_pretrained(folder), "bf16")
+    given = batches(next(iter(windows.values())), range(8), end_of_text, 1, dense.device)
+    prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    vllm: list[float] = []
+    for number, prompt in enumerate(prompts):
+        options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=number)
+        for side in sorted(sides, reverse=bool(number % 2)):
+            torch._dynamo.reset()
+            seconds[side].append(decode_seconds(sides[side], prompt, options))
+        if arguments.vllm:
+            vllm.append(vllm_seconds(arguments.vllm, dense, prompt, arguments.out))
+    found = {side: 1 / median(times[1:]) for side, times in seconds.items()}
+    return found | ({"vllm": 1 / median(vllm[1:])} if vllm else {})
+
+
+VLLM = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+folder, tokens = sys.argv[1], json.loads(sys.argv[2])
+model = LLM(folder, dtype="bfloat16", max_model_len=512, skip_tokenizer_init=True)
+def seconds(count):
+    settings = SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    model.generate([{"prompt_token_ids": tokens}], settings)
+    return time.perf_counter() - start
+seconds(8)
+print((seconds(128) - seconds(1)) / 127)
+"""
+
+
+def vllm_seconds(python: str, dense: MoDForCausalLM, prompt: torch.Tensor, out: Path) -> float:
+    """Seconds of a step of vLLM with the dense model, in a process of its own."""
+    folder = out / "runs" / "llama"
+    if not folder.exists():
+        llama = to_llama(dense)
+        nn.Module.to(llama, torch.bfloat16)
+        llama.save_pretrained(folder)
+    command = [python, "-c", VLLM, str(folder), json.dumps(prompt[0].tolist())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(run.stdout.strip().splitlines()[-1])
+
+
+def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict[str, Any]:
+    """Writes and returns summary.json; decoding figures of an earlier call are kept."""
+    path = out / "summary.json"
+    earlier = read_json(path).get("tokens_per_s", {}) if path.exists() else {}
+    speeds = speeds or earlier
+    dense = done["dense"]["perplexity"]
+    sides = {
+        side: {
+            "perplexity": record["perplexity"],
+            "perplexity_ratio": {name: value / dense[name] for name, value in record["perplexity"].items()},
+            "flops_ratio": record["flops_ratio"],
+            "tuning_minutes": record["tuning_minutes"],
+            "blocks": record.get("blocks"),
+            "decode_speedup": speeds[side] / speeds["dense"] if side in speeds else None,
+        }
+        for side, record in done.items()
+    }
+    found = {"sides": sides, "tokens_per_s": speeds, **provenance()}
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()
