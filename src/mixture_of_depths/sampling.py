@@ -175,7 +175,7 @@ def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: 
         return COLOURS[round(place * (len(COLOURS) - 1))]
 
     text = Text()
-    for piece, count in zip(_pieces(tokenizer, tokens), used, strict=True):
+    for piece, count in zip(pieces(tokenizer, tokens), used, strict=True):
         text.append(piece, style=colour(count))
     text.append("\n\nblocks used: ", style="bold")
     for count in range(dense, blocks + 1):
@@ -188,13 +188,14 @@ def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: 
     return text
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
-    """The text each token adds; the bytes of one character may be spread over several."""
-    pieces, before = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=False)
-        assert isinstance(text, str)
-        whole = text.removesuffix("�") if end < len(tokens) else text
-        pieces.append(whole[len(before) :])
-        before = whole if len(whole) >= len(before) else before
-    return pieces
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """The text each token adds; the bytes of one character may be spread over several, and come with the last."""
+    decoder, backend = DecodeStream(skip_special_tokens=False), cast(TokenizersBackend, tokenizer).backend_tokenizer
+    found = [decoder.step(backend, token) or "" for token in tokens]
+    # A character that the tokens break off.
+    waiting = next((i + 1 for i in reversed(range(len(found))) if found[i]), 0)
+    if waiting < len(tokens):
+        rest = tokenizer.decode(tokens[waiting:], skip_special_tokens=False)
+        assert isinstance(rest, str)
+        found[-1] = rest
+    return found

@@ -1,0 +1,181 @@
+"""What one forward pass over a text did: for every token, which routed blocks it entered, and what that cost.
+
+Shapes: T tokens, R routed blocks.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from mixture_of_depths.calibration import causal_routers
+from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.flops import block_flops, expert_rows_per_token, router_flops
+from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
+from mixture_of_depths.routing import Routing
+from mixture_of_depths.sampling import pieces
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A text, token by token.
+
+    Attributes:
+        pieces: the text each token adds; empty where a character's bytes are spread over several.
+        token_ids (np.ndarray): int64, of shape [T].
+        routing: "top_k" or "causal": what decided who enters.
+        num_hidden_layers: number of blocks, routed or not.
+        routed_layers: indices of the routed blocks.
+        capacity: fraction of the tokens that is to enter each of them.
+        entered (np.ndarray): bool, of shape [R, T].
+        router_weight (np.ndarray): the factor of the block's delta, if the token entered; float32, of shape [R, T].
+        enters_by_itself (np.ndarray): what the configured causal router decides; bool, of shape [R, T].
+        predictor_probability (np.ndarray): its probability of entering; not a number without a predictor; float32, of
+            shape [R, T].
+        entropy (np.ndarray): of the prediction of the next token, in nats; float32, of shape [T].
+        loss (np.ndarray): of the token itself, in nats; not a number for the first; float32, of shape [T].
+        flops (np.ndarray): operations spent on the token in a forward pass, head included; of shape [T].
+        dense_flops (np.ndarray): what it would have cost to enter every block; of shape [T].
+    """
+
+    pieces: list[str]
+    token_ids: np.ndarray
+    routing: Routing
+    num_hidden_layers: int
+    routed_layers: list[int]
+    capacity: list[float]
+    entered: np.ndarray
+    router_weight: np.ndarray
+    enters_by_itself: np.ndarray
+    predictor_probability: np.ndarray
+    entropy: np.ndarray
+    loss: np.ndarray
+    flops: np.ndarray
+    dense_flops: np.ndarray
+
+    @property
+    def blocks_used(self) -> np.ndarray:
+        """Number of blocks each token went through, dense ones included; of shape [T]."""
+        return self.num_hidden_layers - len(self.routed_layers) + self.entered.sum(axis=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as lists and numbers; what is not a number is None."""
+        found: dict[str, Any] = {}
+        for name, value in self.__dict__.items():
+            if isinstance(value, np.ndarray):
+                plain = value.astype(object)
+                if value.dtype.kind == "f":
+                    plain[~np.isfinite(value)] = None
+                value = plain.tolist()
+            found[name] = value
+        return found
+
+    def write_json(self, path: Path) -> None:
+        """Writes all fields as one JSON object."""
+        path.write_text(json.dumps(self.as_dict(), allow_nan=False))
+
+    def write_parquet(self, path: Path) -> None:
+        """Writes one row a token; what is known per routed block is a list in the order of `routed_layers`."""
+        by_token = {"piece": self.pieces, "token_id": self.token_ids, "blocks_used": self.blocks_used}
+        by_token |= {name: getattr(self, name) for name in ("entropy", "loss", "flops", "dense_flops")}
+        per_block = ("entered", "router_weight", "enters_by_itself", "predictor_probability")
+        columns = by_token | {name: list(getattr(self, name).T) for name in per_block}
+        facts = {"routing": self.routing, "routed_layers": self.routed_layers, "capacity": self.capacity}
+        table = pa.table(columns).replace_schema_metadata({"mixture_of_depths": json.dumps(facts)})
+        parquet.write_table(table, path)
+
+
+@torch.no_grad()
+def trace(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, routing: Routing = "causal") -> Trace:
+    """Runs a text through a model once and says what the routers did.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        text: at least one character.
+        routing: "causal", as in sampling, or "top_k", as in training.
+
+    Raises:
+        ValueError: for an empty text, or one longer than the model takes.
+    """
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    assert isinstance(tokens, list)
+    if not tokens:
+        raise ValueError("text='' is empty; give at least one character")
+    longest = model.config.max_position_embeddings
+    if len(tokens) > longest:
+        raise ValueError(
+            f"text has {len(tokens)} tokens, more than the model's max_position_embeddings={longest}; shorten it"
+        )
+    return trace_tokens(model, tokenizer, tokens, routing)
+
+
+@torch.no_grad()
+def trace_tokens(
+    model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: list[int], routing: Routing = "causal"
+) -> Trace:
+    """As `trace`, for a text given as tokens."""
+    config = model.config
+    input_ids = torch.tensor([tokens], device=model.device)
+    with torch.compiler.set_stance("force_eager"):
+        output = model(input_ids=input_ids, use_cache=False, routing=routing, output_routing=True)
+    log_p = output.logits[0].float().log_softmax(dim=-1)
+    loss = F.nll_loss(log_p[:-1], input_ids[0, 1:], reduction="none")
+    routed = [(i, decided) for i, decided in enumerate(output.routing) if decided is not None]
+    predicts = bool(routed) and causal_routers(config)[:1] == ("predictor",)
+
+    def rows(values: list[torch.Tensor], dtype: Any) -> np.ndarray:
+        kept = [value[0].float().cpu().numpy() for value in values]
+        return np.array(kept, dtype=dtype).reshape(len(values), len(tokens))
+
+    layers: Any = model.model.layers
+    gates = [_gate(layers[i], decided.router_logits) for i, decided in routed]
+    entered = rows([decided.entered for _, decided in routed], bool)
+    causal = [decided.causal_logits.float() for _, decided in routed]
+    probability = [logits.sigmoid() if predicts else torch.full_like(logits, torch.nan) for logits in causal]
+    positions = np.arange(len(tokens))
+    return Trace(
+        pieces=pieces(tokenizer, tokens),
+        token_ids=np.array(tokens),
+        routing=routing,
+        num_hidden_layers=config.num_hidden_layers,
+        routed_layers=[i for i, _ in routed],
+        capacity=[config.capacity_fraction(i) for i, _ in routed],
+        entered=entered,
+        router_weight=rows(gates, np.float32),
+        enters_by_itself=rows([logits > 0 for logits in causal], bool),
+        predictor_probability=rows(probability, np.float32),
+        entropy=-(log_p.exp() * log_p).sum(dim=-1).cpu().numpy(),
+        loss=np.concatenate([[np.nan], loss.cpu().numpy()]).astype(np.float32),
+        flops=_flops(config, entered, positions),
+        dense_flops=_flops(config, np.ones_like(entered), positions),
+    )
+
+
+def _gate(layer: DecoderLayer, router_logits: torch.Tensor) -> torch.Tensor:
+    assert layer.router is not None
+    return layer.router.gate(router_logits)
+
+
+def _flops(config: MoDConfig, entered: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Operations per token, of shape [T]; experts, whose choices are not looked at, count with their expected share."""
+    total = np.full(len(positions), 2.0 * config.hidden_size * config.vocab_size)
+    routed = config.routed_layers or []
+    per_token = expert_rows_per_token(config)
+    # The cost of a token is that of itself and of the pairs it attends with.
+    fixed = block_flops(config, 1, 0, per_token).total
+    pair = block_flops(config, 0, 1, 0).attention
+    for layer_idx in range(config.num_hidden_layers):
+        if layer_idx not in routed:
+            total += fixed + pair * (positions + 1)
+            continue
+        inside = entered[routed.index(layer_idx)]
+        total += inside * (fixed + pair * inside.cumsum()) + router_flops(config, 1).total
+    return total

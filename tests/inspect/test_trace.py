@@ -1,0 +1,111 @@
+"""A trace says what the model did: the cache's counts, the oracle's FLOPs, the loss of evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
+from mixture_of_depths.flops import forward_flops
+from mixture_of_depths.inspect.trace import Trace, trace, trace_tokens
+from mixture_of_depths.sampling import pieces
+from mixture_of_depths.tokenizer import train_tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog\n    <script>é😀</script> שלום" * 3
+TOKENIZER = train_tokenizer([TEXT * 10], 300)
+
+
+def model_with(**changes: Any) -> MoDForCausalLM:
+    fields: dict[str, Any] = {
+        "vocab_size": len(TOKENIZER),
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "capacity": 0.25,
+        "initializer_range": 0.3,
+    }
+    return MoDForCausalLM(MoDConfig(**{**fields, **changes})).eval()
+
+
+def test_the_entries_of_each_block_are_those_the_cache_stored() -> None:
+    model = model_with()
+    found = trace(model, TOKENIZER, TEXT)
+    cache = MoDCache(model.config)
+    model(torch.tensor([found.token_ids.tolist()]), cache=cache, use_cache=True)
+    stored: Any = [cache.layers[i] for i in found.routed_layers]
+    assert found.routed_layers == [1, 3]
+    assert found.entered.sum(axis=1).tolist() == [int(layer.num_stored()) for layer in stored]
+    assert np.array_equal(found.entered, found.enters_by_itself)
+    assert found.blocks_used.sum() == 2 * len(found.pieces) + found.entered.sum()
+
+
+@pytest.mark.parametrize("changes", [{}, {"routed_layers": []}, {"router_type": "random"}, {"capacity": [0.5, 0.125]}])
+def test_the_flops_of_all_tokens_are_those_of_the_forward_pass(changes: dict[str, Any]) -> None:
+    model = model_with(**changes)
+    found = trace(model, TOKENIZER, TEXT, "top_k")
+    assert found.flops.sum() == pytest.approx(forward_flops(model.config, len(found.pieces)).total)
+    assert (found.flops <= found.dense_flops).all()
+
+
+def test_loss_entropy_and_probabilities_are_the_models() -> None:
+    model = model_with()
+    found = trace(model, TOKENIZER, TEXT)
+    input_ids = torch.tensor([found.token_ids.tolist()])
+    output = model(input_ids, labels=input_ids, output_routing=True, use_cache=False)
+    assert np.nanmean(found.loss) == pytest.approx(output.lm_loss.item(), rel=1e-5)
+    entropy = torch.distributions.Categorical(logits=output.logits[0]).entropy()
+    assert found.entropy == pytest.approx(entropy.detach().numpy(), rel=1e-4)
+    assert found.predictor_probability[0] == pytest.approx(
+        output.routing[1].causal_logits[0].sigmoid().detach().numpy(), rel=1e-5
+    )
+    assert np.isnan(trace(model_with(causal_router="threshold"), TOKENIZER, TEXT).predictor_probability).all()
+
+
+def test_json_and_parquet_hold_the_trace(tmp_path: Path) -> None:
+    found = trace(model_with(), TOKENIZER, TEXT, "top_k")
+    found.write_json(tmp_path / "trace.json")
+    read = json.loads((tmp_path / "trace.json").read_text())
+    assert "".join(read["pieces"]) == TEXT
+    assert read["entered"] == found.entered.tolist()
+    assert read["loss"][0] is None
+    found.write_parquet(tmp_path / "trace.parquet")
+    table = parquet.read_table(tmp_path / "trace.parquet")
+    assert table["piece"].to_pylist() == found.pieces
+    assert np.array_equal(np.array(table["entered"].to_pylist()).T, found.entered)
+    assert json.loads(table.schema.metadata[b"mixture_of_depths"]) == {
+        "routing": "top_k",
+        "routed_layers": [1, 3],
+        "capacity": [0.25, 0.25],
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+def test_the_pieces_of_a_text_join_to_it(text: str) -> None:
+    tokens: Any = TOKENIZER(text)["input_ids"]
+    assert "".join(pieces(TOKENIZER, tokens)) == text
+
+
+def test_a_character_that_the_tokens_break_off_is_shown_as_broken() -> None:
+    tokens: Any = TOKENIZER("a€")["input_ids"]
+    assert pieces(TOKENIZER, tokens[:-1])[-1] == "\ufffd"
+
+
+def test_a_text_that_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(ValueError, match="text='' is empty"):
+        trace(model_with(), TOKENIZER, "")
+    with pytest.raises(ValueError, match="tokens, more than the model's max_position_embeddings=8"):
+        trace(model_with(max_position_embeddings=8), TOKENIZER, TEXT)
+
+
+def test_a_model_without_routed_blocks_is_traced_too() -> None:
+    found = trace_tokens(model_with(routed_layers=[]), TOKENIZER, [1, 2, 3])
+    assert isinstance(found, Trace)
+    assert found.entered.shape == (0, 3)
+    assert found.blocks_used.tolist() == [4, 4, 4]
