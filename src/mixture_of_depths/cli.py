@@ -300,6 +300,55 @@ def retrofit(
     console.print_json(data=asdict(result))
 
 
+def inspect(
+    checkpoint: Checkpoint,
+    out: Path,
+    text: str | None = None,
+    file: Path | None = None,
+    routing: Literal["causal", "top_k"] = "causal",
+    figures: Path | None = None,
+    trace: Path | None = None,
+) -> None:
+    """Show where a model spends its compute on a text: a page with the text coloured by it, and figures.
+
+    Args:
+        checkpoint: Folder of a model.
+        out: HTML page to write; it needs no network.
+        text: Text to look at.
+        file: File of text to look at, UTF-8.
+        routing: What decides who enters: each token by itself, as in sampling, or top-k, as in training.
+        figures: Folder to write the figures to, as PNG and SVG.
+        trace: File to write the numbers to, .json or .parquet.
+    """
+    from mixture_of_depths.inspect import figures as drawing
+    from mixture_of_depths.inspect.report import write_report
+    from mixture_of_depths.inspect.trace import trace as run
+
+    _quiet()
+    if (text is None) == (file is None):
+        raise ValueError("give exactly one of text and file")
+    if trace is not None and trace.suffix not in (".json", ".parquet"):
+        raise ValueError(f"trace={trace} must end in .json or .parquet")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"file={file} is not UTF-8: {error}") from error
+    assert text is not None
+    model, tokenizer = _load(checkpoint)
+    found = run(model, tokenizer, text, routing)
+    looks_ahead = None
+    if model.config.routed_layers and model.config.router_type == "learned":
+        looks_ahead = found if routing == "top_k" else run(model, tokenizer, text, "top_k")
+    write_report(out, found, looks_ahead, f"{checkpoint.name}: where the compute goes")
+    print(out)
+    if trace is not None:
+        (found.write_json if trace.suffix == ".json" else found.write_parquet)(trace)
+        print(trace)
+    for path in drawing.save(drawing.draw(found, looks_ahead), figures) if figures is not None else []:
+        print(path)
+
+
 def serve(
     checkpoint: Checkpoint,
     host: str = "127.0.0.1",
@@ -666,6 +715,7 @@ def main() -> None:
         "retrofit": retrofit,
         "generate": generate,
         "bench": bench,
+        "inspect": inspect,
         "serve": serve,
         "isoflop": isoflop,
         "demo": demo,

@@ -1,0 +1,220 @@
+"""Figures of a trace, for pages and papers; the colours can be told apart by the colour-blind (Okabe and Ito)."""
+
+import io
+import keyword
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from scipy.stats import pearsonr, rankdata
+
+from mixture_of_depths.inspect.trace import Trace
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+KINDS = ("keyword", "name", "space", "digit", "end of line", "other")
+# More bins than that show noise.
+MOST_TICKS = 16
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation, with its 95 % interval that takes the tokens as independent."""
+
+    rho: float
+    low: float
+    high: float
+    tokens: int
+
+
+def engagement_against_entropy(trace: Trace) -> Correlation | None:
+    """How the number of blocks a token uses goes with the entropy of its prediction; None where one is constant."""
+    used, entropy = trace.blocks_used, trace.entropy
+    if len(used) < 4 or len(np.unique(used)) < 2 or len(np.unique(entropy)) < 2:
+        return None
+    # Its result is a tuple with more to it, which type checkers do not see.
+    found: Any = pearsonr(rankdata(used), rankdata(entropy))
+    interval = found.confidence_interval(0.95)
+    return Correlation(float(found.statistic), float(interval.low), float(interval.high), len(used))
+
+
+def kind_of(piece: str) -> str:
+    """What kind of token a piece of text is; keywords are Python's."""
+    bare = piece.strip()
+    if not bare:
+        return "end of line" if "\n" in piece or "\r" in piece else "space" if piece else "other"
+    if keyword.iskeyword(bare):
+        return "keyword"
+    if bare.isdigit():
+        return "digit"
+    return "name" if bare.isidentifier() else "other"
+
+
+def engagement_by_kind(trace: Trace) -> dict[str, tuple[int, float, float]]:
+    """Per kind that occurs: number of tokens, mean blocks used, and half the width of its 95 % interval."""
+    kinds = np.array([kind_of(piece) for piece in trace.pieces])
+    found = {}
+    for kind in KINDS:
+        used = trace.blocks_used[kinds == kind]
+        if len(used):
+            half = 1.96 * used.std(ddof=1) / np.sqrt(len(used)) if len(used) > 1 else float("nan")
+            found[kind] = (len(used), float(used.mean()), float(half))
+    return found
+
+
+def accuracy(top_k: Trace) -> list[tuple[float, float, float]]:
+    """Per routed block: share of causal decisions that agree with top-k, that only let in, and that only keep out."""
+    found = []
+    for decided, chosen in zip(top_k.enters_by_itself, top_k.entered, strict=True):
+        found.append(
+            (float((decided == chosen).mean()), float((decided & ~chosen).mean()), float((~decided & chosen).mean()))
+        )
+    return found
+
+
+def _axes(height: float = 3.2) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _block_ticks(axes: Axes, trace: Trace, along: str) -> None:
+    places = range(0, len(trace.routed_layers), -(-len(trace.routed_layers) // MOST_TICKS))
+    getattr(axes, f"set_{along}ticks")(places, [str(trace.routed_layers[place]) for place in places])
+    getattr(axes, f"set_{along}label")("routed block")
+
+
+def routing_map(trace: Trace) -> Figure:
+    """Depth against sequence: which tokens went through which block (figure 5 of the paper)."""
+    depth = trace.num_hidden_layers
+    figure, axes = _axes(min(6.0, 1.3 + 0.22 * depth))
+    image = np.full((depth, len(trace.pieces)), 2)
+    image[trace.routed_layers] = trace.entered
+    colours = ListedColormap(["#F0F0F0", BLUE, "#C8D7E1"])
+    axes.imshow(image, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest", origin="lower")
+    axes.set_xlabel("token of the sequence")
+    axes.set_ylabel("block")
+    step = -(-depth // MOST_TICKS)
+    axes.set_yticks(range(0, depth, step))
+    patches = [Patch(color=BLUE, label="entered"), Patch(color="#F0F0F0", label="skipped")]
+    if len(trace.routed_layers) < depth:
+        patches.append(Patch(color="#C8D7E1", label="not routed"))
+    figure.legend(handles=patches, loc="outside upper right", ncols=3, frameon=False)
+    return figure
+
+
+def weight_histogram(trace: Trace) -> Figure:
+    """Router weights of the tokens that entered and of those that did not, all routed blocks together."""
+    figure, axes = _axes()
+    values = trace.router_weight
+    bins = np.histogram_bin_edges(values, bins=60).tolist()
+    axes.hist(values[~trace.entered], bins=bins, color=GREY, alpha=0.8, label="skipped")
+    axes.hist(values[trace.entered], bins=bins, color=BLUE, alpha=0.8, label="entered")
+    axes.set_xlabel("router weight")
+    axes.set_ylabel("tokens")
+    axes.legend(frameon=False)
+    return figure
+
+
+def shares(trace: Trace) -> Figure:
+    """Share of the tokens that entered each routed block, beside its capacity."""
+    figure, axes = _axes()
+    places = np.arange(len(trace.routed_layers))
+    axes.bar(places, trace.entered.mean(axis=1), color=BLUE, label="entered")
+    axes.plot(places, trace.capacity, "D", color=ORANGE, label="capacity")
+    _block_ticks(axes, trace, "x")
+    axes.set_ylabel("share of the tokens")
+    axes.legend(frameon=False)
+    return figure
+
+
+def causal_decisions(top_k: Trace) -> Figure:
+    """Where the causal decision differs from the top-k choice, per routed block; from a trace under top-k routing."""
+    figure, axes = _axes()
+    found = np.array(accuracy(top_k)).reshape(-1, 3)
+    places = np.arange(len(found))
+    axes.bar(places, found[:, 1], color=ORANGE, label="let in, top-k would not")
+    axes.bar(places, found[:, 2], bottom=found[:, 1], color=PINK, label="kept out, top-k would not")
+    _block_ticks(axes, top_k, "x")
+    axes.set_ylabel("share of the decisions")
+    axes.set_title(f"{found[:, 0].mean():.1%} of the decisions agree", fontsize="medium")
+    axes.legend(frameon=False)
+    return figure
+
+
+def entropy_figure(trace: Trace) -> Figure:
+    """Entropy of the next-token prediction by the number of blocks used (the paper's remark in section 4.1)."""
+    figure, axes = _axes()
+    counts = np.unique(trace.blocks_used)
+    groups = [trace.entropy[trace.blocks_used == count] for count in counts]
+    axes.boxplot(groups, positions=counts, widths=0.6, showfliers=False, medianprops={"color": ORANGE})
+    axes.set_xticks(counts, [f"{count}\n({len(group)})" for count, group in zip(counts, groups, strict=True)])
+    axes.set_xlabel("blocks used (tokens)")
+    axes.set_ylabel("entropy of the prediction (nats)")
+    found = engagement_against_entropy(trace)
+    if found is not None:
+        label = f"rank correlation {found.rho:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f}"
+        axes.set_title(label, fontsize="medium")
+    return figure
+
+
+def kinds_figure(trace: Trace) -> Figure:
+    """Mean number of blocks used by kind of token, with 95 % intervals."""
+    figure, axes = _axes()
+    found = engagement_by_kind(trace)
+    places = np.arange(len(found))
+    half = [0.0 if np.isnan(width) else width for _, _, width in found.values()]
+    axes.bar(places, [mean for _, mean, _ in found.values()], yerr=half, color=GREEN, ecolor="black", capsize=3)
+    axes.set_xticks(places, [f"{kind}\n({count})" for kind, (count, _, _) in found.items()])
+    axes.axhline(trace.blocks_used.mean(), color=GREY, ls="--", label="mean of all tokens")
+    axes.set_ylabel("blocks used")
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
+    """All figures that the traces allow, by name; without routed blocks there are none.
+
+    Args:
+        trace: the text's trace.
+        top_k: its trace under top-k routing, for the causal decisions; None leaves them out.
+    """
+    if not trace.routed_layers:
+        return {}
+    found = {
+        "routing-map": routing_map(trace),
+        "router-weights": weight_histogram(trace),
+        "shares": shares(trace),
+        "entropy": entropy_figure(trace),
+        "kinds": kinds_figure(trace),
+    }
+    if top_k is not None:
+        found["causal-decisions"] = causal_decisions(top_k)
+    return found
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG, the same for the same figure."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "mixture-of-depths"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Writes every figure as PNG, at 200 dots per inch, and as SVG; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        written += [folder / f"{name}.png", folder / f"{name}.svg"]
+        figure.savefig(written[-2], dpi=200)
+        written[-1].write_text(svg(figure))
+    return written

@@ -1,0 +1,155 @@
+"""One self-contained HTML page that shows where a model spent its compute on a text."""
+
+import base64
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from mixture_of_depths.inspect import figures
+from mixture_of_depths.inspect.trace import Trace
+
+CAPTIONS = {
+    "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block.",
+    "router-weights": "The factor of the block's result, of all tokens in all routed blocks, had they entered.",
+    "shares": "How much of the text entered each routed block, beside the capacity that training chose with.",
+    "causal-decisions": "In sampling each token decides by itself; where that differs from training's top-k choice.",
+    "entropy": "Do tokens use more blocks where the next token is harder to tell? Boxes hold the middle half.",
+    "kinds": "Blocks used by kind of token; keywords are Python's.",
+}
+# From few blocks to many, light to dark: the order shows in grey, too.
+SHADES = ("#FFF7E0", "#FFE3A3", "#FDC078", "#F08A5D", "#C4516C", "#7A2E7A")
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #1a1a1a; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+#text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc;
+  border-radius: 6px; padding: .8rem; max-height: 70vh; overflow-y: auto; }
+#text span { unicode-bidi: isolate; border-radius: 2px; padding: 1px 0; }
+#text span:hover, #text span.chosen { outline: 2px solid #0072B2; }
+#tip { position: fixed; display: none; z-index: 2; max-width: 22rem; background: #fff; border: 1px solid #888;
+  border-radius: 6px; padding: .5rem .7rem; font-size: 13px; box-shadow: 0 2px 8px #0003; pointer-events: none;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.legend span { padding: 0 .5rem; margin-right: .3rem; border-radius: 3px; font-family: ui-monospace, monospace; }
+.figure { overflow-x: auto; } .figure img { width: 100%; min-width: 34rem; }
+""" + "".join(
+    f".s{number} {{ background: {shade}; color: {'#fff' if number > 3 else '#1a1a1a'}; }}\n"
+    for number, shade in enumerate(SHADES)
+)
+SCRIPT = """
+const trace = JSON.parse(document.getElementById("trace").textContent);
+const text = document.getElementById("text"), tip = document.getElementById("tip");
+const number = (value, digits = 3) => value === null ? "-" : value.toFixed(digits);
+function describe(i) {
+  const lines = [`token ${i}: ${JSON.stringify(trace.pieces[i])} (${trace.token_ids[i]})`,
+    `blocks used ${trace.blocks_used[i]} of ${trace.num_hidden_layers}`,
+    `FLOPs ${(trace.flops[i] / 1e6).toFixed(3)} M, with all blocks ${(trace.dense_flops[i] / 1e6).toFixed(3)} M`,
+    `loss ${number(trace.loss[i])}, entropy of the next ${number(trace.entropy[i])} nats`];
+  trace.routed_layers.forEach((block, row) => {
+    const probability = trace.predictor_probability[row][i];
+    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, weight ` +
+      number(trace.router_weight[row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
+  });
+  return lines.join("\\n");
+}
+function show(event) {
+  const span = event.target.closest("#text span");
+  if (!span) { tip.style.display = "none"; return; }
+  tip.textContent = describe(Number(span.dataset.i));
+  tip.style.display = "block";
+  const place = span.getBoundingClientRect(), box = tip.getBoundingClientRect();
+  tip.style.left = Math.max(4, Math.min(place.left, innerWidth - box.width - 4)) + "px";
+  tip.style.top = (place.bottom + box.height + 8 < innerHeight ? place.bottom + 6
+    : Math.max(4, place.top - box.height - 6)) + "px";
+}
+text.addEventListener("mouseover", show);
+text.addEventListener("click", show);
+text.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+"""
+
+
+def shade_of(used: int, least: int, most: int) -> int:
+    """The place of a number of blocks between the dense ones and all, among `SHADES`."""
+    return 0 if most == least else round((used - least) / (most - least) * (len(SHADES) - 1))
+
+
+def report(trace: Trace, top_k: Trace | None = None, title: str = "Where the compute goes") -> str:
+    """The page: the text coloured by the blocks each token used, with its numbers on hover, and the figures.
+
+    Args:
+        trace: the text's trace.
+        top_k: its trace under top-k routing, for the figure of the causal decisions; None leaves it out.
+        title: heading of the page.
+    """
+    most = trace.num_hidden_layers
+    least = most - len(trace.routed_layers)
+    used = trace.blocks_used.tolist()
+    spans = "".join(
+        f'<span class="s{shade_of(count, least, most)}" data-i="{i}">{escape(piece)}</span>'
+        for i, (piece, count) in enumerate(zip(trace.pieces, used, strict=True))
+    )
+    legend = "".join(
+        f'<span class="s{shade_of(count, least, most)}">{count}</span>' for count in range(least, most + 1)
+    )
+    drawn = figures.draw(trace, top_k)
+    images = "".join(
+        f"<h2>{escape(name.replace('-', ' ').capitalize())}</h2><p>{escape(CAPTIONS[name])}</p>"
+        f'<div class="figure"><img alt="{escape(CAPTIONS[name])}" src="data:image/svg+xml;base64,'
+        f'{base64.b64encode(figures.svg(figure).encode()).decode()}"></div>'
+        for name, figure in drawn.items()
+    )
+    for figure in drawn.values():
+        plt.close(figure)
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(trace).items())
+    # Nothing in a script element is read as markup but its end.
+    data = json.dumps(_rounded({**trace.as_dict(), "blocks_used": used})).replace("<", "\\u003c")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1><table>{rows}</table>"
+        f'<h2>The text</h2><p class="legend">blocks used: {legend}</p>'
+        f'<div id="text" dir="auto">{spans}</div><div id="tip" role="status"></div>{images}'
+        f'<script type="application/json" id="trace">{data}</script><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def write_report(path: Path, trace: Trace, top_k: Trace | None = None, title: str = "Where the compute goes") -> None:
+    """Writes `report`'s page to a file."""
+    path.write_text(report(trace, top_k, title), encoding="utf-8")
+
+
+def _facts(trace: Trace) -> dict[str, str]:
+    routing = "causal: each token decides by itself" if trace.routing == "causal" else "top-k, which looks ahead"
+    saved = 1 - trace.flops.sum() / trace.dense_flops.sum()
+    found = {
+        "tokens": f"{len(trace.pieces):,}",
+        "routing": routing,
+        "blocks": f"{trace.num_hidden_layers}, of them routed {len(trace.routed_layers)}",
+        "blocks used": f"{trace.blocks_used.mean():.2f} on average",
+        "FLOPs": f"{saved:.1%} less than if every token entered every block",
+        "loss": f"{np.nanmean(trace.loss):.3f} nats per token" if len(trace.pieces) > 1 else "-",
+    }
+    correlation = figures.engagement_against_entropy(trace) if trace.routed_layers else None
+    if correlation is not None:
+        found["blocks used against entropy"] = (
+            f"rank correlation {correlation.rho:+.3f}, 95 % interval {correlation.low:+.3f} to {correlation.high:+.3f}"
+        )
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are enough to read, and keep the page small."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return value
