@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import SENTENCE, options
 from transformers import TrainerCallback
 
@@ -330,3 +331,14 @@ def test_one_process_can_train_many_compiled_models(
         config = config_for(corpus, hidden_size=width, num_hidden_layers=2)
         opts = TrainOptions(max_steps=1, batch_size=4, compile=True)
         assert train(config, corpus, opts, tmp_path / str(width), console=QUIET)[1].finished
+
+
+def test_tensorboard_shows_losses_shares_weights_and_the_routing_map(corpus: Corpus, tmp_path: Path) -> None:
+    train(config_for(corpus), corpus, TrainOptions(max_steps=4, batch_size=4, eval_every=2), tmp_path, console=QUIET)
+    seen = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    seen.Reload()
+    scalars = ("train/loss", "eval/loss_causal", "eval/loss_top_k", "eval/causal_accuracy", "eval/share_entering_1")
+    assert set(scalars) <= set(seen.Tags()["scalars"])
+    assert seen.Tags()["histograms"] == ["router_weight/1"]
+    assert [image.step for image in seen.Images("routing")] == [2, 4]
+    assert (seen.Images("routing")[0].width, seen.Images("routing")[0].height) == (16, 8)

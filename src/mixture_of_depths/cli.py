@@ -37,7 +37,7 @@ def train(
     """Train a Mixture-of-Depths model, or with --no-routed its baseline.
 
     Args:
-        out: Folder for the model, its checkpoints, metrics.jsonl, TensorBoard records and curve.png.
+        out: Folder for the model, its checkpoints, metrics.jsonl, TensorBoard records, curve.png and report.html.
         data: Text and tokens.
         model: The model.
         training: The run.
@@ -46,6 +46,7 @@ def train(
     from rich.console import Console
 
     from mixture_of_depths.data import prepare
+    from mixture_of_depths.inspect.report import held_out_report
     from mixture_of_depths.training import horizon, model_config
     from mixture_of_depths.training import train as run
 
@@ -60,10 +61,11 @@ def train(
     config = model_config(model, corpus.tokenizer, data.sequence_length)
     length = horizon(training, config, data.sequence_length)
     console.print(f"{length.steps:,} steps, {length.tokens:,} tokens, {length.flops:.3g} training FLOPs")
-    _, result = run(config, corpus, training, out, resume=resume, console=console)
+    trained, result = run(config, corpus, training, out, resume=resume, console=console)
     if not result.finished:
         console.print(f"stopped at step {result.steps} of {length.steps}; go on with the same command and --resume")
         raise SystemExit(130)
+    held_out_report(trained, corpus, out / "report.html")
     console.print_json(data=asdict(result))
 
 
@@ -320,6 +322,7 @@ def inspect(
         figures: Folder to write the figures to, as PNG and SVG.
         trace: File to write the numbers to, .json or .parquet.
     """
+    from mixture_of_depths.calibration import causal_routers
     from mixture_of_depths.inspect import figures as drawing
     from mixture_of_depths.inspect.report import write_report
     from mixture_of_depths.inspect.trace import trace as run
@@ -337,9 +340,7 @@ def inspect(
     assert text is not None
     model, tokenizer = _load(checkpoint)
     found = run(model, tokenizer, text, routing)
-    looks_ahead = None
-    if model.config.routed_layers and model.config.router_type == "learned":
-        looks_ahead = found if routing == "top_k" else run(model, tokenizer, text, "top_k")
+    looks_ahead = run(model, tokenizer, text, "top_k") if causal_routers(model.config) else None
     write_report(out, found, looks_ahead, f"{checkpoint.name}: where the compute goes")
     print(out)
     if trace is not None:

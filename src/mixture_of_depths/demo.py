@@ -13,6 +13,7 @@ from rich.table import Table
 from mixture_of_depths import plots
 from mixture_of_depths.data import Corpus, prepare
 from mixture_of_depths.flops import forward_flops_per_token
+from mixture_of_depths.inspect.report import held_out_report
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
@@ -30,7 +31,7 @@ SIZES = {
 
 
 def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool) -> None:
-    """Trains both models in `out`, prints a table and samples, and writes curves.png and demo.json.
+    """Trains both models in `out`, prints a table and samples, and writes curves.png, demo.json and report.html.
 
     Raises:
         ValueError: for a folder that holds a demo, unless it is resumed, unusable text, or a budget below one step.
@@ -62,7 +63,8 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
         console.print(coloured(model, corpus.tokenizer, sample.tokens))
     plots.training_curve({name: out / name / "metrics.jsonl" for name in models}, out / "curves.png")
     (out / "demo.json").write_text(json.dumps({"max_flops": max_flops, "models": rows, **provenance()}, indent=2))
-    console.print(f"\ncurves: {out / 'curves.png'}   figures: {out / 'demo.json'}")
+    held_out_report(models["MoD"], corpus, out / "report.html")
+    console.print(f"\ncurves: {out / 'curves.png'}   figures: {out / 'demo.json'}   routing: {out / 'report.html'}")
 
 
 def _speeds(models: dict[str, MoDForCausalLM], corpus: Corpus, repeats: int = 3) -> dict[str, float]:

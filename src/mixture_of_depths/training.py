@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,6 +30,7 @@ from transformers import (
     set_seed,
 )
 from transformers import TrainingArguments as HFTrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
@@ -44,6 +46,7 @@ from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Collator, Corpus
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import model_parameters, training_flops_per_token
+from mixture_of_depths.inspect.trace import trace_tokens
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
@@ -267,6 +270,29 @@ class Recorder(TrainerCallback):
         self.progress.stop()
 
 
+class Board(TensorBoardCallback):
+    """The library's TensorBoard records, and at each evaluation the routing of one fixed block of held-out text."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
+        self.tokens = cast(list[int], corpus.validation[0]["input_ids"])
+        self.tokenizer = corpus.tokenizer
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.tb_writer is None or not model.config.routed_layers:
+            return
+        was_training = model.training
+        found = trace_tokens(model.eval(), self.tokenizer, self.tokens)
+        model.train(was_training)
+        for block, weights in zip(found.routed_layers, found.router_weight, strict=True):
+            self.tb_writer.add_histogram(f"router_weight/{block}", weights, state.global_step)
+        # The deepest block on top, each a band of pixels.
+        picture = np.repeat(found.entered[::-1], 8, axis=0).astype(np.float32)
+        self.tb_writer.add_image("routing", picture, state.global_step, dataformats="HW")
+
+
 class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint; a second one ends it at once.
 
@@ -435,7 +461,7 @@ def _run(
             train_dataset=corpus.train.select(range(whole)),
             eval_dataset=corpus.validation,
             data_collator=Collator(corpus.end_of_text),
-            callbacks=[recorder, stop, *tuning.callbacks],
+            callbacks=[recorder, stop, Board(corpus), *tuning.callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -548,7 +574,7 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
         save_total_limit=2,
         seed=options.seed,
         data_seed=options.seed,
-        report_to=["tensorboard"],
+        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
+from mixture_of_depths.calibration import causal_routers
+from mixture_of_depths.data import Corpus
 from mixture_of_depths.inspect import figures
-from mixture_of_depths.inspect.trace import Trace
+from mixture_of_depths.inspect.trace import Trace, trace_tokens
+from mixture_of_depths.modeling import MoDForCausalLM
 
 CAPTIONS = {
     "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block.",
@@ -123,6 +126,15 @@ def report(trace: Trace, top_k: Trace | None = None, title: str = "Where the com
 def write_report(path: Path, trace: Trace, top_k: Trace | None = None, title: str = "Where the compute goes") -> None:
     """Writes `report`'s page to a file."""
     path.write_text(report(trace, top_k, title), encoding="utf-8")
+
+
+def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
+    """Writes the page of the first block of held-out text, under causal routing."""
+    model.eval()
+    tokens: Any = corpus.validation[0]["input_ids"]
+    found = trace_tokens(model, corpus.tokenizer, tokens)
+    top_k = trace_tokens(model, corpus.tokenizer, tokens, "top_k") if causal_routers(model.config) else None
+    write_report(path, found, top_k, "Where the compute goes on held-out text")
 
 
 def _facts(trace: Trace) -> dict[str, str]:
