@@ -25,7 +25,7 @@ from mixture_of_depths.tokenizer import load_tokenizer, train_tokenizer
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path, max_position_embeddings: int = 128) -> None:
     """A small model with a tokenizer and a chat template."""
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300)
     tokenizer.chat_template = TEMPLATE
@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path) -> None:
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.3,
     )
     MoDForCausalLM(config).save_pretrained(folder)

@@ -350,6 +350,34 @@ def inspect(
         print(path)
 
 
+def playground(
+    checkpoint: Checkpoint,
+    baseline: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    compile: bool = False,
+) -> None:
+    """Open a page to sample from a model, its tokens coloured by the blocks they used. Needs the extra "playground".
+
+    Args:
+        checkpoint: Folder of a model.
+        baseline: Folder of a model to sample from beside it.
+        host: Address to listen on; by default only this machine can ask.
+        port: Port to listen on.
+        compile: Compile the sampling steps before the page opens: many times faster afterwards.
+    """
+    _quiet()
+    _check_port(port)
+    _needs("playground", "gradio")
+    if compile and not _can_compile():
+        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    models = {str(path): _load(path) for path in (checkpoint, baseline) if path is not None}
+    from mixture_of_depths.playground import page
+    from mixture_of_depths.playground import serve as run
+
+    run(page(models, compile), host, port)
+
+
 def serve(
     checkpoint: Checkpoint,
     host: str = "127.0.0.1",
@@ -371,8 +399,7 @@ def serve(
     import torch
 
     _quiet()
-    if not 0 < port < 65536:
-        raise ValueError(f"port={port} must lie between 1 and 65535")
+    _check_port(port)
     _needs("serve", "fastapi", "uvicorn", "openai")
     if compile and not _can_compile():
         raise ValueError("compile needs a C++ compiler; install one, such as g++")
@@ -657,6 +684,11 @@ def demo(
     run(out, max_flops, data, seed, resume)
 
 
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port={port} must lie between 1 and 65535")
+
+
 def _needs(extra: str, *modules: str) -> None:
     """Refuses with the name of the extra that brings a missing module."""
     from importlib.util import find_spec
@@ -717,6 +749,7 @@ def main() -> None:
         "generate": generate,
         "bench": bench,
         "inspect": inspect,
+        "playground": playground,
         "serve": serve,
         "isoflop": isoflop,
         "demo": demo,

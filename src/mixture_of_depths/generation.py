@@ -422,6 +422,7 @@ def stream(
     seeds: Sequence[int] | None = None,
     active_B: Tensor | None = None,
     compiled: bool = False,
+    watch: Callable[[State], None] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, [B], token by token, until all rows have ended.
 
@@ -437,6 +438,7 @@ def stream(
         active_B (torch.Tensor | None): True for rows that go on; of shape [B]. It is only read: its owner may end a
             row by writing False between two tokens.
         compiled: whether to compile the step, which needs a C++ compiler on the CPU and half a minute the first time.
+        watch: is shown the state after the prompts, and after every step, which has read the token yielded before it.
 
     Raises:
         ValueError: for prompts the model cannot go on from.
@@ -452,6 +454,8 @@ def stream(
     ended_B = torch.zeros_like(active_B)
     step = torch.compile(decode_step, fullgraph=True, options=COMPILER_OPTIONS) if compiled else decode_step
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
+    if watch is not None:
+        watch(state)
     room = 0
     for number in range(options.max_new_tokens):
         token_B = choose_token(logits_BV)
@@ -468,3 +472,5 @@ def stream(
         # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
             logits_BV = step(model, token_B, going_B, state)
+        if watch is not None:
+            watch(state)

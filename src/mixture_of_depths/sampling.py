@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.flops import block_flops, expert_rows_per_token
 from mixture_of_depths.generation import end_tokens, stream
 from mixture_of_depths.modeling import MoDForCausalLM
@@ -181,11 +182,17 @@ def coloured(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: 
     for count in range(dense, blocks + 1):
         text.append(f" {count} ", style=f"bold {colour(count)}")
         text.append(f"({used.count(count) / len(used):.0%})")
-    mean = sum(used) / len(used)
-    block = block_flops(model.config, 1, len(used) / 2, expert_rows_per_token(model.config)).total
-    whole = blocks * block + 2 * model.config.hidden_size * model.config.vocab_size
-    text.append(f"   mean {mean:.2f} of {blocks}; {(blocks - mean) * block / whole:.0%} of the compute saved")
+    text.append(
+        f"   mean {sum(used) / len(used):.2f} of {blocks}; {saved(model.config, used):.0%} of the compute saved"
+    )
     return text
+
+
+def saved(config: MoDConfig, used: Sequence[int]) -> float:
+    """Share of the operations that tokens spare which went through `used` blocks, in the place of all of them."""
+    block = block_flops(config, 1, len(used) / 2, expert_rows_per_token(config)).total
+    whole = config.num_hidden_layers * block + 2 * config.hidden_size * config.vocab_size
+    return (config.num_hidden_layers - sum(used) / len(used)) * block / whole
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
