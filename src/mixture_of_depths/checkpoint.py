@@ -1,16 +1,24 @@
-"""The state of a run beside the model's weights, as safetensors and JSON: optimiser, schedule, random generators."""
+"""The state of a run beside the model's weights, as safetensors and JSON, and checkpoints that are whole or not there.
 
+A checkpoint is written aside, sealed with the checksums of its files, and only then renamed to where it is looked for.
+"""
+
+import fcntl
+import hashlib
 import json
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 OPTIMIZER, SCHEDULE, GENERATORS = "optimizer", "schedule.json", "generators"
+CHECKSUMS, ASIDE, LOCK = "checksums.json", ".saving", ".lock"
 
 
 def save_optimizer(state: dict[str, Any], folder: Path) -> None:
@@ -77,15 +85,60 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: aside first, to the disk, and then renamed."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files in a folder into it, last, and everything to the disk."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sums[str(path.relative_to(folder))] = _checksum(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    write_aside(folder / CHECKSUMS, json.dumps(sums, indent=2))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a sealed folder holds what it held when it was sealed."""
+    try:
+        sums = read_json(folder / CHECKSUMS)
+        return bool(sums) and all(_checksum(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The whole checkpoint with the most steps in a run's folder, and its steps; damaged ones are passed over."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
+    steps = {path: int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        if is_whole(path):
+            return path, steps[path]
+    return None
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no second process works in it; a killed one lets go of it.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    with (folder / LOCK).open("w") as file:
         try:
-            found.append((path, int(read_json(path / "trainer_state.json")["global_step"])))
-            for tensors in ("model.safetensors", f"{OPTIMIZER}.safetensors", f"{GENERATORS}.safetensors"):
-                with safe_open(path / tensors, "pt"):
-                    pass
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            found = [entry for entry in found if entry[0] != path]
-    return max(found, key=lambda entry: entry[1], default=None)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out={folder} is in use by another run; wait for it, or name another folder") from None
+        yield

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from torch.optim import Optimizer
@@ -31,16 +33,22 @@ from transformers import (
 )
 from transformers import TrainingArguments as HFTrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
+    ASIDE,
+    LOCK,
     SCHEDULE,
     latest_checkpoint,
     load_generators,
     load_optimizer,
+    only_run,
     read_json,
     save_generators,
     save_optimizer,
+    seal,
+    write_aside,
 )
 from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Collator, Corpus
@@ -142,6 +150,8 @@ class MoDTrainer(Trainer):
     def __init__(self, corpus: Corpus, options: TrainOptions, **kwargs: Any) -> None:
         self.corpus = corpus
         self.run_options = options
+        # Where a checkpoint is being written, before it is renamed.
+        self._aside: str | None = None
         super().__init__(**kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -174,6 +184,26 @@ class MoDTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices of the language model; routers, predictors, norms and biases do not decay."""
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._aside = str(folder / ASIDE)
+        shutil.rmtree(self._aside, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            seal(folder / ASIDE / name)
+        except SafetensorError as error:
+            raise OSError(f"checkpoint in {folder} cannot be written: {error}") from error
+        finally:
+            self._aside = None
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / ASIDE / name).rename(folder / name)
+        shutil.rmtree(folder / ASIDE)
+        rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -218,7 +248,7 @@ class Recorder(TrainerCallback):
     def recall(self, steps: int) -> None:
         """Drops what a stopped run logged after its last checkpoint, which is computed again."""
         records = [record for record in read_records(self.path) if record["step"] <= steps]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_aside(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.train_seconds = max((record.get("train_seconds", 0.0) for record in records), default=0.0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -393,10 +423,31 @@ def train(
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     arguments = _arguments(options, length, folder)
-    start = _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
-    if resume and start is None:
-        console.print("no whole checkpoint yet; starting from the beginning")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} is a file; name a folder")
+    if resume and not (folder / "run.json").exists():
+        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_run(folder):
+        start = _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
+        if resume and start is None:
+            console.print("no whole checkpoint yet; starting from the beginning")
+        return _train(config, corpus, options, arguments, length, folder, start, console, tuning)
 
+
+def _train(
+    config: MoDConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    arguments: HFTrainingArguments,
+    length: Horizon,
+    folder: Path,
+    start: tuple[Path, int] | None,
+    console: Console,
+    tuning: Tuning | None,
+) -> tuple[MoDForCausalLM, TrainResult]:
+    """Trains from a checkpoint, or from the beginning, and evaluates; see `train`."""
+    sequence_length = len(corpus.train[0]["input_ids"])
     set_seed(options.seed)
     tuning = tuning or Tuning(MoDForCausalLM(copy.deepcopy(config)), {})
     model = tuning.model
@@ -429,7 +480,7 @@ def train(
     )
     if finished:
         record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
-        (folder / "result.json").write_text(record)
+        write_aside(folder / "result.json", record)
     return model, result
 
 
@@ -509,7 +560,7 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
 def _open_folder(
     folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool, tuning: dict[str, Any]
 ) -> tuple[Path, int] | None:
-    """Makes the run's folder, or checks that it holds the same run; returns the checkpoint to go on from."""
+    """Describes the run in its folder, or checks that it holds the same; returns the checkpoint to go on from."""
     text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
     described = json.loads(
         json.dumps(
@@ -518,8 +569,6 @@ def _open_folder(
     )
     path = folder / "run.json"
     if resume:
-        if not path.exists():
-            raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
         earlier = read_json(path)
         if earlier["text"]["key"] != corpus.key:
             raise ValueError(
@@ -540,12 +589,10 @@ def _open_folder(
                         "use another folder"
                     )
         return latest_checkpoint(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()):
+    # What a run that was killed at once leaves is no run.
+    if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
         raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**described, **provenance()}, indent=2))
+    write_aside(path, json.dumps({**described, **provenance()}, indent=2))
     return None
 
 
