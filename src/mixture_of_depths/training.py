@@ -317,7 +317,9 @@ class Board(TensorBoardCallback):
         found = trace_tokens(model.eval(), self.tokenizer, self.tokens)
         model.train(was_training)
         for block, weights in zip(found.routed_layers, found.router_weight, strict=True):
-            self.tb_writer.add_histogram(f"router_weight/{block}", weights, state.global_step)
+            # A run that diverges is stopped at its next step, by name.
+            if np.isfinite(weights).all():
+                self.tb_writer.add_histogram(f"router_weight/{block}", weights, state.global_step)
         # The deepest block on top, each a band of pixels.
         picture = np.repeat(found.entered[::-1], 8, axis=0).astype(np.float32)
         self.tb_writer.add_image("routing", picture, state.global_step, dataformats="HW")
