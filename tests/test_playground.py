@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import watched
 from playwright.sync_api import sync_playwright
 from test_serving import make_checkpoint
 
@@ -58,11 +59,7 @@ def test_a_browser_samples_from_two_models_side_by_side(pair: Any, width: int) -
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": width, "height": 900})
-        errors: list[str] = []
-        requests: list[str] = []
-        opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        opened.on("request", lambda request: requests.append(request.url))
+        errors, requests = watched(opened)
         for _ in range(100):
             try:
                 opened.goto(f"http://127.0.0.1:{port}")

@@ -9,15 +9,16 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from test_data import SENTENCE, options
+from test_data import SENTENCE
+from test_training import QUIET
+from test_training import corpus as corpus
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths import retrofit as retrofit_module
-from mixture_of_depths.data import Corpus, batches, prepare
+from mixture_of_depths.data import Corpus, batches
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofit import (
     RIDGE,
@@ -34,7 +35,6 @@ from mixture_of_depths.retrofit import (
     set_routers,
 )
 
-QUIET = Console(quiet=True)
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -45,14 +45,6 @@ SMALL: dict[str, Any] = {
 }
 TUNING = TrainOptions(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_blocks=2)
 ROUTING = RetrofitOptions(capacity=0.25, routed_layers=(1, 2), fit_blocks=4, measure_blocks=2)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
-    return prepare(options(folder, str(folder / "*.txt")))
 
 
 def dense_for(corpus: Corpus, **changes: Any) -> MoDForCausalLM:

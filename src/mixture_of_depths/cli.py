@@ -340,7 +340,9 @@ def inspect(
     assert text is not None
     model, tokenizer = _load(checkpoint)
     found = run(model, tokenizer, text, routing)
-    looks_ahead = run(model, tokenizer, text, "top_k") if causal_routers(model.config) else None
+    looks_ahead = None
+    if causal_routers(model.config):
+        looks_ahead = found if routing == "top_k" else run(model, tokenizer, text, "top_k")
     write_report(out, found, looks_ahead, f"{checkpoint.name}: where the compute goes")
     print(out)
     if trace is not None:

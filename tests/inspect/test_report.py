@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import watched
 from playwright.sync_api import Page, sync_playwright
 from test_trace import TOKENIZER, model_with
 
@@ -99,12 +100,7 @@ def browser() -> Any:
 def opened(browser: Any, path: Path, width: int) -> tuple[Page, list[str], list[str]]:
     """The page in a window, with what it wrote to the console as an error and what it asked for."""
     page = browser.new_page(viewport={"width": width, "height": 900})
-    errors: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: errors.append(dialog.message))
-    page.on("request", lambda request: requests.append(request.url))
+    errors, requests = watched(page)
     page.goto(path.as_uri())
     return page, errors, requests
 
