@@ -395,6 +395,16 @@ def test_the_training_step_compiles_without_a_graph_break() -> None:
     assert loss.item() == pytest.approx(eager.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("change", [{"router_type": "random"}, {"causal_router": "threshold"}, {"num_experts": 2}])
+def test_every_kind_of_router_is_traced_without_a_graph_break(change: dict[str, Any]) -> None:
+    model = MoDForCausalLM(MoDConfig(**TINY | change)).eval()
+    input_ids = torch.randint(0, 31, (2, 16))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    arguments = {"input_ids": input_ids, "routing": "top_k", "use_cache": False}
+    torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits)
+
+
 def test_contradicting_arguments_are_refused_by_name() -> None:
     model = tiny().eval()
     input_ids = torch.randint(0, 31, (2, 6))

@@ -14,7 +14,6 @@ Shapes: B batch, T tokens, K chosen tokens per row (the largest number in the ba
 """
 
 import math
-from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
@@ -110,7 +109,8 @@ class Router(nn.Module):
         """Returns the router's logits and the causal logits, both of shape [B, T]."""
         if self.is_random:
             router_logits_BT = self._random_logits(hidden_BTD, position_BT)
-            threshold = NormalDist().inv_cdf(1 - min(self.capacity, 1 - 1e-12))
+            share = torch.tensor(1 - 2 * min(self.capacity, 1 - 1e-12), dtype=torch.float64, device=hidden_BTD.device)
+            threshold = (math.sqrt(2) * torch.erfinv(share)).to(hidden_BTD.dtype)
             return router_logits_BT, router_logits_BT - threshold
         router_logits_BT = self.proj(self.input_of(hidden_BTD)).squeeze(-1)
         match self.config.causal_router:
