@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixture_of_depths.isoflop.plan import budget_name
 
@@ -22,7 +23,7 @@ class Curve:
         best: the point with the smallest loss.
         optimum: (parameters, loss) at the bottom of the parabola fitted to the points around the best, in the logarithm
             of the parameters. None when it would rest on little: fewer than four points, a best point at the edge, a
-            bottom outside the points or more than 1 % below the best of them.
+            bottom outside the points or more than 1 % from the best of them, so that no parabola describes them.
     """
 
     points: list[tuple[float, float, float]]
@@ -32,13 +33,24 @@ class Curve:
 
 def curve(records: Records, loss: str) -> Curve:
     """The curve through the records of one family and budget, by `loss_causal` or `loss_top_k`."""
+    return curve_through(
+        sorted(
+            (found[0]["parameters"], found[0]["flops_per_token"], fmean(record["evaluation"][loss] for record in found))
+            for found in by_size(records)
+        )
+    )
+
+
+def by_size(records: Records) -> list[Records]:
+    """The records of each depth: those of its seeds."""
     depths: dict[int, Records] = defaultdict(list)
     for record in records:
         depths[record["depth"]].append(record)
-    points = sorted(
-        (found[0]["parameters"], found[0]["flops_per_token"], fmean(record["evaluation"][loss] for record in found))
-        for found in depths.values()
-    )
+    return list(depths.values())
+
+
+def curve_through(points: list[tuple[float, float, float]]) -> Curve:
+    """The curve through (parameters, forward FLOPs per token, loss), sorted."""
     best = min(points, key=lambda point: point[2])
     at = points.index(best)
     around = points[max(0, at - 2) : at + 3]
@@ -50,7 +62,7 @@ def curve(records: Records, loss: str) -> Curve:
     if bend <= 0 or not size[0] <= (bottom := middle - slope / (2 * bend)) <= size[-1]:
         return Curve(points, best, None)
     loss_there = float(height - slope**2 / (4 * bend))
-    if loss_there < 0.99 * best[2]:
+    if not 0.99 * best[2] <= loss_there <= 1.01 * best[2]:
         return Curve(points, best, None)
     return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
@@ -80,25 +92,41 @@ def run_of(records: Records, parameters: float) -> dict[str, Any]:
 
 
 def ratio_interval(
-    mod: Records, baseline: Records, loss: str, draws: int = 5000, seed: int = 0
+    mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the ratio of the losses at both best sizes, by bootstrap over their seeds.
+    """The 95 % interval of the ratio of both families' best losses, by bootstrap over seeds.
 
-    Deviations from the mean are drawn wider by the root of n / (n - 1), as those of n seeds from their own mean are too
-    small. What the choice of the size adds is not in it. None unless both best sizes were trained from two seeds or
-    more.
+    In every draw each size of a family gets another mean loss, and the optimum is taken anew. Sizes with one seed tell
+    nothing of their noise: deviations from a size's mean are pooled over those of the family with two seeds or more,
+    each wider by the root of n / (n - 1), as the deviations of n seeds from their own mean are too small. None unless
+    both families have such a size.
     """
     generator = np.random.default_rng(seed)
-    means = []
-    for records in (mod, baseline):
-        size = curve(records, loss).best[0]
-        losses = np.array([record["evaluation"][loss] for record in records if record["parameters"] == size])
-        if len(losses) < 2:
-            return None
-        wider = (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 + losses.mean()
-        means.append(wider[generator.integers(0, len(losses), (draws, len(losses)))].mean(axis=1))
-    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    found = [_drawn_best_losses(records, loss, draws, generator) for records in (mod, baseline)]
+    if found[0] is None or found[1] is None:
+        return None
+    low, high = np.quantile(found[0] / found[1], [0.025, 0.975])
     return float(low), float(high)
+
+
+def _drawn_best_losses(
+    records: Records, loss: str, draws: int, generator: np.random.Generator
+) -> NDArray[np.float64] | None:
+    sizes = [(found, np.array([record["evaluation"][loss] for record in found])) for found in by_size(records)]
+    noise = [
+        (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 for _, losses in sizes if len(losses) > 1
+    ]
+    if not noise:
+        return None
+    pool = np.concatenate(noise)
+    drawn = [losses.mean() + generator.choice(pool, (draws, len(losses))).mean(axis=1) for _, losses in sizes]
+    shapes = [(found[0]["parameters"], found[0]["flops_per_token"]) for found, _ in sizes]
+    return np.array(
+        [
+            best_loss(curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, means, strict=True))))
+            for means in zip(*drawn, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True)
