@@ -275,6 +275,76 @@ def test_the_demo_trains_compares_and_samples(
     assert models["MoD"]["blocks"] > models["baseline"]["blocks"]
 
 
+def test_inspect_writes_the_page_the_figures_and_the_numbers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    page, figures, numbers = tmp_path / "page.html", tmp_path / "figures", tmp_path / "trace.json"
+    arguments = ["inspect", str(checkpoint), "--text", "The router <b>", "--out", str(page)]
+    status, output, _ = run(
+        monkeypatch, capsys, *arguments, "--figures", str(figures), "--trace", str(numbers), "--routing", "top_k"
+    )
+    assert status == 0
+    assert {Path(line) for line in output.split("\n") if line} == {page, numbers, *figures.iterdir()}
+    assert len(list(figures.glob("*.svg"))) == len(list(figures.glob("*.png"))) == 6
+    trace = json.loads(numbers.read_text())
+    assert "".join(trace["pieces"]) == "The router <b>"
+    assert trace["routing"] == "top_k"
+    assert page.read_text().count('<span class="s') >= len(trace["pieces"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give exactly one of text and file"),
+        (["--text", ""], "text='' is empty"),
+        (["--text", "a", "--trace", "trace.csv"], "must end in .json or .parquet"),
+        (["--text", "a " * 4000], "max_position_embeddings="),
+        (["--file", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_look_at(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    arguments: list[str],
+    message: str,
+) -> None:
+    page = tmp_path / "page.html"
+    status, _, errors = run(monkeypatch, capsys, "inspect", str(checkpoint), "--out", str(page), *arguments)
+    assert (status, message in errors, page.exists()) == (2, True, False)
+
+
+def test_a_trained_model_is_retrofitted_and_evaluated(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "retrofitted"
+    train = ["train", "--out", str(dense), *data(text), *TINY, "--no-routed", "--max-steps", "2"]
+    assert run(monkeypatch, capsys, *train)[0] == 0
+    sources = ["--data", str(text / "*.txt"), "--sequence-length", "16", "--cache-dir", str(text / "cache")]
+    arguments = ["retrofit", str(dense), *sources, "--out", str(out), "--batch-size", "4", "--flops-share", "0.9"]
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--max-steps", "4")
+    assert status == 0, errors
+    assert 0 < json.loads((out / "retrofit.json").read_text())["flops_share"] <= 0.9
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(out))
+    assert status == 0
+    assert json.loads(output)["loss_causal"] > 0
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--max-steps", "4")
+    assert (status, "is not empty" in errors) == (2, True)
+
+
+def test_the_playground_refuses_what_it_cannot_show(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for arguments, message in (
+        ([str(tmp_path / "absent")], "absent"),
+        ([str(checkpoint), "--port", "70000"], "port=70000"),
+        ([str(checkpoint), "--baseline", str(tmp_path / "absent")], "absent"),
+    ):
+        status, _, errors = run(monkeypatch, capsys, "playground", *arguments)
+        assert (status, message in errors) == (2, True)
+
+
 def test_an_isoflop_study_from_plan_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     study, out = str(study_file(tmp_path)), str(tmp_path / "out")
     status, output, _ = run(monkeypatch, capsys, "isoflop", "plan", study)

@@ -322,10 +322,10 @@ def inspect(
         figures: Folder to write the figures to, as PNG and SVG.
         trace: File to write the numbers to, .json or .parquet.
     """
-    from mixture_of_depths.calibration import causal_routers
-    from mixture_of_depths.inspect import figures as drawing
-    from mixture_of_depths.inspect.report import write_report
+    from mixture_of_depths.inspect.figures import drawn, save
+    from mixture_of_depths.inspect.report import report
     from mixture_of_depths.inspect.trace import trace as run
+    from mixture_of_depths.inspect.trace import under_top_k
 
     _quiet()
     if (text is None) == (file is None):
@@ -340,16 +340,15 @@ def inspect(
     assert text is not None
     model, tokenizer = _load(checkpoint)
     found = run(model, tokenizer, text, routing)
-    looks_ahead = None
-    if causal_routers(model.config):
-        looks_ahead = found if routing == "top_k" else run(model, tokenizer, text, "top_k")
-    write_report(out, found, looks_ahead, f"{checkpoint.name}: where the compute goes")
-    print(out)
-    if trace is not None:
-        (found.write_json if trace.suffix == ".json" else found.write_parquet)(trace)
-        print(trace)
-    for path in drawing.save(drawing.draw(found, looks_ahead), figures) if figures is not None else []:
-        print(path)
+    with drawn(found, under_top_k(model, tokenizer, found)) as images:
+        page = report(found, images, f"{checkpoint.name}: where the compute goes")
+        out.write_text(page, encoding="utf-8")
+        print(out)
+        if trace is not None:
+            (found.write_json if trace.suffix == ".json" else found.write_parquet)(trace)
+            print(trace)
+        for path in save(images, figures) if figures is not None else []:
+            print(path)
 
 
 def playground(

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from test_trace import TEXT, TOKENIZER, model_with
 
 from mixture_of_depths.inspect.figures import (
     accuracy,
-    draw,
+    drawn,
     engagement_against_entropy,
     engagement_by_kind,
     kind_of,
@@ -72,14 +73,20 @@ def test_right_and_wrong_decisions_are_all_decisions() -> None:
 @pytest.mark.parametrize("text", [TEXT, "a"])
 def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
     found = trace(model_with(**changes), TOKENIZER, text)
-    figures = draw(found, trace(model_with(**changes), TOKENIZER, text, "top_k"))
-    assert sorted(figures) == ["causal-decisions", "entropy", "kinds", "router-weights", "routing-map", "shares"]
-    written = save(figures, tmp_path)
+    with drawn(found, trace(model_with(**changes), TOKENIZER, text, "top_k")) as figures:
+        assert sorted(figures) == ["causal-decisions", "entropy", "kinds", "router-weights", "routing-map", "shares"]
+        written = save(figures, tmp_path)
     assert len(written) == 12
     assert all(path.stat().st_size > 1000 for path in written)
+    assert plt.get_fignums() == []
 
 
 def test_the_same_trace_draws_the_same_picture() -> None:
     found = trace(model_with(), TOKENIZER, TEXT)
-    assert svg(draw(found, None)["shares"]) == svg(draw(found, None)["shares"])
-    assert draw(trace(model_with(routed_layers=[]), TOKENIZER, TEXT), None) == {}
+    pictures = []
+    for _ in range(2):
+        with drawn(found, None) as figures:
+            pictures.append(svg(figures["shares"]))
+    assert pictures[0] == pictures[1]
+    with drawn(trace(model_with(routed_layers=[]), TOKENIZER, TEXT), None) as figures:
+        assert figures == {}

@@ -10,7 +10,8 @@ from browser import watched
 from playwright.sync_api import Page, sync_playwright
 from test_trace import TOKENIZER, model_with
 
-from mixture_of_depths.inspect.report import report, write_report
+from mixture_of_depths.inspect.figures import drawn
+from mixture_of_depths.inspect.report import report
 from mixture_of_depths.inspect.trace import Trace, trace
 
 NASTY = (
@@ -58,9 +59,14 @@ def traced(text: str, **changes: Any) -> Trace:
     return trace(model_with(max_position_embeddings=16_384, **changes), TOKENIZER, text)
 
 
+def page_of(found: Trace, title: str = "A page") -> str:
+    with drawn(found, None) as figures:
+        return report(found, figures, title)
+
+
 def test_every_token_is_escaped_and_shown_as_itself() -> None:
     found = traced(NASTY)
-    reader = read(report(found, title="<b>"))
+    reader = read(page_of(found, "<b>"))
     assert reader.spans == found.pieces
     assert "".join(reader.spans) == NASTY
     assert reader.tags.count("script") == 2
@@ -69,14 +75,14 @@ def test_every_token_is_escaped_and_shown_as_itself() -> None:
 
 
 def test_the_page_asks_for_nothing_from_outside() -> None:
-    page = report(traced("plain text"))
+    page = page_of(traced("plain text"))
     assert all(link.startswith("data:image/svg+xml;base64,") for link in read(page).links)
     assert "://" not in page
 
 
 def test_the_numbers_in_the_page_are_the_traces() -> None:
     found = traced("the quick brown fox\n" * 8)
-    page = report(found)
+    page = page_of(found)
     data = json.loads(page.split('id="trace">')[1].split("</script>")[0])
     assert data["entered"] == found.entered.tolist()
     assert data["blocks_used"] == found.blocks_used.tolist()
@@ -84,7 +90,7 @@ def test_the_numbers_in_the_page_are_the_traces() -> None:
 
 
 def test_a_model_without_routed_blocks_has_a_page_too() -> None:
-    page = report(traced("plain text", routed_layers=[]))
+    page = page_of(traced("plain text", routed_layers=[]))
     assert "".join(read(page).spans) == "plain text"
     assert "<img" not in page
 
@@ -109,7 +115,7 @@ def opened(browser: Any, path: Path, width: int) -> tuple[Page, list[str], list[
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_the_text_and_the_numbers_of_a_token(browser: Any, tmp_path: Path, width: int) -> None:
     found = traced(NASTY)
-    write_report(tmp_path / "report.html", found)
+    (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
     page, errors, requests = opened(browser, tmp_path / "report.html", width)
     assert page.evaluate("document.getElementById('text').textContent") == NASTY
     for i in (0, 3, len(found.pieces) - 1):
@@ -133,7 +139,7 @@ def test_four_thousand_tokens_open_in_two_seconds_and_scroll(browser: Any, tmp_p
     text = "".join(f"def name_{i}(value):\n    return value + {i}\n" for i in range(400))
     tokens: Any = TOKENIZER(text)["input_ids"]
     found = traced(TOKENIZER.decode(tokens[:4096]))
-    write_report(tmp_path / "report.html", found)
+    (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
     page, errors, _ = opened(browser, tmp_path / "report.html", 1280)
     seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
     assert seconds < 2

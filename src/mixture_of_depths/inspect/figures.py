@@ -2,6 +2,8 @@
 
 import io
 import keyword
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,15 +182,17 @@ def kinds_figure(trace: Trace) -> Figure:
     return figure
 
 
-def draw(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
-    """All figures that the traces allow, by name; without routed blocks there are none.
+@contextmanager
+def drawn(trace: Trace, top_k: Trace | None) -> Iterator[dict[str, Figure]]:
+    """All figures that the traces allow, by name, to be used inside; without routed blocks there are none.
 
     Args:
         trace: the text's trace.
         top_k: its trace under top-k routing, for the causal decisions; None leaves them out.
     """
     if not trace.routed_layers:
-        return {}
+        yield {}
+        return
     found = {
         "routing-map": routing_map(trace),
         "router-weights": weight_histogram(trace),
@@ -198,7 +202,11 @@ def draw(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
     }
     if top_k is not None:
         found["causal-decisions"] = causal_decisions(top_k)
-    return found
+    try:
+        yield found
+    finally:
+        for figure in found.values():
+            plt.close(figure)
 
 
 def svg(figure: Figure) -> str:

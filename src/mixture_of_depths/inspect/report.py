@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from mixture_of_depths.calibration import causal_routers
 from mixture_of_depths.data import Corpus
 from mixture_of_depths.inspect import figures
-from mixture_of_depths.inspect.trace import Trace, trace_tokens
+from mixture_of_depths.inspect.trace import Trace, trace_tokens, under_top_k
 from mixture_of_depths.modeling import MoDForCausalLM
 
 CAPTIONS = {
@@ -80,12 +79,12 @@ def shade_of(used: int, least: int, most: int) -> int:
     return 0 if most == least else round((used - least) / (most - least) * (len(SHADES) - 1))
 
 
-def report(trace: Trace, top_k: Trace | None = None, title: str = "Where the compute goes") -> str:
+def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compute goes") -> str:
     """The page: the text coloured by the blocks each token used, with its numbers on hover, and the figures.
 
     Args:
         trace: the text's trace.
-        top_k: its trace under top-k routing, for the figure of the causal decisions; None leaves it out.
+        drawn: its figures, by name.
         title: heading of the page.
     """
     most = trace.num_hidden_layers
@@ -98,15 +97,12 @@ def report(trace: Trace, top_k: Trace | None = None, title: str = "Where the com
     legend = "".join(
         f'<span class="s{shade_of(count, least, most)}">{count}</span>' for count in range(least, most + 1)
     )
-    drawn = figures.draw(trace, top_k)
     images = "".join(
         f"<h2>{escape(name.replace('-', ' ').capitalize())}</h2><p>{escape(CAPTIONS[name])}</p>"
         f'<div class="figure"><img alt="{escape(CAPTIONS[name])}" src="data:image/svg+xml;base64,'
         f'{base64.b64encode(figures.svg(figure).encode()).decode()}"></div>'
         for name, figure in drawn.items()
     )
-    for figure in drawn.values():
-        plt.close(figure)
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(trace).items())
     # Nothing in a script element is read as markup but its end.
     data = json.dumps(_rounded({**trace.as_dict(), "blocks_used": used})).replace("<", "\\u003c")
@@ -123,18 +119,14 @@ def report(trace: Trace, top_k: Trace | None = None, title: str = "Where the com
     )
 
 
-def write_report(path: Path, trace: Trace, top_k: Trace | None = None, title: str = "Where the compute goes") -> None:
-    """Writes `report`'s page to a file."""
-    path.write_text(report(trace, top_k, title), encoding="utf-8")
-
-
 def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
     """Writes the page of the first block of held-out text, under causal routing."""
     model.eval()
     tokens: Any = corpus.validation[0]["input_ids"]
     found = trace_tokens(model, corpus.tokenizer, tokens)
-    top_k = trace_tokens(model, corpus.tokenizer, tokens, "top_k") if causal_routers(model.config) else None
-    write_report(path, found, top_k, "Where the compute goes on held-out text")
+    with figures.drawn(found, under_top_k(model, corpus.tokenizer, found)) as drawn:
+        page = report(found, drawn, "Where the compute goes on held-out text")
+    path.write_text(page, encoding="utf-8")
 
 
 def _facts(trace: Trace) -> dict[str, str]:

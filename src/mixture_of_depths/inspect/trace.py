@@ -159,6 +159,13 @@ def trace_tokens(
     )
 
 
+def under_top_k(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, found: Trace) -> Trace | None:
+    """The same text's trace under top-k, which causal decisions are held against; None if the model makes none."""
+    if not causal_routers(model.config):
+        return None
+    return found if found.routing == "top_k" else trace_tokens(model, tokenizer, found.token_ids.tolist(), "top_k")
+
+
 def _gate(layer: DecoderLayer, router_logits: torch.Tensor) -> torch.Tensor:
     assert layer.router is not None
     return layer.router.gate(router_logits)
