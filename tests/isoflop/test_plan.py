@@ -86,10 +86,11 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
     assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_blocks": 3}) == first
 
 
-def test_a_ladder_refuses_widths_its_heads_do_not_divide() -> None:
+def test_a_model_is_as_wide_as_its_whole_heads() -> None:
     assert Ladder(16, 32, 32).size(6) == {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 4}
-    with pytest.raises(ValueError, match="depth=3 makes models 80 wide, no multiple of head_dim=32"):
-        Ladder(16, 32, 32).size(3)
+    assert Ladder(16, 32, 32).size(3) == {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="depth=1 makes models too narrow for a head of head_dim=64"):
+        Ladder(16, 32, 64).size(1)
 
 
 SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}

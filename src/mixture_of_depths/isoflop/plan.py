@@ -36,6 +36,7 @@ class Ladder:
     width_per_block: int = 16
     width_offset: int = 32
     head_dim: int = 32
+    """Width of a head; a model is as wide as its whole heads."""
     initializer_scale: float | None = None
     """Standard deviation of the initial weights times the root of the width; by default the model's own deviation."""
 
@@ -43,15 +44,16 @@ class Ladder:
         """The fields of `ModelOptions` for a model of `depth` blocks.
 
         Raises:
-            ValueError: when the width is no multiple of the heads' width.
+            ValueError: when not one head fits into the width.
         """
-        width = self.width_per_block * depth + self.width_offset
-        if depth < 1 or width % self.head_dim:
+        heads = (self.width_per_block * depth + self.width_offset) // self.head_dim
+        if depth < 1 or heads < 1:
             raise ValueError(
-                f"depth={depth} makes models {width} wide, no multiple of head_dim={self.head_dim}; change the depth, "
-                "or ladder"
+                f"depth={depth} makes models too narrow for a head of head_dim={self.head_dim}; change the depth, or "
+                "ladder"
             )
-        size = {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": width // self.head_dim}
+        width = heads * self.head_dim
+        size = {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": heads}
         if self.initializer_scale is None:
             return size
         return {**size, "initializer_range": self.initializer_scale / width**0.5}
