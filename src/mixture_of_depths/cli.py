@@ -572,13 +572,15 @@ def isoflop_measure(study: Study, out: Path, mod: str = "mod") -> None:
     """Measure on a study's trained models what their records do not tell; writes measurements.json and prints it.
 
     That is, per budget, the sampling speed of the smallest model that is as good as the best baseline against that
-    baseline's, the training times of both best models, and what top-k routing gains by looking ahead.
+    baseline's, the training times of both best models, and what top-k routing gains by looking ahead. A budget whose
+    models are in measurements.json already is not measured again.
 
     Args:
         study: Study file, YAML.
         out: Folder of the study, with its runs.
         mod: The family that is compared with the baseline.
     """
+    from mixture_of_depths.checkpoint import read_json, write_aside
     from mixture_of_depths.data import prepare
     from mixture_of_depths.isoflop.measure import measure
     from mixture_of_depths.isoflop.plan import load_study
@@ -589,9 +591,12 @@ def isoflop_measure(study: Study, out: Path, mod: str = "mod") -> None:
     if not _can_compile():
         raise ValueError("a C++ compiler is needed to measure sampling; install one, such as g++")
     corpus = prepare(load_study(study).data)
-    found = json.dumps({**measure(records, baseline, mod, corpus, out), **provenance()}, indent=2)
-    (out / "measurements.json").write_text(found + "\n")
-    print(found)
+    path = out / "measurements.json"
+    measured = read_json(path) if path.exists() else {}
+    for budget, row in measure(records, baseline, mod, corpus, out, measured):
+        measured[budget] = {**row, **provenance()}
+        write_aside(path, json.dumps(measured, indent=2) + "\n")
+    print(json.dumps(measured, indent=2))
 
 
 def isoflop_fit(study: Study, out: Path, mod: str = "mod", stochastic: str = "stochastic-12") -> None:

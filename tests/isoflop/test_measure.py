@@ -67,7 +67,7 @@ def test_a_study_without_its_models_cannot_be_measured(tmp_path: Path) -> None:
     corpus, out, records = finished_study(tmp_path)
     (out / "runs" / "mod-3e07-depth2-seed0" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no trained model of mod-3e07-depth2-seed0"):
-        measure(records, "baseline", "mod", corpus, out)
+        next(measure(records, "baseline", "mod", corpus, out, {}))
 
 
 @pytest.mark.slow
@@ -76,7 +76,9 @@ def test_the_models_of_a_study_are_measured(tmp_path: Path) -> None:
     # So that one of them is as good as the baseline.
     for record in records:
         record["evaluation"]["loss_causal"] += record["family"] == "baseline"
-    found = measure(records, "baseline", "mod", corpus, out)["3e07"]
+    ((budget, found),) = measure(records, "baseline", "mod", corpus, out, {})
+    assert budget == "3e07"
+    assert list(measure(records, "baseline", "mod", corpus, out, {budget: found})) == []
     assert found["models"]["equal"] == "mod-3e07-depth2-seed0"
     steps = {record["family"]: record["steps"] for record in records}
     whole = {side: seconds * steps[side] for side, seconds in found["seconds_per_step"].items()}

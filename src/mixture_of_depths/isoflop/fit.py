@@ -207,7 +207,9 @@ def summarise(
                     "best_loss": best_loss(found["loss_causal"]),
                     "best_loss_top_k": best_loss(found["loss_top_k"]),
                     "ratio_to_baseline": best_loss(found["loss_causal"]) / best_loss(theirs),
-                    "ratio_interval": ratio_interval(families[name], families[baseline], "loss_causal"),
+                    "ratio_interval": None
+                    if name == baseline
+                    else ratio_interval(families[name], families[baseline], "loss_causal"),
                     "flops_per_token": found["loss_causal"].best[1],
                     "parameters": found["loss_causal"].best[0],
                     "optimum_parameters": found["loss_causal"].optimum and found["loss_causal"].optimum[0],

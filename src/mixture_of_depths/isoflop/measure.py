@@ -1,6 +1,7 @@
 """What only a study's models tell: how fast they sample and train, and what top-k routing gains by looking ahead."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,22 +117,25 @@ def seconds_per_step(
     return {name: median(values[3:]) for name, values in seconds.items()}
 
 
-def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path) -> dict[str, Any]:
+def measure(
+    records: Records, baseline: str, mod: str, corpus: Corpus, out: Path, measured: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Per budget: sampling speed at equal loss, training time, and the best model's gain from later tokens.
 
     Training times are those of all steps of both best models, and of one step. Prompts are the first halves of held-out
     blocks; as long again is sampled, by the model that is at least as good as the best baseline with the fewest FLOPs,
-    and by that baseline.
+    and by that baseline. Budgets that are in `measured` with the models compared now are left out.
 
     Raises:
         ValueError: when a model is not in the folder `out` any more.
     """
-    found: dict[str, Any] = {}
     half = corpus.options.sequence_length // 2
     first = range(min(8, len(corpus.validation)))
     given = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
     prompts = [batch["input_ids"][:, :half].contiguous() for batch in given]
     for budget, compared in comparisons(records, baseline, mod).items():
+        if budget in measured and measured[budget]["models"] == models_of(compared):
+            continue
         best = _load(out, compared.mod)
         row: dict[str, Any] = {
             "models": models_of(compared),
@@ -152,8 +156,7 @@ def measure(records: Records, baseline: str, mod: str, corpus: Corpus, out: Path
             sides = {"mod": _load(out, compared.equal), "baseline": _load(out, compared.baseline)}
             speeds = tokens_per_second(sides, prompts, half)
             row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}
-        found[budget] = row
-    return found
+        yield budget, row
 
 
 def _batch(corpus: Corpus, batch_size: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from mixture_of_depths.isoflop.fit import Records, curve, group
 from mixture_of_depths.training import read_records
@@ -82,6 +83,9 @@ def _isoflop(panel: Axes, families: dict[str, Records], baseline: str, styles: S
         if points.optimum:
             panel.plot(*points.optimum, "*", color=styles[name]["color"], markersize=12)
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("parameters")
     panel.set_ylabel("held-out loss, causal routing (nats per token)")
 
