@@ -453,7 +453,9 @@ def stream(
     ends = end_tokens(model)
     ended_B = torch.zeros_like(active_B)
     # Only what is marked is dynamic: another model is another graph, not one of unknown width.
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS) if compiled else decode_step
+    step = (
+        torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS) if compiled else decode_step
+    )
     logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
     if watch is not None:
         watch(state)
