@@ -1,20 +1,25 @@
 """The statistics behind the figures, and figures for every kind of model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from matplotlib import image
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from test_trace import TEXT, TOKENIZER, model_with
 
+from mixture_of_depths import MoDCache
 from mixture_of_depths.inspect.figures import (
     accuracy,
     drawn,
     engagement_against_entropy,
     engagement_by_kind,
     kind_of,
+    routing_map,
     save,
     svg,
 )
@@ -90,3 +95,36 @@ def test_the_same_trace_draws_the_same_picture() -> None:
     assert pictures[0] == pictures[1]
     with drawn(trace(model_with(routed_layers=[]), TOKENIZER, TEXT), None) as figures:
         assert figures == {}
+
+
+@pytest.mark.parametrize("changes", [{}, {"every": 1, "offset": 0}])
+def test_the_map_colours_as_many_entries_per_block_as_the_cache_stored(changes: dict[str, Any], tmp_path: Path) -> None:
+    # More tokens than the picture has columns of pixels.
+    model = model_with(max_position_embeddings=4096, **changes)
+    found = trace(model, TOKENIZER, "".join(f"{i} the lazy dog\n" for i in range(200)))
+    length = len(found.pieces)
+    assert length > 1400
+    cache = MoDCache(model.config)
+    model(torch.tensor([found.token_ids.tolist()]), cache=cache, use_cache=True)
+    layers: Any = [cache.layers[block] for block in found.routed_layers]
+    stored = [int(layer.num_stored()) for layer in layers]
+    assert 0 < min(stored) < length
+
+    figure = routing_map(found)
+    drawn_as = svg(figure)
+    # Where the axes lie, in the picture's points and as shares of it.
+    left, low, width, height = figure.axes[0].get_position().bounds
+    for block, count in zip(found.routed_layers, stored, strict=True):
+        (outline,) = re.findall(f'id="entered-{block}">\\s*<path d="([^"]*)"', drawn_as)
+        x = np.array([float(value) for value in re.findall(r"[ML] (\S+)", outline)]).reshape(-1, 4)
+        assert (x.max(axis=1) - x.min(axis=1)).sum() * length / (width * 72 * 7) == pytest.approx(count, abs=0.01)
+
+    save({"map": figure}, tmp_path)
+    plt.close(figure)
+    pixels = image.imread(tmp_path / "map.png")[::-1, :, 0]
+    tall, wide = pixels.shape
+    for block, count in zip(found.routed_layers, stored, strict=True):
+        row = pixels[round(tall * (low + height * (block + 0.5) / model.config.num_hidden_layers))]
+        inside = row[round(wide * left) + 3 : round(wide * (left + width)) - 3]
+        # Red goes from that of the skipped, 0xF0, to that of those that entered, 0.
+        assert (1 - inside / (0xF0 / 255)).mean() == pytest.approx(count / length, abs=0.01)

@@ -14,16 +14,17 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import pearsonr, rankdata
 
 from mixture_of_depths.inspect.trace import Trace
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 KINDS = ("keyword", "name", "space", "digit", "end of line", "other")
-# More bins than that show noise.
+# More labels than that run into one another.
 MOST_TICKS = 16
 
 
@@ -88,33 +89,58 @@ def _axes(height: float = 3.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _block_ticks(axes: Axes, trace: Trace, along: str) -> None:
+def _legend(figure: Figure, handles: list[Patch] | None = None) -> None:
+    """Above the axes, where no bar can lie under it."""
+    shown: dict[str, Any] = {} if handles is None else {"handles": handles}
+    figure.legend(loc="outside upper right", ncols=3, frameon=False, **shown)
+
+
+def _block_ticks(axes: Axes, trace: Trace) -> None:
     places = range(0, len(trace.routed_layers), -(-len(trace.routed_layers) // MOST_TICKS))
-    getattr(axes, f"set_{along}ticks")(places, [str(trace.routed_layers[place]) for place in places])
-    getattr(axes, f"set_{along}label")("routed block")
+    axes.set_xticks(places, [str(trace.routed_layers[place]) for place in places])
+    axes.set_xlabel("routed block")
+
+
+def _cells(entered: np.ndarray, block: int) -> Outline:
+    """The outline of one block's entries on the map, side by side ones as one rectangle."""
+    first, last = np.flatnonzero(np.diff(entered.astype(int), prepend=0, append=0)).reshape(-1, 2).T - 0.5
+    low, high = np.full(len(first), block - 0.5), np.full(len(first), block + 0.5)
+    corners = np.array([[first, low], [last, low], [last, high], [first, high], [first, low]])
+    codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(first)
+    return Outline(corners.transpose(2, 0, 1).reshape(-1, 2), codes)
 
 
 def routing_map(trace: Trace) -> Figure:
-    """Depth against sequence: which tokens went through which block (figure 5 of the paper)."""
-    depth = trace.num_hidden_layers
+    """Depth against sequence: which tokens went through which block (figure 5 of the paper).
+
+    The entries of block i are the shape `entered-i` of the SVG.
+    """
+    depth, length = trace.num_hidden_layers, len(trace.pieces)
     figure, axes = _axes(min(6.0, 1.3 + 0.22 * depth))
-    image = np.full((depth, len(trace.pieces)), 2)
-    image[trace.routed_layers] = trace.entered
-    colours = ListedColormap(["#F0F0F0", BLUE, "#C8D7E1"])
-    axes.imshow(image, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest", origin="lower")
-    axes.set_xlabel("token of the sequence")
-    axes.set_ylabel("block")
+    axes.set(xlim=(-0.5, length - 0.5), ylim=(-0.5, depth - 0.5), xlabel="token of the sequence", ylabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for block in range(depth):
+        axes.axhspan(block - 0.5, block + 0.5, color="#F0F0F0" if block in trace.routed_layers else "#C8D7E1", lw=0)
+    for block, entered in zip(trace.routed_layers, trace.entered, strict=True):
+        # Not pixels: a picture narrower than the text would leave tokens out. Nor one shape a token, which would be
+        # moved to the next whole pixel.
+        shape = PathPatch(_cells(entered, block), color=BLUE, lw=0, snap=False)
+        shape.set_gid(f"entered-{block}")
+        axes.add_patch(shape)
     step = -(-depth // MOST_TICKS)
     axes.set_yticks(range(0, depth, step))
     patches = [Patch(color=BLUE, label="entered"), Patch(color="#F0F0F0", label="skipped")]
     if len(trace.routed_layers) < depth:
         patches.append(Patch(color="#C8D7E1", label="not routed"))
-    figure.legend(handles=patches, loc="outside upper right", ncols=3, frameon=False)
+    _legend(figure, patches)
     return figure
 
 
 def weight_histogram(trace: Trace) -> Figure:
-    """Router weights of the tokens that entered and of those that did not, all routed blocks together."""
+    """Router weights of the tokens that entered and of those that did not, all routed blocks together.
+
+    Tokens are counted in logarithms: those that entered are few.
+    """
     figure, axes = _axes()
     values = trace.router_weight
     bins = np.histogram_bin_edges(values, bins=60).tolist()
@@ -122,7 +148,8 @@ def weight_histogram(trace: Trace) -> Figure:
     axes.hist(values[trace.entered], bins=bins, color=BLUE, alpha=0.8, label="entered")
     axes.set_xlabel("router weight")
     axes.set_ylabel("tokens")
-    axes.legend(frameon=False)
+    axes.set(yscale="log", ylim=(0.5, None))
+    _legend(figure)
     return figure
 
 
@@ -132,9 +159,9 @@ def shares(trace: Trace) -> Figure:
     places = np.arange(len(trace.routed_layers))
     axes.bar(places, trace.entered.mean(axis=1), color=BLUE, label="entered")
     axes.plot(places, trace.capacity, "D", color=ORANGE, label="capacity")
-    _block_ticks(axes, trace, "x")
+    _block_ticks(axes, trace)
     axes.set_ylabel("share of the tokens")
-    axes.legend(frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -143,12 +170,12 @@ def causal_decisions(top_k: Trace) -> Figure:
     figure, axes = _axes()
     found = np.array(accuracy(top_k)).reshape(-1, 3)
     places = np.arange(len(found))
-    axes.bar(places, found[:, 1], color=ORANGE, label="let in, top-k would not")
-    axes.bar(places, found[:, 2], bottom=found[:, 1], color=PINK, label="kept out, top-k would not")
-    _block_ticks(axes, top_k, "x")
+    axes.bar(places, found[:, 1], color=ORANGE, label="let in, top-k keeps out")
+    axes.bar(places, found[:, 2], bottom=found[:, 1], color=PINK, label="kept out, top-k lets in")
+    _block_ticks(axes, top_k)
     axes.set_ylabel("share of the decisions")
-    axes.set_title(f"{found[:, 0].mean():.1%} of the decisions agree", fontsize="medium")
-    axes.legend(frameon=False)
+    axes.set_title(f"{found[:, 0].mean():.1%} of the decisions agree", fontsize="medium", loc="left")
+    _legend(figure)
     return figure
 
 
@@ -164,7 +191,7 @@ def entropy_figure(trace: Trace) -> Figure:
     found = engagement_against_entropy(trace)
     if found is not None:
         label = f"rank correlation {found.rho:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f}"
-        axes.set_title(label, fontsize="medium")
+        axes.set_title(label, fontsize="medium", loc="left")
     return figure
 
 
@@ -176,9 +203,9 @@ def kinds_figure(trace: Trace) -> Figure:
     half = [0.0 if np.isnan(width) else width for _, _, width in found.values()]
     axes.bar(places, [mean for _, mean, _ in found.values()], yerr=half, color=GREEN, ecolor="black", capsize=3)
     axes.set_xticks(places, [f"{kind}\n({count})" for kind, (count, _, _) in found.items()])
-    axes.axhline(trace.blocks_used.mean(), color=GREY, ls="--", label="mean of all tokens")
+    axes.axhline(trace.blocks_used.mean(), color="black", ls="--", label="mean of all tokens")
     axes.set_ylabel("blocks used")
-    axes.legend(frameon=False)
+    _legend(figure)
     return figure
 
 
