@@ -292,12 +292,23 @@ def test_inspect_writes_the_page_the_figures_and_the_numbers(
     assert page.read_text().count('<span class="s') >= len(trace["pieces"])
 
 
+def test_inspect_reads_a_file_as_training_does(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "text.txt").write_bytes("first\r\nsecond\r".encode("utf-8-sig"))
+    arguments = ["--file", str(tmp_path / "text.txt"), "--trace", str(tmp_path / "trace.json")]
+    page = ["--out", str(tmp_path / "page.html")]
+    assert run(monkeypatch, capsys, "inspect", str(checkpoint), *arguments, *page)[0] == 0
+    assert "".join(json.loads((tmp_path / "trace.json").read_text())["pieces"]) == "first\r\nsecond\r"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give exactly one of text and file"),
         (["--text", ""], "text='' is empty"),
         (["--text", "a", "--trace", "trace.csv"], "must end in .json or .parquet"),
+        (["--text", "a\udcff"], "is not UTF-8"),
         (["--text", "a " * 4000], "max_position_embeddings="),
         (["--file", "absent.txt"], "absent.txt"),
     ],

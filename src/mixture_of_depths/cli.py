@@ -334,7 +334,8 @@ def inspect(
         raise ValueError(f"trace={trace} must end in .json or .parquet")
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            # As training reads it: with its own ends of lines, without a mark of the encoding.
+            text = file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"file={file} is not UTF-8: {error}") from error
     assert text is not None

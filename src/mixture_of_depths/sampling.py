@@ -44,16 +44,31 @@ def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sa
     Raises:
         ValueError: for a prompt that is empty or not UTF-8.
     """
-    samples = []
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("prompt='' is empty; give at least one character")
+    found = tokenized(tokenizer, prompts, "prompt")
+    return [Sample(prompt, "", tokens) for prompt, tokens in zip(prompts, found, strict=True)]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str) -> list[list[int]]:
+    """The tokens of each text, as they are given to a model.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: texts.
+        name: what the user calls one of them.
+
+    Raises:
+        ValueError: for a text that is empty or not UTF-8.
+    """
+    found = []
+    for text in texts:
+        if not text:
+            raise ValueError(f"{name}='' is empty; give at least one character")
         try:
-            prompt.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt={prompt!r} is not UTF-8: {error}") from error
-        samples.append(Sample(prompt, "", tokenizer(prompt, add_special_tokens=False)["input_ids"]))
-    return samples
+            raise ValueError(f"{name}={text!r} is not UTF-8: {error}") from error
+        found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return found
 
 
 def stream_texts(

@@ -1,6 +1,7 @@
 """The page shows any text as itself, and its numbers are the trace's."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mixture_of_depths.inspect.trace import Trace, trace
 NASTY = (
     "<script>alert('x')</script> \"quoted\" & &amp; </span></div> 😀👩‍👩‍👧 שלום עולם مرحبا\n"
     + " " * 10_000
-    + "\n</script><img src=x onerror=alert(1)> end"
+    + "\n</script><img src=x onerror=alert(1)>\r\n\r end"
 )
 
 
@@ -131,6 +132,28 @@ def test_a_browser_shows_the_text_and_the_numbers_of_a_token(browser: Any, tmp_p
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert errors == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_a_browser_shows_right_to_left_words_ends_of_lines_and_tokens_without_text(
+    browser: Any, tmp_path: Path
+) -> None:
+    found = traced("aש ב\n\nb😀")
+    assert "" in found.pieces
+    (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
+    page, errors, _ = opened(browser, tmp_path / "report.html", 1280)
+    places = page.evaluate("[...document.querySelectorAll('#text span')].map(span => span.getBoundingClientRect().x)")
+    assert places[found.pieces.index("ש")] > places[found.pieces.index("ב")]
+    for i, piece in enumerate(found.pieces):
+        if piece:
+            page.locator(f"#text span[data-i='{i}']").hover()
+            tip = page.locator("#tip").inner_text()
+            before = i
+            while before > 0 and found.pieces[before - 1] == "":
+                before -= 1
+            assert re.findall(r"^token (\d+):", tip, re.MULTILINE) == [str(token) for token in range(before, i + 1)]
+    assert errors == []
     page.close()
 
 

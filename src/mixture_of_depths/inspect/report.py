@@ -19,7 +19,8 @@ CAPTIONS = {
     "router-weights": "The factor of the block's result, of all tokens in all routed blocks, had they entered.",
     "shares": "How much of the text entered each routed block, beside the capacity that training chose with.",
     "causal-decisions": "In sampling each token decides by itself; where that differs from training's top-k choice.",
-    "entropy": "Do tokens use more blocks where the next token is harder to tell? Boxes hold the middle half.",
+    "entropy": "Do tokens use more blocks where the next token is harder to tell? Boxes hold the middle half. "
+    "The interval takes tokens as independent, which neighbours are not: it is too narrow.",
     "kinds": "Blocks used by kind of token; keywords are Python's.",
 }
 # From few blocks to many, light to dark: the order shows in grey, too.
@@ -30,11 +31,13 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
 #text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc;
-  border-radius: 6px; padding: .8rem; max-height: 70vh; overflow-y: auto; }
-#text span { unicode-bidi: isolate; border-radius: 2px; padding: 1px 0; }
+  border-radius: 6px; padding: .8rem; max-height: 70vh; overflow-y: auto; unicode-bidi: plaintext; }
+#text span { border-radius: 2px; padding: 1px 0; }
+#text .line-end::before { content: "\\21B5"; opacity: .5; }
 #text span:hover, #text span.chosen { outline: 2px solid #0072B2; }
 #tip { position: fixed; display: none; z-index: 2; max-width: 22rem; background: #fff; border: 1px solid #888;
-  border-radius: 6px; padding: .5rem .7rem; font-size: 13px; box-shadow: 0 2px 8px #0003; pointer-events: none;
+  border-radius: 6px; padding: .5rem .7rem; font-size: 13px; max-height: calc(100vh - 2.5rem); overflow: hidden;
+  box-shadow: 0 2px 8px #0003; pointer-events: none;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .legend span { padding: 0 .5rem; margin-right: .3rem; border-radius: 3px; font-family: ui-monospace, monospace; }
 .figure { overflow-x: auto; } .figure img { width: 100%; min-width: 34rem; }
@@ -61,7 +64,10 @@ function describe(i) {
 function show(event) {
   const span = event.target.closest("#text span");
   if (!span) { tip.style.display = "none"; return; }
-  tip.textContent = describe(Number(span.dataset.i));
+  // The tokens before the last of a character's bytes have no text of their own.
+  const last = Number(span.dataset.i), parts = [describe(last)];
+  for (let i = last - 1; i >= 0 && trace.pieces[i] === ""; i--) parts.unshift(describe(i));
+  tip.textContent = parts.join("\\n\\n");
   tip.style.display = "block";
   const place = span.getBoundingClientRect(), box = tip.getBoundingClientRect();
   tip.style.left = Math.max(4, Math.min(place.left, innerWidth - box.width - 4)) + "px";
@@ -91,7 +97,7 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
     least = most - len(trace.routed_layers)
     used = trace.blocks_used.tolist()
     spans = "".join(
-        f'<span class="s{shade_of(count, least, most)}" data-i="{i}">{escape(piece)}</span>'
+        f'<span class="s{shade_of(count, least, most)}{_line_end(piece)}" data-i="{i}">{_as_itself(piece)}</span>'
         for i, (piece, count) in enumerate(zip(trace.pieces, used, strict=True))
     )
     legend = "".join(
@@ -113,10 +119,27 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1><table>{rows}</table>"
-        f'<h2>The text</h2><p class="legend">blocks used: {legend}</p>'
-        f'<div id="text" dir="auto">{spans}</div><div id="tip" role="status"></div>{images}'
+        f'<h2>The text</h2><p class="legend">blocks used: {legend}</p>{_several(trace)}'
+        f'<div id="text">{spans}</div><div id="tip" role="status"></div>{images}'
         f'<script type="application/json" id="trace">{data}</script><script>{SCRIPT}</script></body></html>\n'
     )
+
+
+def _several(trace: Trace) -> str:
+    """What to know where characters were cut into several tokens."""
+    if "" not in trace.pieces:
+        return ""
+    return "<p>A character of several tokens has the shade of the last; pointing at it shows the numbers of each.</p>"
+
+
+def _line_end(piece: str) -> str:
+    """The class of a token that begins with the end of a line, and would have no place to show its shade."""
+    return " line-end" if piece.startswith(("\n", "\r")) else ""
+
+
+def _as_itself(piece: str) -> str:
+    """A piece as markup; browsers read a bare carriage return as the end of a line, and drop a null character."""
+    return escape(piece).replace("\r", "&#13;").replace("\0", "\u2400")
 
 
 def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:

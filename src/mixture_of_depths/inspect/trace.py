@@ -20,7 +20,7 @@ from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.flops import block_flops, expert_rows_per_token, router_flops
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.routing import Routing
-from mixture_of_depths.sampling import pieces
+from mixture_of_depths.sampling import pieces, tokenized
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,13 @@ def trace(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, 
     Args:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        text: at least one character.
+        text: at least one character, and UTF-8.
         routing: "causal", as in sampling, or "top_k", as in training.
 
     Raises:
-        ValueError: for an empty text, or one longer than the model takes.
+        ValueError: for a text that is empty or not UTF-8, or one longer than the model takes.
     """
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    assert isinstance(tokens, list)
-    if not tokens:
-        raise ValueError("text='' is empty; give at least one character")
+    (tokens,) = tokenized(tokenizer, [text], "text")
     longest = model.config.max_position_embeddings
     if len(tokens) > longest:
         raise ValueError(
