@@ -278,7 +278,7 @@ def test_the_demo_trains_compares_and_samples(
 def test_inspect_writes_the_page_the_figures_and_the_numbers(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    page, figures, numbers = tmp_path / "page.html", tmp_path / "figures", tmp_path / "trace.json"
+    page, figures, numbers = tmp_path / "new" / "page.html", tmp_path / "figures", tmp_path / "other" / "trace.json"
     arguments = ["inspect", str(checkpoint), "--text", "The router <b>", "--out", str(page)]
     status, output, _ = run(
         monkeypatch, capsys, *arguments, "--figures", str(figures), "--trace", str(numbers), "--routing", "top_k"
@@ -300,6 +300,9 @@ def test_inspect_reads_a_file_as_training_does(
     page = ["--out", str(tmp_path / "page.html")]
     assert run(monkeypatch, capsys, "inspect", str(checkpoint), *arguments, *page)[0] == 0
     assert "".join(json.loads((tmp_path / "trace.json").read_text())["pieces"]) == "first\r\nsecond\r"
+    over = ["--file", str(tmp_path / "text.txt"), "--out", str(tmp_path / "new" / ".." / "text.txt")]
+    status, _, errors = run(monkeypatch, capsys, "inspect", str(checkpoint), *over)
+    assert (status, "would be written over" in errors) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,9 @@ def inspect(
         raise ValueError("give exactly one of text and file")
     if trace is not None and trace.suffix not in (".json", ".parquet"):
         raise ValueError(f"trace={trace} must end in .json or .parquet")
+    written = [path for path in (out, trace) if path is not None]
+    if file is not None and file.resolve() in [path.resolve() for path in written]:
+        raise ValueError(f"file={file} would be written over; name another file for out and trace")
     if file is not None:
         try:
             # As training reads it: with its own ends of lines, without a mark of the encoding.
@@ -341,6 +344,8 @@ def inspect(
     assert text is not None
     model, tokenizer = _load(checkpoint)
     found = run(model, tokenizer, text, routing)
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with drawn(found, under_top_k(model, tokenizer, found)) as images:
         page = report(found, images, f"{checkpoint.name}: where the compute goes")
         out.write_text(page, encoding="utf-8")
@@ -348,8 +353,10 @@ def inspect(
         if trace is not None:
             (found.write_json if trace.suffix == ".json" else found.write_parquet)(trace)
             print(trace)
-        for path in save(images, figures) if figures is not None else []:
-            print(path)
+        if figures is not None and not images:
+            print(f"no figures in {figures}: the model has no routed blocks", file=sys.stderr)
+        elif figures is not None:
+            print(*save(images, figures), sep="\n")
 
 
 def playground(
