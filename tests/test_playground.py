@@ -32,12 +32,31 @@ def test_the_frames_are_the_sample_with_the_blocks_its_tokens_used(pair: Any) ->
     frames = list(play(model, tokenizer, "the fox", options))
     (sample,) = sample_texts(model, tokenizer, ["the fox"], options)
     assert frames[-1].pieces[: frames[-1].prompt_tokens] == list(frames[0].pieces[: frames[0].prompt_tokens])
-    assert len(frames) == 20
+    assert (
+        frames[0].used == trace_tokens(model, tokenizer, sample.tokens[: frames[0].prompt_tokens]).blocks_used.tolist()
+    )
+    assert len(frames[0].pieces) == frames[0].prompt_tokens
+    assert len(frames) == 1 + 20
     tokens = sample.tokens[: len(frames[-1].pieces)]
     used = trace_tokens(model, tokenizer, tokens).blocks_used.tolist()
     assert frames[-1].used == used[:-1]
-    assert all(len(frame.used) == len(frame.pieces) - 1 for frame in frames)
+    assert all(len(frame.used) == len(frame.pieces) - 1 for frame in frames[1:])
     assert 0 <= frames[-1].saved < 1
+
+
+def test_a_model_that_ends_at_once_leaves_the_prompt(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pair
+    monkeypatch.setattr("mixture_of_depths.playground.end_tokens", lambda model: range(model.config.vocab_size))
+    (frame,) = play(model, tokenizer, "the fox", SamplingOptions())
+    assert "".join(frame.pieces) == "the fox"
+
+
+def test_a_port_that_is_taken_is_refused_by_name(pair: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="cannot be listened on"):
+            serve(page({"model": pair}), "127.0.0.1", taken.getsockname()[1])
 
 
 def test_pieces_are_escaped(pair: Any) -> None:
@@ -75,6 +94,17 @@ def test_a_browser_samples_from_two_models_side_by_side(pair: Any, width: int) -
         assert first is not None
         assert first.startswith(prompt)
         assert first == second
+        before = opened.locator(".sample").first.text_content()
+        opened.get_by_label("Seed").fill("1")
+        opened.get_by_label("number input for New tokens").fill("400")
+        opened.get_by_role("button", name="Sample").click()
+        opened.wait_for_function("old => document.querySelector('.sample').textContent !== old", arg=before)
+        opened.get_by_role("button", name="Stop").click()
+        opened.wait_for_timeout(1000)
+        stopped = [element.text_content() for element in opened.locator(".sample").all()]
+        opened.wait_for_timeout(1000)
+        assert [element.text_content() for element in opened.locator(".sample").all()] == stopped
+        assert len(stopped) < 2 or stopped[1] != stopped[0]
         for facts in opened.locator(".facts").all():
             assert re.fullmatch(r"[\d.]+ tokens/s, \d+% of the compute saved", facts.inner_text())
         opened.get_by_label("Prompt").fill("")

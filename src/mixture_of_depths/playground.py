@@ -27,11 +27,11 @@ Models = dict[str, tuple[MoDForCausalLM, PreTrainedTokenizerBase]]
 
 @dataclass(frozen=True)
 class Frame:
-    """What is on the page after a token.
+    """What is on the page before the first new token, or after one.
 
     Attributes:
         pieces: text of the prompt's and the new tokens.
-        used: blocks that each of them used; one fewer while the last has not been read.
+        used: blocks that each of them used; one fewer after a new token, which has not been read.
         prompt_tokens: how many of them are the prompt's.
         tokens_per_second: speed after the first new token; 0 before.
         saved: share of the compute that the tokens read so far spared.
@@ -51,7 +51,7 @@ def play(
     options: SamplingOptions,
     compiled: bool = False,
 ) -> Iterator[Frame]:
-    """Samples after a prompt, one frame a token.
+    """Samples after a prompt: one frame of the prompt alone, and one a token.
 
     Raises:
         ValueError: for a prompt the model cannot go on from.
@@ -66,6 +66,8 @@ def play(
         if before:
             used.append(stored - before)
 
+    prompt_tokens = len(tokens)
+    yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, 0.0, saved(model.config, used))
     ends, first = end_tokens(model), None
     for token_B in stream(
         model, torch.tensor([tokens], device=model.device), options=options, compiled=compiled, watch=watch
@@ -75,27 +77,36 @@ def play(
         if int(token_B[0]) in ends:
             return
         tokens.append(int(token_B[0]))
-        count = len(tokens) - len(sample.tokens) - 1
+        count = len(tokens) - prompt_tokens - 1
         speed = count / (now - first) if count else 0.0
-        yield Frame(pieces(tokenizer, tokens), list(used), len(sample.tokens), speed, saved(model.config, used))
+        yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, speed, saved(model.config, used))
 
 
 def shown(frame: Frame, model: MoDForCausalLM) -> str:
     """A frame as HTML."""
     most = model.config.num_hidden_layers
     least = most - len(model.config.routed_layers or [])
+    blocks = range(least, most + 1)
+    legend = "".join(f' <span style="{_shade(count, least, most)};padding:0 .4em">{count}</span>' for count in blocks)
     spans = []
     for i, piece in enumerate(frame.pieces):
         if i < len(frame.used):
-            number = shade_of(frame.used[i], least, most)
-            ink = "#fff" if number > 3 else "#1a1a1a"
-            style = f"background:{SHADES[number]};color:{ink};opacity:{0.6 if i < frame.prompt_tokens else 1}"
+            style = f"{_shade(frame.used[i], least, most)};opacity:{0.6 if i < frame.prompt_tokens else 1}"
             spans.append(f'<span title="{frame.used[i]} blocks" style="{style}">{escape(piece)}</span>')
         else:
             spans.append(f"<span>{escape(piece)}</span>")
     facts = f"{frame.tokens_per_second:.1f} tokens/s, {frame.saved:.0%} of the compute saved"
-    box = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace"
-    return f'<p class="facts">{facts}</p><div class="sample" dir="auto" style="{box}">{"".join(spans)}</div>'
+    # Each line goes in the direction of its first letter.
+    box = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace;unicode-bidi:plaintext"
+    return (
+        f'<p class="facts">{facts}</p><p>blocks used:{legend}</p>'
+        f'<div class="sample" style="{box}">{"".join(spans)}</div>'
+    )
+
+
+def _shade(used: int, least: int, most: int) -> str:
+    number = shade_of(used, least, most)
+    return f"background:{SHADES[number]};color:{'#fff' if number > 3 else '#1a1a1a'}"
 
 
 def page(models: Models, compiled: bool = False) -> gradio.Blocks:
@@ -133,18 +144,39 @@ def page(models: Models, compiled: bool = False) -> gradio.Blocks:
             top_k = gradio.Slider(0, 200, 50, step=1, label="Top k (0 for all)")
             top_p = gradio.Slider(0.05, 1, 1, step=0.05, label="Top p")
             seed = gradio.Number(0, precision=0, label="Seed")
-        button = gradio.Button("Sample", variant="primary")
+        with gradio.Row():
+            button = gradio.Button("Sample", variant="primary")
+            stop = gradio.Button("Stop")
         with gradio.Row():
             columns = []
             for name in models:
                 with gradio.Column():
                     gradio.Textbox(name, label="Model", interactive=False)
                     columns.append(gradio.HTML())
-        button.click(answer, [prompt, new_tokens, temperature, top_k, top_p, seed], columns)
+        sampling = button.click(answer, [prompt, new_tokens, temperature, top_k, top_p, seed], columns)
+        stop.click(None, cancels=[sampling])
     return blocks
 
 
 def serve(blocks: gradio.Blocks, host: str, port: int) -> None:
-    """Shows the page until it is told to stop."""
+    """Shows the page, and says where, until it is told to stop.
+
+    Raises:
+        ValueError: when the address cannot be listened on.
+    """
     theme = themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    blocks.queue().launch(server_name=host, server_port=port, share=False, theme=theme, quiet=True, footer_links=[])
+    blocks.queue()
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            theme=theme,
+            quiet=True,
+            footer_links=[],
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
+    print(blocks.local_url, flush=True)
+    blocks.block_thread()
