@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mixture_of_depths import cli
+from mixture_of_depths.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -53,6 +55,19 @@ def test_a_command_in_the_docs_is_one_that_is_taken(page: str, line: str, monkey
     monkeypatch.setattr(sys, "argv", shlex.split(line))
     cli.main()
     assert len(called) == 1
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    names: dict[str, Any] = {
+        "input_ids": torch.randint(0, 300, (1, 16)),
+        "attention_mask": torch.ones(1, 16, dtype=torch.int64),
+        "tokenizer": train_tokenizer(["Once upon a time"], 300),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("compiled=True", "compiled=False"), names)
+    assert names["output"].routing[1].entered.shape == (1, 16)
 
 
 @pytest.mark.slow

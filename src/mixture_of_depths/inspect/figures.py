@@ -118,7 +118,7 @@ def routing_map(trace: Trace) -> Figure:
     depth, length = trace.num_hidden_layers, len(trace.pieces)
     figure, axes = _axes(min(6.0, 1.3 + 0.22 * depth))
     axes.set(xlim=(-0.5, length - 0.5), ylim=(-0.5, depth - 0.5), xlabel="token of the sequence", ylabel="block")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     for block in range(depth):
         axes.axhspan(block - 0.5, block + 0.5, color="#F0F0F0" if block in trace.routed_layers else "#C8D7E1", lw=0)
     for block, entered in zip(trace.routed_layers, trace.entered, strict=True):
