@@ -1,6 +1,8 @@
 """The state of a run beside the model's weights, as safetensors and JSON, and checkpoints that are whole or not there.
 
 A checkpoint is written aside, sealed with the checksums of its files, and only then renamed to where it is looked for.
+Its tensors lie in one file a kind, or in one file a process that holds that process' shards of them all. Both are read
+by name, each process its own part, so that any number of processes goes on from what any other number wrote.
 """
 
 import fcntl
@@ -8,43 +10,125 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 OPTIMIZER, SCHEDULE, GENERATORS = "optimizer", "schedule.json", "generators"
 CHECKSUMS, ASIDE, LOCK = "checksums.json", ".saving", ".lock"
 
 
-def save_optimizer(state: dict[str, Any], folder: Path) -> None:
-    """Writes an optimiser's `state_dict`: tensors to optimizer.safetensors, all else to optimizer.json."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only its shards of the weights."""
+    return isinstance(model, FSDPModule)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights and buffers by name, or this process' shards of them; a shared one under one name only."""
+    shared = (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    return {name: value for name, value in model.state_dict().items() if name not in shared}
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fills the model's weights and buffers, or this process' shards of them, from a checkpoint.
+
+    Raises:
+        ValueError: when the checkpoint lacks one, or has it in another shape.
+    """
+    _fill(weights_of(model), folder)
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The weights of a sharded model put together in process 0, for which all must call this; None for others."""
+    if not is_sharded(model):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an optimiser's `state_dict`, by index of the parameter and name, and what JSON holds."""
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value.contiguous()
             else:
                 scalars[f"{index}.{name}"] = value
-    save_file(tensors, folder / f"{OPTIMIZER}.safetensors")
-    rest = {"param_groups": state["param_groups"], "scalars": scalars}
-    (folder / f"{OPTIMIZER}.json").write_text(json.dumps(rest))
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
 
 
-def load_optimizer(folder: Path) -> dict[str, Any]:
-    """Reads what `save_optimizer` wrote, as a `state_dict`."""
+def save_whole(tensors: dict[str, Tensor], name: str, folder: Path) -> None:
+    """Writes tensors to one file."""
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes each process' shards of the tensors to a file of its own; all processes must call it.
+
+    Raises:
+        OSError: in all processes, when one cannot write.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        save(cast(dict[str, Any], tensors), storage_writer=writer)
+    except CheckpointException as error:
+        raise OSError(f"checkpoint in {folder} cannot be written: {error}") from error
+
+
+def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Fills the optimiser's state, or this process' shards of it, from a checkpoint."""
     rest = read_json(folder / f"{OPTIMIZER}.json")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {
+        key: _empty_like(parameters[int(index)], cast(TensorStorageMetadata, stored))
+        for key, stored in found.items()
+        if (index := key.split(".", 1)[0]).isdigit()
+    }
+    _fill(tensors, folder)
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(folder / f"{OPTIMIZER}.safetensors").items(), *rest["scalars"].items()]:
+    for key, value in [*tensors.items(), *rest["scalars"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     for group in rest["param_groups"]:
         group["betas"] = tuple(group["betas"])
-    return {"state": state, "param_groups": rest["param_groups"]}
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+def _empty_like(parameter: Tensor, stored: TensorStorageMetadata) -> Tensor:
+    """Room for what an optimiser keeps about a parameter: cut as the parameter is, or a number such as the step."""
+    if stored.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=stored.properties.dtype)
+    return torch.zeros(stored.size, dtype=stored.properties.dtype)
+
+
+def _fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            # Each process reads for itself, whether or not there are others.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            reader = HuggingFaceStorageReader(str(folder))
+            load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=True)
+    except (CheckpointException, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
 
 
 def save_generators(folder: Path) -> None:

@@ -45,14 +45,15 @@ def train(
     """
     from rich.console import Console
 
-    from mixture_of_depths.data import prepare
+    from mixture_of_depths.data import load_prepared, prepare_cache
+    from mixture_of_depths.distributed import from_main, is_main, leave
     from mixture_of_depths.inspect.report import held_out_report
     from mixture_of_depths.training import horizon, model_config
     from mixture_of_depths.training import train as run
 
     _quiet()
-    console = Console()
-    corpus = prepare(data)
+    console = Console(quiet=not is_main())
+    corpus = load_prepared(data, from_main(lambda: prepare_cache(data)))
     facts = corpus.facts
     console.print(
         f"{facts.train_documents} documents, {facts.train_tokens:,} tokens to train on; held out "
@@ -66,6 +67,7 @@ def train(
         console.print(f"stopped at step {result.steps} of {length.steps}; go on with the same command and --resume")
         raise SystemExit(130)
     held_out_report(trained, corpus, out / "report.html")
+    leave()
     console.print_json(data=asdict(result))
 
 
@@ -779,6 +781,10 @@ def main() -> None:
         }
         program, arguments = "mod isoflop", arguments[1:]
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[:1] != ["train"]:
+            raise ValueError(
+                "only mod train shares its work among several processes; start this command without torchrun"
+            )
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=program, args=arguments, description="Mixture-of-Depths transformers.", config=(Flat,)
         )

@@ -87,6 +87,11 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
     Raises:
         ValueError: when there is no text, a path or column is missing, or the text is shorter than one block.
     """
+    return load_prepared(options, prepare_cache(options, tokenizer))
+
+
+def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """Puts prepared text into the cache if it is not there, and returns its key; see `prepare`."""
     _check(options)
     skipped = Skipped()
     documents = list(read_documents(options, skipped))
@@ -99,6 +104,12 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
     folder = options.cache_dir / _cache_key(options, documents, given)
     if not (folder / "facts.json").exists():
         _write_cache(folder, options, documents, given, skipped)
+    return folder.name
+
+
+def load_prepared(options: DataOptions, key: str) -> Corpus:
+    """The text under a key of the cache; the text itself is not read again."""
+    folder = options.cache_dir / key
     facts = json.loads((folder / "facts.json").read_text())
     return Corpus(
         datasets.Dataset.load_from_disk(str(folder / "train")),
@@ -106,7 +117,7 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
         load_tokenizer(str(folder / "tokenizer")),
         CorpusFacts(**{**facts, "skipped": Skipped(**facts["skipped"])}),
         options,
-        folder.name,
+        key,
     )
 
 

@@ -100,9 +100,9 @@ class TrainOptions:
     max_flops: float | None = None
     """Length of the run in training FLOPs, such as 1e13; rounded down to whole steps."""
     batch_size: int = 16
-    """Sequences per optimiser step on one device."""
+    """Sequences per optimiser step, of all processes together."""
     gradient_accumulation_steps: int = 1
-    """Number of parts a batch is computed in; must divide the batch size."""
+    """Number of parts each process computes its share of a batch in; must divide it."""
     learning_rate: float = 2e-3
     """Highest learning rate, after the warm-up; it then falls along a cosine to a tenth."""
     warmup_fraction: float = 0.05

@@ -7,7 +7,9 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,10 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -39,19 +41,35 @@ from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
     ASIDE,
     LOCK,
+    OPTIMIZER,
     SCHEDULE,
+    is_sharded,
     latest_checkpoint,
     load_generators,
     load_optimizer,
+    load_weights,
     only_run,
     read_json,
     save_generators,
-    save_optimizer,
+    save_shards,
+    save_whole,
     seal,
+    split_optimizer,
+    weights_of,
+    whole_weights,
     write_aside,
 )
 from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Collator, Corpus
+from mixture_of_depths.distributed import (
+    LONGEST_WAIT,
+    anywhere,
+    average_,
+    failing_together,
+    from_main,
+    is_main,
+    processes,
+)
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import model_parameters, training_flops_per_token
 from mixture_of_depths.inspect.trace import trace_tokens
@@ -145,7 +163,13 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
 
 
 class MoDTrainer(Trainer):
-    """The library's trainer; its own are only the evaluation, the FLOP count and the form of its checkpoints."""
+    """The library's trainer; its own are only the evaluation, the FLOP count and the form of its checkpoints.
+
+    How several processes share the work is accelerate's: DDP, or FSDP2 when its configuration says so.
+
+    Raises:
+        ValueError: when that asks for the first version of FSDP.
+    """
 
     def __init__(self, corpus: Corpus, options: TrainOptions, **kwargs: Any) -> None:
         self.corpus = corpus
@@ -154,9 +178,33 @@ class MoDTrainer(Trainer):
         self._aside: str | None = None
         super().__init__(**kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Has accelerate set itself up, with FSDP on CPUs, too, where it would quietly use DDP."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            plugin = FullyShardedDataParallelPlugin()
+            if self.args.bf16:
+                plugin.set_mixed_precision("bf16")
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version=1 is not supported; set it to 2, in the file or as FSDP_VERSION=2")
+
+    def average_thresholds(self) -> None:
+        """Makes the routers' thresholds those of the whole batches.
+
+        In training each process' thresholds follow its own share of every batch. They are running averages of means
+        over rows, and nothing in training reads them: their mean is what one process would have, where experts' are
+        concerned up to rows of which an expert took nothing.
+        """
+        model = cast(nn.Module, self.model)
+        average_([buffer for name, buffer in model.named_buffers() if name.endswith("router.threshold")])
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates under top-k and causal routing; returns and logs the figures."""
         assert isinstance(self.model, MoDForCausalLM)
+        self.average_thresholds()
         found = _evaluate(self.model, self.corpus, self.run_options, self.run_options.eval_blocks, every_router=False)
         metrics = {
             "eval_loss": found.loss_causal,
@@ -191,40 +239,68 @@ class MoDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.average_thresholds()
+        with failing_together():
+            if is_main():
+                shutil.rmtree(folder / ASIDE, ignore_errors=True)
+                (folder / ASIDE / name).mkdir(parents=True)
         self._aside = str(folder / ASIDE)
-        shutil.rmtree(self._aside, ignore_errors=True)
         try:
-            super()._save_checkpoint(model, trial)
-            seal(folder / ASIDE / name)
+            with failing_together():
+                super()._save_checkpoint(model, trial)
+                if is_main():
+                    seal(folder / ASIDE / name)
         except SafetensorError as error:
             raise OSError(f"checkpoint in {folder} cannot be written: {error}") from error
         finally:
             self._aside = None
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / ASIDE / name).rename(folder / name)
-        shutil.rmtree(folder / ASIDE)
-        rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+        with failing_together():
+            if is_main():
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (folder / ASIDE / name).rename(folder / name)
+                shutil.rmtree(folder / ASIDE)
+                rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves model and tokenizer; of a sharded model only what is not sharded."""
         folder = output_dir or self.args.output_dir
         assert isinstance(self.model, MoDForCausalLM) and folder is not None
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self.corpus.tokenizer.save_pretrained(folder)
+        with failing_together():
+            if is_main():
+                save = self.model.config if is_sharded(self.model) else self.model
+                save.save_pretrained(folder)
+                self.corpus.tokenizer.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer, schedule = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
-        save_optimizer(optimizer.state_dict(), Path(output_dir))
-        (Path(output_dir) / SCHEDULE).write_text(json.dumps(schedule.state_dict()))
+        assert isinstance(self.model, MoDForCausalLM)
+        folder, optimizer, schedule = (
+            Path(output_dir),
+            cast(Optimizer, self.optimizer),
+            cast(LRScheduler, self.lr_scheduler),
+        )
+        tensors, rest = split_optimizer(optimizer.state_dict())
+        if is_sharded(self.model):
+            save_shards(weights_of(self.model) | tensors, folder)
+        elif is_main():
+            save_whole(tensors, OPTIMIZER, folder)
+        if is_main():
+            (folder / f"{OPTIMIZER}.json").write_text(json.dumps(rest))
+            (folder / SCHEDULE).write_text(json.dumps(schedule.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert isinstance(self.model, MoDForCausalLM)
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        optimizer, schedule = cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
-        optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
-        schedule.load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
+        load_optimizer(cast(Optimizer, self.optimizer), Path(checkpoint))
+        cast(LRScheduler, self.lr_scheduler).load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_generators(Path(output_dir))
+        # All processes draw the same numbers.
+        if is_main():
+            save_generators(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -232,7 +308,10 @@ class MoDTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes `metrics.jsonl`, one line a logged step, and shows a progress bar with the time left."""
+    """Writes `metrics.jsonl`, one line a logged step, and shows a progress bar with the time left.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, folder: Path, flops_per_token: float, tokens_per_step: int, console: Console) -> None:
         self.path = folder / "metrics.jsonl"
@@ -252,7 +331,6 @@ class Recorder(TrainerCallback):
         self.train_seconds = max((record.get("train_seconds", 0.0) for record in records), default=0.0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.recall(state.global_step)
         self.last_time, self.last_step = time.perf_counter(), state.global_step
         self.task = self.progress.add_task("step", total=state.max_steps, completed=state.global_step)
 
@@ -285,8 +363,10 @@ class Recorder(TrainerCallback):
                 f"  step {state.global_step}: validation loss {record['eval_loss_causal']:.4f} causal, "
                 f"{record['eval_loss_top_k']:.4f} top-k"
             )
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with failing_together():
+            if is_main():
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
         self.last_time, self.last_step = time.perf_counter(), state.global_step
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
@@ -311,11 +391,14 @@ class Board(TensorBoardCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self.tb_writer is None or not model.config.routed_layers:
+        if not model.config.routed_layers:
             return
+        # In all processes, for the model may be spread over them.
         was_training = model.training
         found = trace_tokens(model.eval(), self.tokenizer, self.tokens)
         model.train(was_training)
+        if self.tb_writer is None:
+            return
         for block, weights in zip(found.routed_layers, found.router_weight, strict=True):
             # A run that diverges is stopped at its next step, by name.
             if np.isfinite(weights).all():
@@ -327,6 +410,8 @@ class Board(TensorBoardCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint; a second one ends it at once.
+
+    One that reaches any process ends the run in all of them.
 
     Used as a context manager around the run; outside the main thread, where signals do not arrive, it does nothing.
     """
@@ -351,7 +436,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received:
+        if anywhere(self.received):
             control.should_save = control.should_training_stop = True
 
 
@@ -419,19 +504,27 @@ def train(
     Raises:
         ValueError: for options that contradict one another, or a folder that holds another run or none to resume.
         DivergenceError: for a loss or gradient that is no number.
+
+    Several processes, as `torchrun` or `accelerate launch` starts them, all call this with the same arguments and share
+    a run, whose `folder` they must all see; the first writes. The returned model may be spread over them.
     """
-    console = console or Console()
+    console = console if console and is_main() else Console(quiet=not is_main())
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     arguments = _arguments(options, length, folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder} is a file; name a folder")
-    if resume and not (folder / "run.json").exists():
-        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_run(folder):
-        start = _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
+    with ExitStack() as held:
+
+        def open_folder() -> tuple[Path, int] | None:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"out={folder} is a file; name a folder")
+            if resume and not (folder / "run.json").exists():
+                raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_run(folder))
+            return _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
+
+        start = from_main(open_folder)
         if resume and start is None:
             console.print("no whole checkpoint yet; starting from the beginning")
         return _train(config, corpus, options, arguments, length, folder, start, console, tuning)
@@ -456,10 +549,12 @@ def _train(
     tokens_per_step = options.batch_size * sequence_length
     recorder = Recorder(folder, training_flops_per_token(config, sequence_length), tokens_per_step, console)
     steps = start[1] if start else 0
+    with failing_together():
+        if is_main():
+            recorder.recall(steps)
     if start and steps >= length.steps:
         # The trainer would take one step before it looks at the horizon.
-        load_model(model, start[0] / "model.safetensors")
-        recorder.recall(steps)
+        load_weights(model, start[0])
     else:
         steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
 
@@ -467,10 +562,13 @@ def _train(
     evaluation = None
     if finished:
         model = tuning.finish(model)
-        model.save_pretrained(folder)
-        corpus.tokenizer.save_pretrained(str(folder))
+        weights = whole_weights(model)
+        with failing_together():
+            if is_main():
+                model.save_pretrained(folder, state_dict=weights)
+                corpus.tokenizer.save_pretrained(str(folder))
+                plots.training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
         evaluation = _evaluate(model, corpus, options, max_blocks=None, every_router=True)
-        plots.training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
     result = TrainResult(
         finished=finished,
         steps=steps,
@@ -480,9 +578,10 @@ def _train(
         train_seconds=recorder.train_seconds,
         evaluation=evaluation,
     )
-    if finished:
-        record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
-        write_aside(folder / "result.json", record)
+    with failing_together():
+        if finished and is_main():
+            record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
+            write_aside(folder / "result.json", record)
     return model, result
 
 
@@ -517,7 +616,12 @@ def _run(
             callbacks=[recorder, stop, Board(corpus), *tuning.callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with warnings.catch_warnings():
+            # Nothing is changed in place, and what accelerate passes on is its own affair.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.average_thresholds()
     return trainer.state.global_step
 
 
@@ -540,10 +644,16 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
     for name in ("batch_size", "gradient_accumulation_steps", "eval_blocks", "learning_rate", "max_grad_norm"):
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"{name}={getattr(options, name)} must be a finite number above 0")
-    if options.batch_size % options.gradient_accumulation_steps:
+    if options.batch_size % processes().num_processes:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of the {processes().num_processes} processes, which "
+            "share it; change one of them"
+        )
+    if options.batch_size // processes().num_processes % options.gradient_accumulation_steps:
+        shared = f" over {processes().num_processes} processes" if processes().num_processes > 1 else ""
         raise ValueError(
             f"gradient_accumulation_steps={options.gradient_accumulation_steps} must divide batch_size="
-            f"{options.batch_size}"
+            f"{options.batch_size}{shared}"
         )
     if not 0 <= options.warmup_fraction < 1:
         raise ValueError(f"warmup_fraction={options.warmup_fraction} must be at least 0 and below 1")
@@ -600,10 +710,12 @@ def _open_folder(
 
 def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTrainingArguments:
     part = math.ceil(length.steps / 5)
-    return HFTrainingArguments(
+    arguments = HFTrainingArguments(
         output_dir=str(folder),
         max_steps=length.steps,
-        per_device_train_batch_size=options.batch_size // options.gradient_accumulation_steps,
+        per_device_train_batch_size=options.batch_size
+        // processes().num_processes
+        // options.gradient_accumulation_steps,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         dataloader_drop_last=True,
         learning_rate=options.learning_rate,
@@ -627,7 +739,17 @@ def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTraini
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Every weight gets its gradient in every step, and thresholds follow each process' own rows.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
     )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs; start one for each with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one"
+        )
+    return arguments
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

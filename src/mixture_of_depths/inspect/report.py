@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mixture_of_depths.data import Corpus
+from mixture_of_depths.distributed import failing_together, is_main
 from mixture_of_depths.inspect import figures
 from mixture_of_depths.inspect.trace import Trace, trace_tokens, under_top_k
 from mixture_of_depths.modeling import MoDForCausalLM
@@ -143,13 +144,19 @@ def _as_itself(piece: str) -> str:
 
 
 def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
-    """Writes the page of the first block of held-out text, under causal routing."""
+    """Writes the page of the first block of held-out text, under causal routing.
+
+    Of several processes all must call it, for the model may be spread over them; the first writes.
+    """
     model.eval()
     tokens: Any = corpus.validation[0]["input_ids"]
     found = trace_tokens(model, corpus.tokenizer, tokens)
-    with figures.drawn(found, under_top_k(model, corpus.tokenizer, found)) as drawn:
-        page = report(found, drawn, "Where the compute goes on held-out text")
-    path.write_text(page, encoding="utf-8")
+    top_k = under_top_k(model, corpus.tokenizer, found)
+    with failing_together():
+        if is_main():
+            with figures.drawn(found, top_k) as drawn:
+                page = report(found, drawn, "Where the compute goes on held-out text")
+            path.write_text(page, encoding="utf-8")
 
 
 def _facts(trace: Trace) -> dict[str, str]:

@@ -1,0 +1,87 @@
+"""What the processes of one run agree on: who writes, who failed, who was told to stop.
+
+They are started by `torchrun` or `accelerate launch`; without one there is a single process, and nothing here waits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+# The others wait for process 0 while it prepares text.
+LONGEST_WAIT = timedelta(hours=2)
+
+
+def processes() -> PartialState:
+    """This process among those of the run; the first call meets the others."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes."""
+    return processes().process_index == 0
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Waits for all processes at its end, and raises in all of them what a user can mend and one of them met.
+
+    Without it the others would wait for one that is gone.
+
+    Raises:
+        ValueError, OSError: the process' own; in the others a ValueError with the same message.
+    """
+    if processes().num_processes == 1:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        own = error
+    messages: list[Any] = [None] * processes().num_processes
+    dist.all_gather_object(messages, None if own is None else str(own))
+    if own is not None:
+        raise own
+    for message in messages:
+        if message is not None:
+            raise ValueError(message)
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` returns in process 0, in all processes; it runs there only, and its errors are raised everywhere."""
+    found: list[Any] = [None]
+    with failing_together():
+        if is_main():
+            found[0] = work()
+    if processes().num_processes > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if processes().num_processes == 1:
+        return flag
+    found = torch.tensor(int(flag), device=processes().device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replaces tensors that differ between the processes by their mean over them."""
+    if processes().num_processes > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= processes().num_processes
+
+
+def leave() -> None:
+    """Ends the connection to the others."""
+    processes().destroy_process_group()
