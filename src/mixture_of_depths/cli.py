@@ -63,11 +63,12 @@ def train(
     length = horizon(training, config, data.sequence_length)
     console.print(f"{length.steps:,} steps, {length.tokens:,} tokens, {length.flops:.3g} training FLOPs")
     trained, result = run(config, corpus, training, out, resume=resume, console=console)
+    if result.finished:
+        held_out_report(trained, corpus, out / "report.html")
+    leave()
     if not result.finished:
         console.print(f"stopped at step {result.steps} of {length.steps}; go on with the same command and --resume")
         raise SystemExit(130)
-    held_out_report(trained, corpus, out / "report.html")
-    leave()
     console.print_json(data=asdict(result))
 
 

@@ -1,0 +1,74 @@
+"""Started by the tests of several processes, alone or by `torchrun`: runs the command line once for every job given.
+
+The first argument is a file with a list of jobs: `argv`, `env`, and optionally `stop`, [process, step], where a process
+sends itself a SIGTERM, and `full`, [process, step], from where on a process can write no more. Beside each run's folder
+each process leaves its exit status and the first tokens of the blocks it trained on, one line a batch.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixture_of_depths import cli, data, distributed, training
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def leave_traces(job: dict[str, Any], folder: Path) -> None:
+    read, count = data.read_documents, training.MoDTrainer.floating_point_ops
+
+    def read_documents(*args: Any) -> Any:
+        Path(f"{folder}.read-{RANK}").touch()
+        return read(*args)
+
+    def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
+        with Path(f"{folder}.blocks-{RANK}").open("a") as file:
+            file.write(json.dumps([self.state.global_step, inputs["input_ids"].tolist()]) + "\n")
+        return count(self, inputs)
+
+    class Recorder(training.Recorder):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            here = [RANK, state.global_step]
+            if here == job.get("stop"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if here == job.get("full"):
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    data.read_documents, training.MoDTrainer.floating_point_ops = read_documents, floating_point_ops
+    training.Recorder = Recorder
+
+
+def run(jobs: list[dict[str, Any]]) -> None:
+    """Runs the jobs in this process, as one of those that run them."""
+    originals = data.read_documents, training.MoDTrainer.floating_point_ops, training.Recorder
+    arguments = list(sys.argv)
+    for job in jobs:
+        argv, folder = job["argv"], Path(job["argv"][job["argv"].index("--out") + 1])
+        os.environ |= job.get("env", {})
+        leave_traces(job, folder)
+        sys.argv[1:] = argv
+        status: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        Path(f"{folder}.status-{RANK}").write_text(str(status))
+        data.read_documents, training.MoDTrainer.floating_point_ops, training.Recorder = originals
+        for name in job.get("env", {}):
+            del os.environ[name]
+    sys.argv[:] = arguments
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # The next job goes on with the same processes.
+    distributed.leave = lambda: None
+    run(json.loads(Path(sys.argv[1]).read_text()))
