@@ -1,8 +1,9 @@
 """Started by the tests of several processes, alone or by `torchrun`: runs the command line once for every job given.
 
-The first argument is a file with a list of jobs: `argv`, `env`, and optionally `stop`, [process, step], where a process
-sends itself a SIGTERM, and `full`, [process, step], from where on a process can write no more. Beside each run's folder
-each process leaves its exit status and the first tokens of the blocks it trained on, one line a batch.
+The first argument is a file with a list of jobs: `argv`, `env`, `float64` for models in that precision, and optionally
+`stop`, [process, step], after how many steps a process sends itself a SIGTERM, and `full`, [process, step], after how
+many it can write no more. Beside each run's folder each process leaves its exit status, the blocks it trained on, one
+line a batch, and whether it read the text.
 """
 
 import json
@@ -20,7 +21,8 @@ from mixture_of_depths import cli, data, distributed, training
 RANK = int(os.environ.get("RANK", "0"))
 
 
-def leave_traces(job: dict[str, Any], folder: Path) -> None:
+def inject(job: dict[str, Any], folder: Path, blocks: list[Any]) -> None:
+    """Has the run record what it reads in `blocks` and on the disk, and break where the job says so."""
     read, count = data.read_documents, training.MoDTrainer.floating_point_ops
 
     def read_documents(*args: Any) -> Any:
@@ -28,12 +30,11 @@ def leave_traces(job: dict[str, Any], folder: Path) -> None:
         return read(*args)
 
     def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
-        with Path(f"{folder}.blocks-{RANK}").open("a") as file:
-            file.write(json.dumps([self.state.global_step, inputs["input_ids"].tolist()]) + "\n")
+        blocks.append([self.state.global_step, inputs["input_ids"].tolist()])
         return count(self, inputs)
 
     class Recorder(training.Recorder):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             here = [RANK, state.global_step]
             if here == job.get("stop"):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -52,7 +53,9 @@ def run(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         argv, folder = job["argv"], Path(job["argv"][job["argv"].index("--out") + 1])
         os.environ |= job.get("env", {})
-        leave_traces(job, folder)
+        blocks: list[Any] = []
+        inject(job, folder, blocks)
+        torch.set_default_dtype(torch.float64 if job["float64"] else torch.float32)
         sys.argv[1:] = argv
         status: Any = 0
         try:
@@ -60,7 +63,10 @@ def run(jobs: list[dict[str, Any]]) -> None:
         except SystemExit as end:
             status = end.code
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        torch.set_default_dtype(torch.float32)
         Path(f"{folder}.status-{RANK}").write_text(str(status))
+        with Path(f"{folder}.blocks-{RANK}").open("a") as file:
+            file.writelines(json.dumps(seen) + "\n" for seen in blocks)
         data.read_documents, training.MoDTrainer.floating_point_ops, training.Recorder = originals
         for name in job.get("env", {}):
             del os.environ[name]

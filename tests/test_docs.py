@@ -2,6 +2,7 @@
 
 import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -21,8 +22,9 @@ RUN = ("index.md", "training.md", "sampling.md", "pictures.md", "retrofit.md")
 
 
 def commands(text: str) -> list[str]:
-    """The lines that call `mod`, in shell blocks or indented, without comments."""
+    """The lines that call `mod`, also under a launcher, in shell blocks or indented, without comments."""
     lines = [line.split(" #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    lines = [re.sub(r"^.*(torchrun|accelerate launch) .*-m mixture_of_depths.cli ", "mod ", line) for line in lines]
     return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?mod [a-z-]+ ", f"{line} ")]
 
 
@@ -34,7 +36,13 @@ ALL = [(path.name, line) for path in [ROOT / "README.md", *PAGES] for line in co
 
 
 def test_there_are_commands_on_every_page() -> None:
-    assert {name for name, _ in ALL} >= {"README.md", *RUN, "isoflop.md"}
+    assert {name for name, _ in ALL} >= {"README.md", *RUN, "isoflop.md", "scaling.md"}
+
+
+def test_the_tables_of_several_gpus_are_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"), run_name="__main__")
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert all(printed in page for printed in capsys.readouterr().out.strip().split("\n\n"))
 
 
 @pytest.mark.parametrize(("page", "line"), ALL)

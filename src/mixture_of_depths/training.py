@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -72,7 +73,7 @@ from mixture_of_depths.distributed import (
 )
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import model_parameters, training_flops_per_token
-from mixture_of_depths.inspect.trace import trace_tokens
+from mixture_of_depths.inspect.trace import Trace, trace_tokens
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
@@ -388,6 +389,14 @@ class Board(TensorBoardCallback):
         self.tokens = cast(list[int], corpus.validation[0]["input_ids"])
         self.tokenizer = corpus.tokenizer
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with failing_together():
+            super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        with failing_together():
+            super().on_log(*args, **kwargs)
+
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -397,15 +406,18 @@ class Board(TensorBoardCallback):
         was_training = model.training
         found = trace_tokens(model.eval(), self.tokenizer, self.tokens)
         model.train(was_training)
-        if self.tb_writer is None:
-            return
+        with failing_together():
+            if self.tb_writer is not None:
+                self._draw(self.tb_writer, found, state.global_step)
+
+    def _draw(self, writer: SummaryWriter, found: Trace, step: int) -> None:
         for block, weights in zip(found.routed_layers, found.router_weight, strict=True):
             # A run that diverges is stopped at its next step, by name.
             if np.isfinite(weights).all():
-                self.tb_writer.add_histogram(f"router_weight/{block}", weights, state.global_step)
+                writer.add_histogram(f"router_weight/{block}", weights, step)
         # The deepest block on top, each a band of pixels.
         picture = np.repeat(found.entered[::-1], 8, axis=0).astype(np.float32)
-        self.tb_writer.add_image("routing", picture, state.global_step, dataformats="HW")
+        writer.add_image("routing", picture, step, dataformats="HW")
 
 
 class StopOnSignal(TrainerCallback):
