@@ -1,9 +1,9 @@
 """Started by the tests of several processes, alone or by `torchrun`: runs the command line once for every job given.
 
 The first argument is a file with a list of jobs: `argv`, `env`, `float64` for models in that precision, and optionally
-`stop`, [process, step], after how many steps a process sends itself a SIGTERM, and `full`, [process, step], after how
-many it can write no more. Beside each run's folder each process leaves its exit status, the blocks it trained on, one
-line a batch, and whether it read the text.
+`stop`, [process, step], after how many steps a process sends itself a SIGTERM, and `full`, [process, step, bytes], after
+how many it can write no larger files. Beside each run's folder each process leaves its exit status, the blocks it
+trained on, one line a batch, and whether it read the text.
 """
 
 import json
@@ -38,9 +38,9 @@ def inject(job: dict[str, Any], folder: Path, blocks: list[Any]) -> None:
             here = [RANK, state.global_step]
             if here == job.get("stop"):
                 os.kill(os.getpid(), signal.SIGTERM)
-            if here == job.get("full"):
+            if here == job.get("full", [])[:2]:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["full"][2], resource.RLIM_INFINITY))
 
     data.read_documents, training.MoDTrainer.floating_point_ops = read_documents, floating_point_ops
     training.Recorder = Recorder

@@ -188,16 +188,18 @@ def test_what_stops_one_process_stops_all_of_them_with_status_2(text: Path, tmp_
         job(text, tmp_path / "parts", *steps, "--gradient-accumulation-steps", "8"),
         job(tmp_path / "no-text", tmp_path / "empty", *steps),
         job(text, tmp_path / "first", *steps, env={**FSDP, "FSDP_VERSION": "1"}),
-        job(text, tmp_path / "full", *steps, full=[0, 3]),
-        job(text, tmp_path / "full-fsdp", *steps, env=FSDP, full=[0, 3]),
+        job(text, tmp_path / "full", *steps, full=[0, 3, 0]),
+        # Room for records, and not for a checkpoint.
+        job(text, tmp_path / "full-ddp", *steps, full=[0, 3, 50_000]),
+        job(text, tmp_path / "full-fsdp", *steps, env=FSDP, full=[0, 3, 50_000]),
         # The second process writes nothing but its shards.
-        job(text, tmp_path / "full-other", *steps, env=FSDP, full=[1, 3]),
+        job(text, tmp_path / "full-other", *steps, env=FSDP, full=[1, 3, 50_000]),
     ]
     launch(tmp_path, 2, *refused)
     for item in refused:
         out = Path(item["argv"][2])
         assert statuses(out, 2) == ["2", "2"], out.name
-    for name in ("full", "full-fsdp", "full-other"):
+    for name in ("full", "full-ddp", "full-fsdp", "full-other"):
         assert latest_checkpoint(tmp_path / name) == (tmp_path / name / "checkpoint-2", 2)
     launch(tmp_path, 2, job(text, tmp_path / "full-other", *steps, "--resume"))
     assert statuses(tmp_path / "full-other", 2) == ["0", "0"]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
@@ -35,7 +36,7 @@ def failing_together() -> Iterator[None]:
     Without it the others would wait for one that is gone.
 
     Raises:
-        ValueError, OSError: the process' own; in the others a ValueError with the same message.
+        ValueError, OSError, SafetensorError: the process' own; in the others a ValueError with the same message.
     """
     if processes().num_processes == 1:
         yield
@@ -43,7 +44,7 @@ def failing_together() -> Iterator[None]:
     own: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         own = error
     messages: list[Any] = [None] * processes().num_processes
     dist.all_gather_object(messages, None if own is None else str(own))

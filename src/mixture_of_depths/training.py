@@ -274,12 +274,8 @@ class MoDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert isinstance(self.model, MoDForCausalLM)
-        folder, optimizer, schedule = (
-            Path(output_dir),
-            cast(Optimizer, self.optimizer),
-            cast(LRScheduler, self.lr_scheduler),
-        )
-        tensors, rest = split_optimizer(optimizer.state_dict())
+        folder, schedule = Path(output_dir), cast(LRScheduler, self.lr_scheduler)
+        tensors, rest = split_optimizer(cast(Optimizer, self.optimizer).state_dict())
         if is_sharded(self.model):
             save_shards(weights_of(self.model) | tensors, folder)
         elif is_main():
