@@ -1,9 +1,9 @@
 """Started by the tests of several processes, alone or by `torchrun`: runs the command line once for every job given.
 
-The first argument is a file with a list of jobs: `argv`, `env`, `float64` for models in that precision, and optionally
-`stop`, [process, step], after how many steps a process sends itself a SIGTERM, and `full`, [process, step, bytes], after
-how many it can write no larger files. Beside each run's folder each process leaves its exit status, the blocks it
-trained on, one line a batch, and whether it read the text.
+The first argument is a file with a list of jobs: `argv`, `env`, and optionally `stop`, [process, step], after how many
+steps a process sends itself SIGTERM, and `full`, [process, step, bytes], after how many it can write no larger files.
+Beside each run's folder each process leaves its exit status, the blocks it trained on, one line a batch, and whether it
+read the text.
 """
 
 import json
@@ -55,7 +55,6 @@ def run(jobs: list[dict[str, Any]]) -> None:
         os.environ |= job.get("env", {})
         blocks: list[Any] = []
         inject(job, folder, blocks)
-        torch.set_default_dtype(torch.float64 if job["float64"] else torch.float32)
         sys.argv[1:] = argv
         status: Any = 0
         try:
@@ -63,7 +62,6 @@ def run(jobs: list[dict[str, Any]]) -> None:
         except SystemExit as end:
             status = end.code
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        torch.set_default_dtype(torch.float32)
         Path(f"{folder}.status-{RANK}").write_text(str(status))
         with Path(f"{folder}.blocks-{RANK}").open("a") as file:
             file.writelines(json.dumps(seen) + "\n" for seen in blocks)

@@ -26,7 +26,9 @@ SIZE = ["--hidden-size", "16", "--num-hidden-layers", "3", "--num-attention-head
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
+    # Not from 0, whose text is one number over and over: such tokens are equal in a routed block up to rounding, and
+    # rounding would choose among them.
+    for i in range(1, 21):
         (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
     return folder
 
@@ -35,7 +37,7 @@ def job(text: Path, out: Path, *arguments: str, env: dict[str, str] | None = Non
     data = ["--data", str(text / "*.txt"), "--vocab-size", "300", "--sequence-length", "16"]
     cache = ["--cache-dir", str(out.parent / "cache"), "--eval-blocks", "8"]
     argv = ["train", "--out", str(out), *data, *cache, *SIZE, "--batch-size", "8", *arguments]
-    return {"argv": argv, "env": env or {}, "float64": False, **injected}
+    return {"argv": argv, "env": env or {}, **injected}
 
 
 def launch(folder: Path, processes: int, *jobs: dict[str, Any]) -> None:
@@ -112,34 +114,22 @@ def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, 
 
 
 @pytest.mark.slow
-def test_fifty_steps_of_two_processes_are_those_of_one(text: Path, tmp_path: Path) -> None:
-    one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
-    launch(tmp_path, 1, job(text, one, "--max-steps", "50"))
-    launch(tmp_path, 2, job(text, ddp, "--max-steps", "50"), job(text, fsdp, "--max-steps", "50", env=FSDP))
-    assert largest_difference(one, ddp) < 1e-5
-    assert largest_difference(one, fsdp) < 1e-5
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
         (),
         ("--gradient-accumulation-steps", "2", "--tie-word-embeddings"),
         ("--causal-router", "auxiliary_loss", "--gradient-checkpointing"),
-        ("--causal-router", "threshold", "--router-activation", "straight_through"),
+        ("--causal-router", "threshold"),
     ],
 )
-def test_in_double_precision_nothing_is_left_of_the_difference(
-    text: Path, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    # In single precision rounding may swap two tokens that are nearly equal where top-k cuts.
+def test_fifty_steps_of_two_processes_are_those_of_one(text: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     steps = ("--max-steps", "50", *arguments)
     one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
-    launch(tmp_path, 1, job(text, one, *steps, float64=True))
-    launch(tmp_path, 2, job(text, ddp, *steps, float64=True), job(text, fsdp, *steps, float64=True, env=FSDP))
-    assert largest_difference(one, ddp) < 1e-10
-    assert largest_difference(one, fsdp) < 1e-10
+    launch(tmp_path, 1, job(text, one, *steps))
+    launch(tmp_path, 2, job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP))
+    assert largest_difference(one, ddp) < 1e-5
+    assert largest_difference(one, fsdp) < 1e-5
 
 
 @pytest.mark.slow
