@@ -178,6 +178,7 @@ def test_what_stops_one_process_stops_all_of_them_with_status_2(text: Path, tmp_
         job(text, tmp_path / "parts", *steps, "--gradient-accumulation-steps", "8"),
         job(tmp_path / "no-text", tmp_path / "empty", *steps),
         job(text, tmp_path / "first", *steps, env={**FSDP, "FSDP_VERSION": "1"}),
+        job(text, tmp_path / "loading", *steps, env={**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
         job(text, tmp_path / "full", *steps, full=[0, 3, 0]),
         # Room for records, and not for a checkpoint.
         job(text, tmp_path / "full-ddp", *steps, full=[0, 3, 50_000]),

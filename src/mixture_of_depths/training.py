@@ -169,7 +169,7 @@ class MoDTrainer(Trainer):
     How several processes share the work is accelerate's: DDP, or FSDP2 when its configuration says so.
 
     Raises:
-        ValueError: when that asks for the first version of FSDP.
+        ValueError: when that asks for the first version of FSDP, or for its loading from process 0.
     """
 
     def __init__(self, corpus: Corpus, options: TrainOptions, **kwargs: Any) -> None:
@@ -189,8 +189,13 @@ class MoDTrainer(Trainer):
                 plugin.set_mixed_precision("bf16")
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+        if not self.is_fsdp_enabled:
+            return
+        if not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version=1 is not supported; set it to 2, in the file or as FSDP_VERSION=2")
+        if cast(FullyShardedDataParallelPlugin, state.fsdp_plugin).cpu_ram_efficient_loading:
+            # accelerate takes every entry of the state for a sharded weight, and thresholds are buffers.
+            raise ValueError("fsdp_cpu_ram_efficient_loading=true is not supported; set it to false")
 
     def average_thresholds(self) -> None:
         """Makes the routers' thresholds those of the whole batches.
