@@ -198,7 +198,32 @@ def test_prepared_text_is_cached_by_content(tmp_path: Path) -> None:
         prepare(changed)
     (tmp_path / "000.txt").write_text("other " + SENTENCE * 20)
     prepare(opts)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_cache_entry_is_prepared_again(tmp_path: Path, damage: str) -> None:
+    write_files(tmp_path)
+    opts = options(tmp_path, str(tmp_path / "*.txt"))
+    first = prepare(opts)
+    path = next((opts.cache_dir / first.key / "train").glob("*.arrow"))
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(whole[:-9] if damage == "cut" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    again = prepare(opts)
+    assert path.read_bytes() == whole
+    assert again.train["input_ids"] == first.train["input_ids"]
+
+
+def test_what_a_killed_preparation_left_aside_makes_way(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    opts = options(tmp_path, str(tmp_path / "*.txt"))
+    key = prepare(opts).key
+    (opts.cache_dir / key).rename(opts.cache_dir / f".preparing-{key}")
+    (opts.cache_dir / f".preparing-{key}" / "facts.json").write_text("{")
+    assert prepare(opts).key == key
+    assert sorted(path.name for path in opts.cache_dir.iterdir()) == [f".{key}.lock", key]
 
 
 def test_an_existing_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:

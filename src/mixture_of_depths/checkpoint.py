@@ -226,3 +226,11 @@ def only_run(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"out={folder} is in use by another run; wait for it, or name another folder") from None
         yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside; the others wait. A killed one lets go."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from glob import glob, has_magic
@@ -20,6 +19,7 @@ from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mixture_of_depths.checkpoint import is_whole, locked, seal
 from mixture_of_depths.options import BUILTIN, DataOptions
 from mixture_of_depths.tokenizer import end_of_text, load_tokenizer, tokenize, train_tokenizer
 
@@ -102,8 +102,12 @@ def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | Non
         )
     given = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     folder = options.cache_dir / _cache_key(options, documents, given)
-    if not (folder / "facts.json").exists():
-        _write_cache(folder, options, documents, given, skipped)
+    if not is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            # Another process may have written it meanwhile.
+            if not is_whole(folder):
+                _write_cache(folder, options, documents, given, skipped)
     return folder.name
 
 
@@ -366,16 +370,17 @@ def _write_cache(
         split=split,
         skipped=skipped,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that a run that is stopped leaves no half entry behind.
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-"))
+    # Written aside and renamed, so that a run that is stopped leaves no half entry behind; what a killed one left aside
+    # makes way.
+    aside = folder.with_name(f".preparing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         pack(train_tokens, options.sequence_length, "training").save_to_disk(str(aside / "train"))
         pack(validation_tokens, options.sequence_length, "validation").save_to_disk(str(aside / "validation"))
         tokenizer.save_pretrained(str(aside / "tokenizer"))
         (aside / "facts.json").write_text(json.dumps(asdict(facts)))
-        if folder.exists():
-            shutil.rmtree(folder)
+        seal(aside)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mixture_of_depths.checkpoint import locked, write_aside
 from mixture_of_depths.data import Corpus
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
@@ -36,28 +36,14 @@ def open_records(out: Path, planned: list[PlannedRun]) -> dict[str, dict[str, An
     return records
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Only one process at a time changes the records."""
-    with (out / f"{RECORDS}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def add_record(out: Path, record: dict[str, Any]) -> bool:
     """Writes a record unless its run has one; a line that a kill cut off is dropped first. Says whether it wrote."""
     path = out / RECORDS
-    with _locked(out):
+    with locked(out / f"{RECORDS}.lock"):
         kept = read_records(path)
         if any(earlier["name"] == record["name"] for earlier in kept):
             return False
-        lines = [json.dumps(line, allow_nan=False) for line in [*kept, record]]
-        aside = path.with_suffix(".part")
-        with aside.open("w") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_aside(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, record]))
         return True
 
 
