@@ -214,23 +214,30 @@ def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 @contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Only one process at a time holds a file; a killed one lets go of it. Yields whether it is this one.
+
+    Args:
+        path: the file, made if it is not there.
+        wait: whether to wait for others, and not to go on without it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds a run's folder, so that no second process works in it; a killed one lets go of it.
+    """Holds a run's folder, so that no second process works in it.
 
     Raises:
         ValueError: when another process holds it.
     """
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out={folder} is in use by another run; wait for it, or name another folder") from None
-        yield
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside; the others wait. A killed one lets go."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder / LOCK, wait=False) as ours:
+        if not ours:
+            raise ValueError(f"out={folder} is in use by another run; wait for it, or name another folder")
         yield

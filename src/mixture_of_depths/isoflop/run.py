@@ -1,6 +1,5 @@
 """Carries out the runs of a study that have no record yet: one after another here, or as tasks of a Ray cluster."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,13 +50,8 @@ def add_record(out: Path, record: dict[str, Any]) -> bool:
 def _claimed(out: Path, name: str, wait: bool) -> Iterator[bool]:
     """Only one process at a time trains a run; yields whether it is this one, at once or after waiting for others."""
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    with (out / "runs" / f"{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with locked(out / "runs" / f"{name}.lock", wait) as ours:
+        yield ours
 
 
 def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> dict[str, Any] | None:
