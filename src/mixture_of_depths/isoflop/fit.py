@@ -182,9 +182,7 @@ def summarise(
         families, curves, equal = by_budget[budget], compared.curves, compared.equal
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
         random = curves.get(stochastic)
-        on_models = measured.get(budget, {})
-        if on_models.get("models") != models_of(compared):
-            on_models = {}
+        on_models = measured_on(compared, measured.get(budget, {}))
         row: dict[str, Any] = {
             "baseline_best_loss": best_loss(theirs),
             "mod_best_loss": best_loss(ours),
@@ -230,3 +228,8 @@ def models_of(compared: Comparison) -> dict[str, str | None]:
         "mod": compared.mod["name"],
         "equal": None if compared.equal is None else compared.equal["name"],
     }
+
+
+def measured_on(compared: Comparison, row: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` found, if it was on the models that stand against each other now; else nothing."""
+    return row if row.get("models") == models_of(compared) else {}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mixture_of_depths.bench import decode_seconds, in_precision
 from mixture_of_depths.checkpoint import read_json
 from mixture_of_depths.data import Corpus, batches
-from mixture_of_depths.isoflop.fit import Records, comparisons, models_of
+from mixture_of_depths.isoflop.fit import Records, comparisons, measured_on, models_of
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions, TrainOptions
 from mixture_of_depths.routing import Routing
@@ -134,7 +134,7 @@ def measure(
     given = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
     prompts = [batch["input_ids"][:, :half].contiguous() for batch in given]
     for budget, compared in comparisons(records, baseline, mod).items():
-        if budget in measured and measured[budget]["models"] == models_of(compared):
+        if measured_on(compared, measured.get(budget, {})):
             continue
         best = _load(out, compared.mod)
         row: dict[str, Any] = {
