@@ -18,11 +18,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
 from mixture_of_depths.provenance import provenance
+from mixture_of_depths.training import read_records
 
 MODEL = ["--hidden-size", "128", "--num-hidden-layers", "4", "--num-attention-heads", "4"]
 DATA = ["--max-characters", "1000000", "--vocab-size", "1024", "--sequence-length", "128"]
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+RECIPE = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "fsdp.yaml").read_text())
+# As `accelerate launch` hands on its file; by itself it starts CPU processes only through MPI.
+FSDP = {"ACCELERATE_USE_FSDP": "true", **{key.upper(): str(value) for key, value in RECIPE["fsdp_config"].items()}}
 WAYS = {"one": (1, {}), "ddp": (2, {}), "fsdp": (2, FSDP)}
 
 
@@ -35,7 +40,7 @@ def train(folder: Path, way: str, steps: int) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     command = [*program, *run, *MODEL, *DATA, "--batch-size", "16"]
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-    return [json.loads(line) for line in (folder / way / "metrics.jsonl").read_text().splitlines()]
+    return read_records(folder / way / "metrics.jsonl")
 
 
 def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
