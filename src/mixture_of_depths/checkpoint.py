@@ -31,6 +31,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from mixture_of_depths.distributed import is_main
+
 OPTIMIZER, SCHEDULE, GENERATORS = "optimizer", "schedule.json", "generators"
 CHECKSUMS, ASIDE, LOCK = "checksums.json", ".saving", ".lock"
 
@@ -63,8 +65,15 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
-def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an optimiser's `state_dict`, by index of the parameter and name, and what JSON holds."""
+def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, folder: Path) -> None:
+    """Writes an optimiser's state, its tensors by index of the parameter and name; all processes must call it.
+
+    Of a sharded model each process writes a file of its own, with its shards of the weights beside those of the state.
+
+    Raises:
+        OSError: in all processes, when one cannot write its shards.
+    """
+    state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
         for name, value in values.items():
@@ -72,20 +81,16 @@ def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
                 tensors[f"{index}.{name}"] = value.contiguous()
             else:
                 scalars[f"{index}.{name}"] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+    if is_sharded(model):
+        _save_shards(weights_of(model) | tensors, folder)
+    elif is_main():
+        save_file(tensors, folder / f"{OPTIMIZER}.safetensors")
+    if is_main():
+        rest = {"param_groups": state["param_groups"], "scalars": scalars}
+        (folder / f"{OPTIMIZER}.json").write_text(json.dumps(rest))
 
 
-def save_whole(tensors: dict[str, Tensor], name: str, folder: Path) -> None:
-    """Writes tensors to one file."""
-    save_file(tensors, folder / f"{name}.safetensors")
-
-
-def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Writes each process' shards of the tensors to a file of its own; all processes must call it.
-
-    Raises:
-        OSError: in all processes, when one cannot write.
-    """
+def _save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         save(cast(dict[str, Any], tensors), storage_writer=writer)
@@ -94,7 +99,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
-    """Fills the optimiser's state, or this process' shards of it, from a checkpoint."""
+    """Fills the optimiser's state, or this process' shards of it, with what `save_optimizer` wrote."""
     rest = read_json(folder / f"{OPTIMIZER}.json")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata

@@ -42,7 +42,6 @@ from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
     ASIDE,
     LOCK,
-    OPTIMIZER,
     SCHEDULE,
     is_sharded,
     latest_checkpoint,
@@ -52,11 +51,8 @@ from mixture_of_depths.checkpoint import (
     only_run,
     read_json,
     save_generators,
-    save_shards,
-    save_whole,
+    save_optimizer,
     seal,
-    split_optimizer,
-    weights_of,
     whole_weights,
     write_aside,
 )
@@ -239,6 +235,11 @@ class MoDTrainer(Trainer):
         """The matrices of the language model; routers, predictors, norms and biases do not decay."""
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands the figures to the callbacks; one that cannot write them ends all processes."""
+        with failing_together():
+            super().log(logs, start_time)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
 
@@ -279,15 +280,10 @@ class MoDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert isinstance(self.model, MoDForCausalLM)
-        folder, schedule = Path(output_dir), cast(LRScheduler, self.lr_scheduler)
-        tensors, rest = split_optimizer(cast(Optimizer, self.optimizer).state_dict())
-        if is_sharded(self.model):
-            save_shards(weights_of(self.model) | tensors, folder)
-        elif is_main():
-            save_whole(tensors, OPTIMIZER, folder)
+        save_optimizer(cast(Optimizer, self.optimizer), self.model, Path(output_dir))
         if is_main():
-            (folder / f"{OPTIMIZER}.json").write_text(json.dumps(rest))
-            (folder / SCHEDULE).write_text(json.dumps(schedule.state_dict()))
+            schedule = cast(LRScheduler, self.lr_scheduler)
+            (Path(output_dir) / SCHEDULE).write_text(json.dumps(schedule.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert isinstance(self.model, MoDForCausalLM)
@@ -365,10 +361,9 @@ class Recorder(TrainerCallback):
                 f"  step {state.global_step}: validation loss {record['eval_loss_causal']:.4f} causal, "
                 f"{record['eval_loss_top_k']:.4f} top-k"
             )
-        with failing_together():
-            if is_main():
-                with self.path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+        if is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         self.last_time, self.last_step = time.perf_counter(), state.global_step
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
@@ -393,10 +388,6 @@ class Board(TensorBoardCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with failing_together():
             super().on_train_begin(*args, **kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        with failing_together():
-            super().on_log(*args, **kwargs)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
