@@ -50,8 +50,7 @@ WINDOW = 1024
 def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
     """The model with some of its blocks taken out."""
     kept = [i for i in range(dense.config.num_hidden_layers) if i not in dropped]
-    fields = {name: value for name, value in dense.config.to_dict().items() if name in MoDConfig.__dataclass_fields__}
-    model = MoDForCausalLM(MoDConfig(**{**fields, "num_hidden_layers": len(kept)}))
+    model = MoDForCausalLM(dense.config.changed(num_hidden_layers=len(kept)))
     weights = {name: weight for name, weight in dense.state_dict().items() if not name.startswith("model.layers.")}
     for new, old in enumerate(kept):
         prefix = f"model.layers.{old}."
@@ -67,7 +66,7 @@ def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, 
     """The blocks to drop: those that cost least to bypass, as many as the share of the FLOPs asks for."""
     order = sorted(range(len(importance)), key=lambda i: importance[i].bypassed)
     for count in range(1, len(order)):
-        fewer = MoDConfig(**{**dense.to_diff_dict(), "num_hidden_layers": dense.num_hidden_layers - count})
+        fewer = dense.changed(num_hidden_layers=dense.num_hidden_layers - count)
         if forward_flops_per_token(fewer, length) / forward_flops_per_token(dense, length) <= share:
             return sorted(order[:count])
     raise ValueError(f"shares={share} is less than the embedding and the head alone")

@@ -143,3 +143,14 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
 def test_what_cannot_work_is_refused_naming_the_field(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoDConfig(**arguments)
+
+
+def test_a_changed_configuration_keeps_all_other_fields_and_is_checked():
+    config = MoDConfig(hidden_size=64, num_attention_heads=4, capacity=0.25, routed_layers=[1, 3])
+
+    changed = config.changed(capacity=0.5)
+
+    differing = {name for name, value in changed.to_dict().items() if value != config.to_dict()[name]}
+    assert differing == {"capacity"}
+    with pytest.raises(ValueError, match="num_hidden_layers=2"):
+        config.changed(num_hidden_layers=2)

@@ -296,6 +296,15 @@ class MoDConfig(PreTrainedConfig):
                     f"{least:.3g} and {most:.3g}"
                 )
 
+    def changed(self, **fields: Any) -> "MoDConfig":
+        """A configuration that differs from this one in the given fields.
+
+        Raises:
+            ValueError: when it cannot work.
+        """
+        own = {name: value for name, value in self.to_dict().items() if name in self.__dataclass_fields__}
+        return MoDConfig(**{**own, **fields})
+
     @property
     def has_experts(self) -> bool:
         """Whether blocks have a mixture of experts in the place of their MLP."""

@@ -63,8 +63,7 @@ class BlockImportance:
 
 def routed_config(dense: MoDConfig, **changes: Any) -> MoDConfig:
     """The configuration of `routed_from`'s model."""
-    fields = {name: value for name, value in dense.to_dict().items() if name in MoDConfig.__dataclass_fields__}
-    return MoDConfig(**{**fields, "router_activation": "straight_through", "router_norm": True, **changes})
+    return dense.changed(router_activation="straight_through", router_norm=True, **changes)
 
 
 def routed_from(dense: MoDForCausalLM, **changes: Any) -> MoDForCausalLM:
