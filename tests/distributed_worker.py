@@ -1,12 +1,14 @@
 """Started by the tests of several processes, alone or by `torchrun`: runs the command line once for every job given.
 
 The first argument is a file with a list of jobs: `argv`, `env`, and optionally `stop`, [process, step], after how many
-steps a process sends itself SIGTERM, and `full`, [process, step, bytes], after how many it can write no larger files.
+steps a process sends itself SIGTERM, `full`, [process, step, bytes], after how many it can write no larger files, and
+`poison`, [process, step], after how many its loss is no number.
 Beside each run's folder each process leaves its exit status, the blocks it trained on, one line a batch, and whether it
 read the text.
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -24,6 +26,7 @@ RANK = int(os.environ.get("RANK", "0"))
 def inject(job: dict[str, Any], folder: Path, blocks: list[Any]) -> None:
     """Has the run record what it reads in `blocks` and on the disk, and break where the job says so."""
     read, count = data.read_documents, training.MoDTrainer.floating_point_ops
+    loss = training.MoDTrainer.compute_loss
 
     def read_documents(*args: Any) -> Any:
         Path(f"{folder}.read-{RANK}").touch()
@@ -32,6 +35,10 @@ def inject(job: dict[str, Any], folder: Path, blocks: list[Any]) -> None:
     def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
         blocks.append([self.state.global_step, inputs["input_ids"].tolist()])
         return count(self, inputs)
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found: Any = loss(self, *args, **kwargs)
+        return found * math.nan if [RANK, self.state.global_step] == job.get("poison") else found
 
     class Recorder(training.Recorder):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -43,12 +50,13 @@ def inject(job: dict[str, Any], folder: Path, blocks: list[Any]) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (job["full"][2], resource.RLIM_INFINITY))
 
     data.read_documents, training.MoDTrainer.floating_point_ops = read_documents, floating_point_ops
-    training.Recorder = Recorder
+    training.MoDTrainer.compute_loss, training.Recorder = compute_loss, Recorder
 
 
 def run(jobs: list[dict[str, Any]]) -> None:
     """Runs the jobs in this process, as one of those that run them."""
-    originals = data.read_documents, training.MoDTrainer.floating_point_ops, training.Recorder
+    trainer = training.MoDTrainer
+    originals = data.read_documents, trainer.floating_point_ops, trainer.compute_loss, training.Recorder
     arguments = list(sys.argv)
     for job in jobs:
         argv, folder = job["argv"], Path(job["argv"][job["argv"].index("--out") + 1])
@@ -65,7 +73,7 @@ def run(jobs: list[dict[str, Any]]) -> None:
         Path(f"{folder}.status-{RANK}").write_text(str(status))
         with Path(f"{folder}.blocks-{RANK}").open("a") as file:
             file.writelines(json.dumps(seen) + "\n" for seen in blocks)
-        data.read_documents, training.MoDTrainer.floating_point_ops, training.Recorder = originals
+        data.read_documents, trainer.floating_point_ops, trainer.compute_loss, training.Recorder = originals
         for name in job.get("env", {}):
             del os.environ[name]
     sys.argv[:] = arguments

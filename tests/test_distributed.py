@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +41,11 @@ def job(text: Path, out: Path, *arguments: str, env: dict[str, str] | None = Non
     return {"argv": argv, "env": env or {}, **injected}
 
 
-def launch(folder: Path, processes: int, *jobs: dict[str, Any]) -> None:
-    """Runs the jobs one after another in that many processes; one is this one."""
+def launch(folder: Path, processes: int, *jobs: dict[str, Any]) -> str:
+    """Runs the jobs one after another in that many processes; one is this one. Returns what several said of errors."""
     if processes == 1:
-        return distributed_worker.run(list(jobs))
+        distributed_worker.run(list(jobs))
+        return ""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -52,6 +54,7 @@ def launch(folder: Path, processes: int, *jobs: dict[str, Any]) -> None:
         [*program, str(WORKER), str(path)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr
+    return run.stderr
 
 
 def statuses(out: Path, processes: int) -> list[str]:
@@ -194,6 +197,28 @@ def test_what_stops_one_process_stops_all_of_them_with_status_2(text: Path, tmp_
         assert latest_checkpoint(tmp_path / name) == (tmp_path / name / "checkpoint-2", 2)
     launch(tmp_path, 2, job(text, tmp_path / "full-other", *steps, "--resume"))
     assert statuses(tmp_path / "full-other", 2) == ["0", "0"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_names_the_batch_of_all(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def named(said: str) -> list[set[str]]:
+        message = r"loss=nan at step 4 is no number; its batch was blocks ([\d, ]+) of"
+        return [set(blocks.split(", ")) for blocks in re.findall(message, " ".join(said.split()))]
+
+    steps = ("--max-steps", "6", "--save-every", "2")
+    one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
+    launch(tmp_path, 1, job(text, one, *steps, poison=[0, 3]))
+    (batch,) = named(capsys.readouterr().err)
+    assert len(batch) == 8
+    jobs = [job(text, out, *steps, env=env, poison=[1, 3]) for out, env in ((ddp, {}), (fsdp, FSDP))]
+    said = named(launch(tmp_path, 2, *jobs))
+    assert len(said) >= len(jobs)
+    assert all(blocks == batch for blocks in said)
+    for out, processes in ((one, 1), (ddp, 2), (fsdp, 2)):
+        assert statuses(out, processes) == ["2"] * processes
+        assert latest_checkpoint(out) == (out / "checkpoint-2", 2)
 
 
 @pytest.mark.slow

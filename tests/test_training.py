@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from transformers import TrainerCallback
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths import training as training_module
+from mixture_of_depths.checkpoint import latest_checkpoint
 from mixture_of_depths.data import Corpus, document_positions, prepare
 from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.flops import training_flops_per_token
 from mixture_of_depths.options import ModelOptions, TrainOptions
-from mixture_of_depths.training import horizon, model_config, train
+from mixture_of_depths.training import DivergenceError, horizon, model_config, train
 
 QUIET = Console(quiet=True)
 SMALL = ModelOptions(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, capacity=(0.25,))
@@ -151,7 +153,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:
     keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss_causal", "eval_loss_top_k")
-    return [tuple(r.get(key) for key in keys) for r in records(folder) if "loss" in r or "eval_loss" in r]
+    return [tuple(r.get(key) for key in keys) for r in records(folder)]
 
 
 def test_a_run_leaves_its_model_records_and_curve(corpus: Corpus, tmp_path: Path) -> None:
@@ -295,6 +297,35 @@ def test_a_loss_that_is_no_number_stops_the_run_and_gives_signals_back(corpus: C
         train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
     assert signal.getsignal(signal.SIGINT) == before
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_is_told_with_its_step_and_batch_and_keeps_the_checkpoint_before(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    few = replace(corpus, train=corpus.train.select(range(18)))
+    opts = TrainOptions(max_steps=9, batch_size=4, gradient_accumulation_steps=accumulation, save_every=2)
+    _, whole = train(config_for(corpus), few, opts, tmp_path / "whole", console=QUIET)
+    seen: list[list[list[int]]] = []
+
+    def poisoned(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            seen.append(inputs["input_ids"].tolist())
+            return model(**inputs).loss * math.nan
+        return original(self, model, inputs, *args, **kwargs)
+
+    original = training_module.MoDTrainer.compute_loss
+    monkeypatch.setattr(training_module.MoDTrainer, "compute_loss", poisoned)
+    with pytest.raises(DivergenceError, match=r"loss=nan at step 7 .* in epoch 1\.75") as stopped:
+        train(config_for(corpus), few, opts, tmp_path / "run", console=QUIET)
+    named = re.search(r"its batch was blocks ([\d, ]+) of", str(stopped.value))
+    assert named
+    blocks = [few.train[int(number)]["input_ids"] for number in named.group(1).split(", ")]
+    assert blocks == [row for part in seen for row in part]
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-6", 6)
+    _, resumed = train(config_for(corpus), few, opts, tmp_path / "run", resume=True, console=QUIET)
+    assert resumed.evaluation == whole.evaluation
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(corpus: Corpus, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -159,6 +159,13 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
     )
 
 
+class NumberedCollator(Collator):
+    """Stacks blocks into a batch that names them, as `block`."""
+
+    def __call__(self, blocks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {**super().__call__(blocks), "block": torch.tensor([block["block"] for block in blocks])}
+
+
 class MoDTrainer(Trainer):
     """The library's trainer; its own are only the evaluation, the FLOP count and the form of its checkpoints.
 
@@ -173,6 +180,8 @@ class MoDTrainer(Trainer):
         self.run_options = options
         # Where a checkpoint is being written, before it is renamed.
         self._aside: str | None = None
+        # Which blocks of the training text the step under way is made on.
+        self._blocks: list[int] = []
         super().__init__(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -202,6 +211,12 @@ class MoDTrainer(Trainer):
         """
         model = cast(nn.Module, self.model)
         average_([buffer for name, buffer in model.named_buffers() if name.endswith("router.threshold")])
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The parts of the next step's batch, whose blocks are noted."""
+        parts, count = super().get_batch_samples(*args, **kwargs)
+        self._blocks = [int(block) for part in parts for block in part.pop("block")]
+        return parts, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates under top-k and causal routing; returns and logs the figures."""
@@ -236,7 +251,20 @@ class MoDTrainer(Trainer):
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hands the figures to the callbacks; one that cannot write them ends all processes."""
+        """Hands the figures to the callbacks; one that cannot write them ends all processes.
+
+        Raises:
+            DivergenceError: for a loss or gradient that is no number, naming the step and the batch of all processes.
+        """
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                blocks = gather_object(self._blocks)
+                raise DivergenceError(
+                    f"{name}={logs[name]} at step {self.state.global_step} is no number; its batch was blocks "
+                    f"{', '.join(map(str, blocks))} of the training text, in epoch {self.state.epoch:.2f}. The "
+                    "checkpoints up to here are kept. Lower learning_rate or max_grad_norm and start again in another "
+                    "folder"
+                )
         with failing_together():
             super().log(logs, start_time)
 
@@ -341,12 +369,9 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         record: dict[str, Any] = {"step": state.global_step, **(logs or {})}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(record.get(name, 0.0)):
-                raise DivergenceError(
-                    f"{name}={record[name]} at step {state.global_step} is no number; the checkpoints up to here are "
-                    "kept. Lower learning_rate or max_grad_norm and start again in another folder"
-                )
+        if "train_runtime" in record:
+            # What the library sums up is of this process alone, and a run may have had several.
+            return
         if "loss" in record and self.task is not None:
             now = time.perf_counter()
             steps, seconds = state.global_step - self.last_step, now - self.last_time
@@ -607,16 +632,16 @@ def _run(
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
     # Whole batches only: every step then costs the same, and the horizon is exact.
-    whole = len(corpus.train) // options.batch_size * options.batch_size
+    whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
     with StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,
             options,
             model=model,
             args=arguments,
-            train_dataset=corpus.train.select(range(whole)),
+            train_dataset=corpus.train.select(range(len(whole))).add_column("block", cast(Any, whole)),
             eval_dataset=corpus.validation,
-            data_collator=Collator(corpus.end_of_text),
+            data_collator=NumberedCollator(corpus.end_of_text),
             callbacks=[recorder, stop, Board(corpus), *tuning.callbacks],
         )
         trainer.remove_callback(PrinterCallback)
