@@ -162,6 +162,16 @@ def test_many_clients_at_once_each_get_their_own_answer(client: openai.OpenAI, c
         assert list(pool.map(ask, prompts)) == alone
 
 
+def test_the_seed_of_a_request_is_its_own_among_many_at_once(client: openai.OpenAI, checkpoint: Path) -> None:
+    def ask(seed: int) -> str:
+        asked: Any = {"model": str(checkpoint), "prompt": "the", "max_tokens": 6, "temperature": 1, "seed": seed}
+        return client.completions.create(**asked).choices[0].text
+
+    alone = [ask(seed) for seed in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(ask, range(32))) == alone
+
+
 def test_a_client_that_hangs_up_frees_the_server(client: openai.OpenAI, checkpoint: Path) -> None:
     for _ in range(5):
         streamed = client.completions.create(model=str(checkpoint), prompt="the", max_tokens=100, stream=True)

@@ -48,11 +48,16 @@ def sampling_options(config: GenerationConfig, seed: int = 0) -> SamplingOptions
 
 
 class Sampler:
-    """A model whose `generate()` is the fast sampler."""
+    """A model whose `generate()` is the fast sampler, for one request.
+
+    The server seeds the global generator when a request has a seed; by its turn another request may have seeded or
+    used it, so the request's seed is drawn from it here, when it arrives.
+    """
 
     def __init__(self, model: MoDForCausalLM, compiled: bool) -> None:
         self.model = model
         self.compiled = compiled
+        self.seed = int(torch.randint(2**62, (1,)))
 
     def generate(
         self,
@@ -64,8 +69,7 @@ class Sampler:
         **unused: Any,
     ) -> Tensor:
         """Goes on from one prompt of shape [1, T]; returns it with the new tokens, of shape [1, T + N]."""
-        # The server seeds the global generator when a request has a seed.
-        options = sampling_options(generation_config, seed=int(torch.randint(2**62, (1,))))
+        options = sampling_options(generation_config, self.seed)
         criteria = StoppingCriteriaList()
         if generation_config.stop_strings:
             criteria.append(StopStringCriteria(tokenizer, generation_config.stop_strings))
