@@ -1,16 +1,25 @@
-"""Every command of the README and the docs is one that `mod` takes, and those in shell blocks of the docs run."""
+"""Every command of the README and the docs is one that `mod` takes, and runs, on small models and texts."""
 
 import functools
+import json
 import re
 import runpy
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+import yaml
+from test_harness import TASK
 
 from mixture_of_depths import cli
 from mixture_of_depths.tokenizer import train_tokenizer
@@ -18,7 +27,20 @@ from mixture_of_depths.tokenizer import train_tokenizer
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # In the order in which they build on one another.
-RUN = ("index.md", "training.md", "sampling.md", "pictures.md", "retrofit.md")
+RUN = (
+    "docs/index.md",
+    "docs/training.md",
+    "docs/sampling.md",
+    "docs/pictures.md",
+    "docs/retrofit.md",
+    "docs/isoflop.md",
+    "README.md",
+)
+# Commands of other pages: those of reproduction.md are isoflop.md's over the committed records, as is the one of
+# experts.md that the README does not have, and those of scaling.md are for machines with several GPUs;
+# tests/test_distributed.py runs `mod train` in several processes.
+NOT_RUN = {"reproduction.md", "experts.md", "scaling.md"}
+SERVERS = ("serve", "playground")
 
 
 def commands(text: str) -> list[str]:
@@ -28,15 +50,11 @@ def commands(text: str) -> list[str]:
     return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?mod [a-z-]+ ", f"{line} ")]
 
 
-def in_shell_blocks(text: str) -> str:
-    return "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
-
-
 ALL = [(path.name, line) for path in [ROOT / "README.md", *PAGES] for line in commands(path.read_text())]
 
 
 def test_there_are_commands_on_every_page() -> None:
-    assert {name for name, _ in ALL} >= {"README.md", *RUN, "isoflop.md", "scaling.md"}
+    assert {name for name, _ in ALL} == {Path(page).name for page in RUN} | NOT_RUN
 
 
 def test_the_tables_of_several_gpus_are_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,16 +96,120 @@ def test_the_python_of_the_readme_runs() -> None:
     assert names["output"].routing[1].entered.shape == (1, 16)
 
 
+def readers_folder(folder: Path) -> None:
+    """What the reader of the pages has: texts, a task, a study, a pretrained model; all of them small."""
+    source = Path(json.__file__).parent
+    shutil.copytree(source, folder / "my_texts", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(source / "tool.py", folder / "text.py")
+    shutil.copy(source / "tool.py", folder / "other.txt")
+    (folder / "prompts.jsonl").write_text('{"prompt": "import"}\n')
+    (folder / "my_tasks").mkdir()
+    task = TASK.format(data=folder / "my_tasks" / "data.jsonl").replace("local_choice", "my_task")
+    (folder / "my_tasks" / "my_task.yaml").write_text(task)
+    example = {"question": "import", "choices": ["os", "json"], "answer": 0}
+    (folder / "my_tasks" / "data.jsonl").write_text(f"{json.dumps(example)}\n" * 4)
+    study = yaml.safe_load((ROOT / "recipes" / "isoflop-cpu.yaml").read_text())
+    study["data"] |= {"data": ["my_texts"], "vocab_size": 300, "sequence_length": 64}
+    study["training"]["compile"] = False
+    study["sweeps"] = [{"budgets": [2.0e10], "families": ["baseline", "mod", "stochastic-12"], "depths": [2, 4]}]
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "isoflop-cpu.yaml").write_text(yaml.safe_dump(study))
+    write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def write_gguf(path: Path) -> None:
+    """A small random Llama with the tokens of all bytes, in a file of the form of SmolLM2's."""
+    width, blocks, heads, wide = 32, 8, 2, 64
+    tokenizer = train_tokenizer(["Once upon a time"], 300)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    special = tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if i in special else 1 for i in range(len(vocabulary))])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    writer.add_eos_token_id(special[0])
+    writer.add_bos_token_id(special[0])
+    shapes = {"token_embd": (len(vocabulary), width), "output_norm": (width,)}
+    for i in range(blocks):
+        shapes |= {f"blk.{i}.{name}": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.{i}.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{i}.ffn_gate": (wide, width), f"blk.{i}.ffn_up": (wide, width)}
+        shapes |= {f"blk.{i}.ffn_down": (width, wide)}
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / width**0.5
+        writer.add_tensor(f"{name}.weight", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def shorter(line: str) -> list[str]:
+    """The command with less to do: the same options, smaller lengths."""
+    for pattern, small in (
+        (r"--max-flops \S+", "--max-flops 2e11"),
+        (r"--max-steps \S+", "--max-steps 8"),
+        (r"~/texts", "my_texts"),
+        (r"--port \S+", ""),
+    ):
+        line = re.sub(pattern, small, line)
+    return [sys.executable, "-m", "mixture_of_depths.cli", *shlex.split(line)[1:]]
+
+
+def answers(program: list[str], folder: Path) -> None:
+    """Starts a server, waits for an answer, and stops it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = f"http://127.0.0.1:{port}/" + ("v1/models" if "serve" in program else "")
+    with subprocess.Popen([*program, "--port", str(port)], cwd=folder) as process:
+        try:
+            for _ in range(900):
+                assert process.poll() is None, "the server ended"
+                try:
+                    with urllib.request.urlopen(page, timeout=60) as answer:
+                        assert answer.status == 200
+                        return
+                except urllib.error.URLError:
+                    time.sleep(0.2)
+            raise AssertionError("no answer")
+        finally:
+            process.terminate()
+
+
 @pytest.mark.slow
-def test_the_commands_of_the_docs_run_one_after_another(tmp_path: Path) -> None:
+def test_the_commands_of_the_pages_run_one_after_another(tmp_path: Path) -> None:
+    readers_folder(tmp_path)
+    ran = set()
     for page in RUN:
-        for line in commands(in_shell_blocks((ROOT / "docs" / page).read_text())):
-            shorter = re.sub(r"--max-flops \S+", "--max-flops 2e11", line)
-            shorter = re.sub(r"--max-steps \S+", "--max-steps 8", shorter)
-            program = [sys.executable, "-m", "mixture_of_depths.cli", *shlex.split(shorter)[1:]]
+        text = (ROOT / page).read_text()
+        for line in commands(text):
+            # The README trains the models of the other pages once more, larger, and on several GPUs.
+            trains_again = page == "README.md" and ("--out runs/mod " in line or "--out runs/baseline " in line)
+            if line in ran or trains_again:
+                continue
+            ran.add(line)
+            program = shorter(line)
+            if shlex.split(line)[1] in SERVERS:
+                answers(program, tmp_path)
+                continue
             run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
             assert run.returncode == 0, f"{page}: {line}\n{run.stderr}"
-        for block in re.findall(r"```python\n(import pyarrow.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL):
+        for block in re.findall(r"```python\n(import pyarrow.*?)```", text, re.DOTALL):
             subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
     for left in (
         "demo/report.html",
@@ -95,5 +217,9 @@ def test_the_commands_of_the_docs_run_one_after_another(tmp_path: Path) -> None:
         "report.html",
         "figures/shares.svg",
         "runs/retrofitted/retrofit.json",
+        "runs/retrofit/retrofit.json",
+        "runs/isoflop/summary.json",
+        "runs/isoflop/isoflop.png",
+        "samples.jsonl",
     ):
         assert (tmp_path / left).stat().st_size > 0
