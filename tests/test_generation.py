@@ -47,6 +47,18 @@ def test_the_compiled_step_gives_the_same_tokens_and_compiles_once(batch: int) -
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_the_compiled_step_serves_a_text_that_grows_beyond_4096_tokens() -> None:
+    torch._dynamo.reset()
+    model = tiny(routed_layers=[0], num_hidden_layers=1, max_position_embeddings=5000).float().eval()
+    model.model.layers[0].router.predictor.down_proj.bias.data.fill_(1e6)
+    input_ids = torch.randint(0, 31, (1, 4090))
+    torch._dynamo.utils.counters.clear()
+    options = SamplingOptions(max_new_tokens=20, temperature=0)
+    tokens = torch.stack(list(stream(model, input_ids, None, options, compiled=True)), dim=1)
+    assert torch.equal(tokens, greedy(model, input_ids, torch.ones_like(input_ids), 20))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_routed_block_has_room_for_what_entered_and_grows() -> None:
     model = tiny(routed_layers=[0]).float().eval()
     input_ids = torch.randint(0, 31, (1, 40))
