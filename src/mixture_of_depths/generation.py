@@ -302,8 +302,8 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
         keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))
         layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B))
     real_BS = F.pad(attention_mask.bool(), (0, _rounded(length + room) - length), value=True)
-    # One graph serves buffers of any length: of a size that were only dynamic the compiler would note on which side of a
-    # few thousand it is, and compile anew in the middle of a text.
+    # One graph serves buffers of any length: of a size that was only dynamic the compiler would note on which side of a
+    # few thousand it is, and it would compile anew in the middle of a text.
     torch._dynamo.decorators.mark_unbacked(real_BS, 1)
     return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)
 
