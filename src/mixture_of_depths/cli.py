@@ -530,11 +530,12 @@ def isoflop() -> None:
 
 
 def isoflop_plan(study: Study) -> None:
-    """Print every run of a study: parameters, steps, tokens, FLOPs per token and estimated time.
+    """Print every run of a study: parameters, steps, tokens, FLOPs per token of a forward pass and estimated time.
 
     Args:
         study: Study file, YAML.
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -542,12 +543,14 @@ def isoflop_plan(study: Study) -> None:
 
     planned, _ = _planned(study)
     speed = flops_per_second()
-    table = Table(title=f"{len(planned)} runs")
-    for name in ("run", "parameters", "steps", "tokens", "forward FLOPs per token", "estimated minutes"):
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    for name in ("parameters", "steps", "tokens", "FLOPs/token", "minutes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for item in planned:
         length, minutes = item.length, item.length.flops / speed / 60
-        sizes = (f"{item.parameters:,}", f"{length.steps:,}", f"{length.tokens:,}", f"{item.flops_per_token:.3g}")
+        parameters, tokens = f"{item.parameters / 1e6:.3f} M", f"{length.tokens / 1e6:.1f} M"
+        sizes = (parameters, f"{length.steps:,}", tokens, f"{item.flops_per_token:.3g}")
         table.add_row(item.run.name, *sizes, f"{minutes:.1f}")
     console = Console()
     console.print(table)
