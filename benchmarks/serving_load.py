@@ -6,7 +6,8 @@
 at a random moment, is replaced by another at once. Every answer is compared with what the server said to the same
 request when it was the only one, before the clients came; after they are gone the server is asked all of them again.
 
-`wrong_answers` counts texts and statuses that differ, `unanswered` requests that got no answer, other than those whose
+A streamed answer leaves out a character that is cut off at its end, and one that is not streamed shows its bytes as
+U+FFFD: texts are compared without those. `wrong_answers` counts texts and statuses that differ, `unanswered` requests that got no answer, other than those whose
 client was killed. Memory is the server's resident one, at every kill; `rss_growth_mb` is that of `memory.py`.
 """
 
@@ -47,18 +48,22 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     tokenizer.save_pretrained(str(folder))
     model.save_pretrained(folder)
     command = [sys.executable, "-m", "mixture_of_depths.cli", "serve", str(folder), "--port", str(port)]
-    with (folder / "server.txt").open("wb") as said:
-        server = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with (folder / "server.txt").open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while ask(port, str(folder), 0, False)["status"] != 200:
         assert server.poll() is None, (folder / "server.txt").read_text()
         time.sleep(0.2)
     return server
 
 
+def said(line: dict[str, Any]) -> tuple[int, str]:
+    """The status and the text of an answer, without a character that is cut off at its end."""
+    return line["status"], line["text"].rstrip("\ufffd")
+
+
 def answers(folder: Path, port: int) -> dict[int, tuple[int, str]]:
     """What the server says to every request, one after another."""
-    found = {number: ask(port, str(folder), number, False) for number in range(-1, REQUESTS)}
-    return {number: (line["status"], line["text"]) for number, line in found.items()}
+    return {number: said(ask(port, str(folder), number, False)) for number in range(-1, REQUESTS)}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -84,8 +89,8 @@ def main() -> None:
             nonlocal started
             started += 1
             command = [sys.executable, str(HERE / "serving_client.py"), str(port), str(folder), str(started)]
-            with (folder / f"client{started}.jsonl").open("wb") as said:
-                return subprocess.Popen(command, stdout=said)
+            with (folder / f"client{started}.jsonl").open("wb") as output:
+                return subprocess.Popen(command, stdout=output)
 
         clients += [start_client() for _ in range(arguments.clients)]
         memory, kills, began = [], 0, time.monotonic()
@@ -113,9 +118,7 @@ def main() -> None:
         "seconds": arguments.seconds,
         "clients_killed": kills,
         "answers": len(found),
-        "wrong_answers": sum(
-            (line["status"], line["text"]) != alone[line["number"]] for line in found if line["status"]
-        ),
+        "wrong_answers": sum(said(line) != alone[line["number"]] for line in found if line["status"]),
         "unanswered": sum(line["status"] == 0 for line in found),
         "tracebacks": tracebacks,
         "serves_afterwards": served,
