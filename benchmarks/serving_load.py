@@ -7,8 +7,9 @@ at a random moment, is replaced by another at once. Every answer is compared wit
 request when it was the only one, before the clients came; after they are gone the server is asked all of them again.
 
 A streamed answer leaves out a character that is cut off at its end, and one that is not streamed shows its bytes as
-U+FFFD: texts are compared without those. `wrong_answers` counts texts and statuses that differ, `unanswered` requests that got no answer, other than those whose
-client was killed. Memory is the server's resident one, at every kill; `rss_growth_mb` is that of `memory.py`.
+U+FFFD: texts are compared without those. `wrong_answers` counts texts and statuses that differ, `unanswered` requests
+that got no answer, other than those whose client was killed. Memory is the server's resident one, at every kill;
+`rss_growth_mb` is that of `memory.py`.
 """
 
 import argparse
