@@ -30,13 +30,14 @@ SOURCES = {
 
 
 def main() -> None:
-    found = {}
+    found, commands = {}, {}
     for name, (command, figures) in SOURCES.items():
         measured = read_json(RESULTS / f"{name}.json")
         for figure in figures:
-            found[figure] = {"value": measured[figure], "command": command, "git_commit": measured["git_commit"]}
-    (RESULTS / "summary.json").write_text(json.dumps({**found, **provenance()}, indent=2) + "\n")
-    print(json.dumps({name: figure["value"] for name, figure in found.items()}))
+            found[figure] = measured[figure]
+            commands[figure] = f"{command}  # at {measured['git_commit']}"
+    (RESULTS / "summary.json").write_text(json.dumps({**found, "commands": commands, **provenance()}, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

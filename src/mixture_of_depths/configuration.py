@@ -156,6 +156,10 @@ class MoDConfig(PreTrainedConfig):
                 f"routed_layers={self.routed_layers} was given together with every={every}, offset={offset}; "
                 "give either the list or every and offset"
             )
+        # What is inherited reads both before `validate` can look at them.
+        self._validate_routed_layers()
+        if not isinstance(self.rope_parameters, dict | None):
+            raise ValueError(f"rope_parameters={self.rope_parameters!r} must be a mapping, such as of rope_theta")
         super().__post_init__(**kwargs)
         self.validate()
 

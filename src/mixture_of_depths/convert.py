@@ -112,15 +112,16 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
             raise ValueError(f"source={source} is no file; name a GGUF file, a folder or a model of the hub")
         place, gguf = str(path.parent), {"gguf_file": path.name}
     try:
-        config = AutoConfig.from_pretrained(place, **gguf)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf)
         if not isinstance(config, MoDConfig):
             # Before the weights are read.
             config_from(config)
-        tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
         if gguf:
             gguf["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **gguf)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **gguf)
+    except Exception as error:
+        # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
         raise ValueError(f"source={source} cannot be read: {error}") from error
     return model.eval() if isinstance(model, MoDForCausalLM) else from_dense(model), tokenizer
 

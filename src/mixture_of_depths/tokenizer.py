@@ -44,8 +44,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer={folder} is not a folder; give one that holds tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
         raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
     return checked(tokenizer, folder)
 
@@ -54,10 +55,15 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
     """The tokenizer that comes from `source`.
 
     Raises:
-        ValueError: when it is not a fast one, or has no end-of-text token.
+        ValueError: when it is not a fast one, has no end-of-text token, or a longest text that is no number.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer={source} has no tokenizer.json; save it as a fast tokenizer")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(
+            f"tokenizer={source} has model_max_length={tokenizer.model_max_length!r} in its tokenizer_config.json; "
+            "give a number"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer

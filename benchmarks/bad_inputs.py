@@ -1,0 +1,54 @@
+"""The property tests of bad input with many cases: how many were tried, and how many would have shown a traceback.
+
+    python benchmarks/bad_inputs.py        # writes results/reliability/bad-inputs.json
+
+Runs `tests/test_bad_input.py`: configurations, command lines, files of text, damaged checkpoints and damaged
+tokenizers. `bad_inputs_tried` counts the cases, `tracebacks_seen` the kinds of them in which one was neither taken nor
+refused with a reason; pytest prints the case.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixture_of_depths.provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+
+
+class Failures:
+    """Counts the tests that fail."""
+
+    count = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.count += report.failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=500, help="of each kind")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "reliability" / "bad-inputs.json")
+    arguments = parser.parse_args()
+    os.environ["BAD_INPUT_CASES"] = str(arguments.cases)
+    failures = Failures()
+    pytest.main(["-q", str(ROOT / "tests" / "test_bad_input.py")], plugins=[failures])
+    tried = dict(sys.modules["test_bad_input"].TRIED)
+    record = {
+        "benchmark": "bad_inputs",
+        "bad_inputs_tried": sum(tried.values()),
+        "tracebacks_seen": failures.count,
+        "by_kind": tried,
+        **provenance(),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
