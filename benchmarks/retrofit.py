@@ -40,7 +40,7 @@ from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.flops import forward_flops_per_token
 from mixture_of_depths.options import DataOptions, RetrofitOptions, SamplingOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofit import BlockImportance, retrofit
+from mixture_of_depths.retrofit import BlockImportance, choose_blocks, retrofit
 from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
 from mixture_of_depths.training import Tuning, read_records, train
 
@@ -60,6 +60,14 @@ def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
     model.load_state_dict(weights)
     model.generation_config = dense.generation_config
     return model
+
+
+def measured(out: Path) -> list[BlockImportance]:
+    """What skipping each block costs, as the first retrofit of `--out` measured it; empty before that."""
+    for result in sorted(out.glob("runs/retrofit-*/retrofit.json")):
+        if found := read_json(result)["importance"]:
+            return [BlockImportance(**block) for block in found]
+    return []
 
 
 def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, length: int) -> list[int]:
@@ -187,6 +195,9 @@ def main() -> None:
             if kind == "random":
                 blocks = tuple(done[f"retrofit-{share:g}"]["blocks"])
                 chosen = replace(options, routed_layers=blocks, router_type="random")
+            elif importance := measured(arguments.out):
+                blocks = tuple(choose_blocks(importance, dense.config, options, length))
+                chosen = replace(options, routed_layers=blocks)
             folder, resume = folder_of(side)
             model, result = retrofit(dense, arguments.source, corpus, chosen, training, folder, resume, console)
             if not result.finished:
@@ -195,9 +206,7 @@ def main() -> None:
             keep(side, model, result.tuning_minutes, blocks=result.routed_layers, held_out=result.retrofitted.as_dict())
         side = f"dropped-{share:g}"
         if "dropped" in arguments.sides and side not in done:
-            measured = read_json(arguments.out / "runs" / f"retrofit-{share:g}" / "retrofit.json")["importance"]
-            importance = [BlockImportance(**block) for block in measured]
-            blocks = cheapest(importance, dense.config, share, length)
+            blocks = cheapest(measured(arguments.out), dense.config, share, length)
             tune(side, without(dense, blocks), blocks=blocks)
     if "tuned" in arguments.sides and "tuned" not in done:
         tune("tuned", without(dense, []))
