@@ -1,8 +1,10 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch._inductor.config
 from isoflop.test_plan import study_file
 from test_data import SENTENCE
 
+from mixture_of_depths.checkpoint import latest_checkpoint
 from mixture_of_depths.cli import main
 
 SIZE = ["--hidden-size", "16", "--num-hidden-layers", "3", "--num-attention-heads", "2"]
@@ -64,6 +67,34 @@ def test_help_answers_in_under_half_a_second() -> None:
     assert min(seconds) < 0.5
     for name in ("train", "evaluate", "calibrate", "generate", "bench", "demo"):
         assert name in output
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "mixture_of_depths.cli", "train", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        left = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (left.returncode, left.stderr) == (1, "")
+
+
+def test_ctrl_c_saves_and_ends_with_status_130(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--out", str(out), *data(text), *TINY, "--max-steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixture_of_depths.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert latest_checkpoint(out)
 
 
 def test_train_then_evaluate_gives_the_figures_of_the_run(
@@ -213,6 +244,7 @@ def test_without_a_compiler_it_says_so_and_samples(
             "every and no-routed contradict",
         ),
         (["train", "--out", "OUT", "DATA", *TINY, "--max-steps", "3", "--learning-rate", "1e30"], "is no number"),
+        (["train", "--out", "/proc/run", "DATA", *TINY, "--max-steps", "3"], "/proc/run"),
         (["frobnicate"], "frobnicate"),
         (["train", "--out", "OUT", "--max-steps", "many"], "many"),
     ],

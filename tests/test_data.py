@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,14 @@ def test_the_tokenizer_gives_any_text_back(text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if END_OF_TEXT not in text:
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("word", ["a", "ab", " ", "\n"])
+def test_a_tokenizer_learns_from_a_word_of_a_million_characters_at_once(word: str) -> None:
+    started = time.monotonic()
+    long = train_tokenizer([SENTENCE * 50 + word * (1_000_000 // len(word))], 300)
+    assert time.monotonic() - started < 5
+    assert len(long.get_vocab()) == 300
 
 
 def _tokenizer(cache: list[Any] = []) -> Any:  # noqa: B006

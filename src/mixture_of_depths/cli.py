@@ -789,9 +789,16 @@ def main() -> None:
             raise ValueError(
                 "only mod train shares its work among several processes; start this command without torchrun"
             )
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog=program, args=arguments, description="Mixture-of-Depths transformers.", config=(Flat,)
-        )
+        try:
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog=program, args=arguments, description="Mixture-of-Depths transformers.", config=(Flat,)
+            )
+        finally:
+            # At the interpreter's end it would be too late to see that the reader has left.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

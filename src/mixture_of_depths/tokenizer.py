@@ -1,5 +1,6 @@
 """Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -9,6 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+# Training a tokenizer takes time with the square of a word's length; longer words, data rather than language, teach it
+# nothing more.
+LONGEST_WORD = 1000
+WORD_OR_SPACES = re.compile(r"\S+|\s{2,}")
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -19,7 +24,11 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it."""
+    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it.
+
+    Of a run of more than `LONGEST_WORD` characters without a space, or of spaces alone, it sees the beginning.
+    """
+    shortened = (WORD_OR_SPACES.sub(lambda run: run[0][:LONGEST_WORD], document) for document in documents)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +38,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(shortened, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
     )
