@@ -167,7 +167,7 @@ def generate(
 
     Args:
         checkpoint: Folder of a trained model.
-        prompt: Text to go on from.
+        prompt: Text to go on from; names of special tokens, such as a chat template's, stand for them.
         prompts: File of prompts: a .jsonl with the field "prompt", or text with one prompt a line. Prints JSON lines.
         out: File to write the JSON lines to, instead of printing them.
         batch_size: Prompts of the file that are sampled together.

@@ -40,6 +40,7 @@ class ExpertRouting(NamedTuple):
         boundary (torch.Tensor | None): where the capacity cut; of shape [E]. None outside top-k routing in training and
             without a capacity.
         scores (torch.Tensor): p where a token asks for an expert, 0 elsewhere; of shape [B, T, E].
+        taken (torch.Tensor): which experts took a token; bool, of shape [B, T, E].
         balance_loss (torch.Tensor | None): 1 when choices and probabilities are spread as they should be; None under
             causal routing and for expert choice, which is balanced by itself.
         z_loss (torch.Tensor | None): mean square of the logits' log-sum-exp; None under causal routing.
@@ -49,6 +50,7 @@ class ExpertRouting(NamedTuple):
     dropped: Tensor
     boundary: Tensor | None
     scores: Tensor
+    taken: Tensor
     balance_loss: Tensor | None
     z_loss: Tensor | None
 
@@ -118,7 +120,7 @@ class ExpertRouter(nn.Module):
         return (
             taken_BTE,
             weight_BTE,
-            ExpertRouting(share_X, dropped, boundary_E, scores_BTE.detach(), balance_loss, z_loss),
+            ExpertRouting(share_X, dropped, boundary_E, scores_BTE.detach(), taken_BTE, balance_loss, z_loss),
         )
 
 

@@ -92,7 +92,10 @@ def shown(frame: Frame, model: MoDForCausalLM) -> str:
     for i, piece in enumerate(frame.pieces):
         if i < len(frame.used):
             style = f"{_shade(frame.used[i], least, most)};opacity:{0.6 if i < frame.prompt_tokens else 1}"
-            spans.append(f'<span title="{frame.used[i]} blocks" style="{style}">{escape(piece)}</span>')
+            # The end of a line has no place of its own to show its shade.
+            ends_line = piece.startswith(("\n", "\r"))
+            sign = '<span aria-hidden="true" style="user-select:none">\u21b5</span>' if ends_line else ""
+            spans.append(f'<span title="{frame.used[i]} blocks" style="{style}">{sign}{escape(piece)}</span>')
         else:
             spans.append(f"<span>{escape(piece)}</span>")
     facts = f"{frame.tokens_per_second:.1f} tokens/s, {frame.saved:.0%} of the compute saved"

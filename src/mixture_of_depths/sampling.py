@@ -44,17 +44,19 @@ def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sa
     Raises:
         ValueError: for a prompt that is empty or not UTF-8.
     """
-    found = tokenized(tokenizer, prompts, "prompt")
+    found = tokenized(tokenizer, prompts, "prompt", special=True)
     return [Sample(prompt, "", tokens) for prompt, tokens in zip(prompts, found, strict=True)]
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str) -> list[list[int]]:
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: str, special: bool) -> list[list[int]]:
     """The tokens of each text, as they are given to a model.
 
     Args:
         tokenizer: the model's tokenizer.
         texts: texts.
         name: what the user calls one of them.
+        special: whether the name of a special token stands for it, as a chat's prompt needs, or for its characters, as
+            in text that is trained on.
 
     Raises:
         ValueError: for a text that is empty or not UTF-8.
@@ -67,7 +69,8 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: st
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}={text!r} is not UTF-8: {error}") from error
-        found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
+        found.append(cast(list[int], encoded["input_ids"]))
     return found
 
 

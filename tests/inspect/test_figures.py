@@ -86,6 +86,24 @@ def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], tex
     assert plt.get_fignums() == []
 
 
+@pytest.mark.parametrize("routed", [{}, {"routed_layers": []}])
+def test_figures_show_where_no_expert_took_a_token(routed: dict[str, Any]) -> None:
+    found = trace(model_with(num_experts=3, num_noop_experts=2, noop_share=0.4, **routed), TOKENIZER, TEXT, "top_k")
+    assert found.experts_met is not None
+    with drawn(found, None) as figures:
+        names = sorted(figures)
+        axes = figures["experts"].axes[0]
+        heights = [bar.get_height() for bar in axes.patches]
+        outlines = {patch.get_gid(): patch.get_path() for patch in figures["routing-map"].axes[0].patches}
+    expected = ["entropy", "experts", "kinds", "routing-map"]
+    assert names == sorted(expected + (["router-weights", "shares"] if found.routed_layers else []))
+    assert heights == pytest.approx(found.experts_met.sum(axis=1) / found.inside.sum(axis=1))
+    for block in range(4):
+        corners = outlines[f"no-expert-{block}"].vertices.reshape(-1, 5, 2)
+        widths = corners[:, 1, 0] - corners[:, 0, 0]
+        assert widths.sum() == (found.inside[block] & (found.experts_met[block] == 0)).sum() > 0
+
+
 def test_the_same_trace_draws_the_same_picture() -> None:
     found = trace(model_with(), TOKENIZER, TEXT)
     pictures = []

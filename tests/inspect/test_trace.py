@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
-from mixture_of_depths.flops import forward_flops
+from mixture_of_depths.flops import block_flops, forward_flops, router_flops
 from mixture_of_depths.inspect.trace import Trace, trace, trace_tokens
 from mixture_of_depths.sampling import pieces
 from mixture_of_depths.tokenizer import train_tokenizer
@@ -109,3 +109,59 @@ def test_a_model_without_routed_blocks_is_traced_too() -> None:
     assert isinstance(found, Trace)
     assert found.entered.shape == (0, 3)
     assert found.blocks_used.tolist() == [4, 4, 4]
+
+
+def test_the_name_of_a_special_token_is_text_as_in_training() -> None:
+    found = trace(model_with(), TOKENIZER, "fox<|endoftext|>dog")
+    assert TOKENIZER.eos_token_id not in found.token_ids
+    assert "".join(found.pieces) == "fox<|endoftext|>dog"
+
+
+EXPERTS: list[dict[str, Any]] = [
+    {"num_experts": 3},
+    {"num_experts": 3, "routed_layers": []},
+    {"num_experts": 3, "num_experts_per_tok": 2, "num_noop_experts": 2, "noop_share": 0.4},
+    {"num_experts": 3, "routed_layers": [], "num_noop_experts": 1, "noop_share": 0.4},
+    {"num_experts": 3, "expert_capacity": 0.5},
+    {"num_experts": 3, "expert_capacity": 0.5, "expert_routing": "expert_choice"},
+]
+
+
+@pytest.mark.parametrize("routing", ["top_k", "causal"])
+@pytest.mark.parametrize("changes", EXPERTS)
+def test_the_experts_a_token_met_and_their_flops_are_the_models(changes: dict[str, Any], routing: Any) -> None:
+    model = model_with(**changes)
+    config = model.config
+    found = trace(model, TOKENIZER, TEXT, routing)
+    input_ids = torch.tensor([found.token_ids.tolist()])
+    output = model(input_ids, routing=routing, output_routing=True, use_cache=False)
+    shares: Any = [experts.share[:3].sum().item() for experts in output.expert_routing]
+    inside = found.inside.sum(axis=1)
+    met = np.array(shares) * inside * config.num_experts_per_tok
+    if found.experts_met is None:
+        assert config.num_noop_experts == 0
+        assert config.expert_capacity is None
+        assert met == pytest.approx(inside)
+        assert found.engagement.tolist() == found.blocks_used.tolist()
+    else:
+        assert found.experts_met.sum(axis=1) == pytest.approx(met)
+        assert not found.experts_met[~found.inside].any()
+        assert (found.engagement <= found.blocks_used).all()
+    expert = block_flops(config, 0, 0, 1).total
+    without = sum(
+        block_flops(config, int(count), int(count) * (int(count) + 1) / 2, 0).total for count in inside
+    ) + len(found.pieces) * (
+        2 * config.hidden_size * config.vocab_size + len(found.routed_layers) * router_flops(config, 1).total
+    )
+    assert found.flops.sum() == pytest.approx(without + expert * met.sum())
+
+
+def test_json_and_parquet_hold_the_experts(tmp_path: Path) -> None:
+    found = trace(model_with(**EXPERTS[2]), TOKENIZER, TEXT)
+    assert found.experts_met is not None
+    assert found.experts_met.max() <= 2
+    found.write_json(tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["experts_met"] == found.experts_met.tolist()
+    found.write_parquet(tmp_path / "trace.parquet")
+    column = parquet.read_table(tmp_path / "trace.parquet")["experts_met"].to_pylist()
+    assert np.array_equal(np.array(column).T, found.experts_met)

@@ -22,6 +22,7 @@ from scipy.stats import pearsonr, rankdata
 
 from mixture_of_depths.inspect.trace import Trace
 
+LIGHT, PALE = "#F0F0F0", "#C8D7E1"
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 KINDS = ("keyword", "name", "space", "digit", "end of line", "other")
 # More labels than that run into one another.
@@ -39,14 +40,19 @@ class Correlation:
 
 
 def engagement_against_entropy(trace: Trace) -> Correlation | None:
-    """How the number of blocks a token uses goes with the entropy of its prediction; None where one is constant."""
-    used, entropy = trace.blocks_used, trace.entropy
+    """How a token's engagement goes with the entropy of its prediction; None where one is constant."""
+    used, entropy = trace.engagement, trace.entropy
     if len(used) < 4 or len(np.unique(used)) < 2 or len(np.unique(entropy)) < 2:
         return None
     # Its result is a tuple with more to it, which type checkers do not see.
     found: Any = pearsonr(rankdata(used), rankdata(entropy))
     interval = found.confidence_interval(0.95)
     return Correlation(float(found.statistic), float(interval.low), float(interval.high), len(used))
+
+
+def engagement_name(trace: Trace) -> str:
+    """What the engagement of a token counts."""
+    return "blocks used" if trace.experts_met is None else "blocks whose experts were used"
 
 
 def kind_of(piece: str) -> str:
@@ -62,11 +68,11 @@ def kind_of(piece: str) -> str:
 
 
 def engagement_by_kind(trace: Trace) -> dict[str, tuple[int, float, float]]:
-    """Per kind that occurs: number of tokens, mean blocks used, and half the width of its 95 % interval."""
+    """Per kind that occurs: number of tokens, mean engagement, and half the width of its 95 % interval."""
     kinds = np.array([kind_of(piece) for piece in trace.pieces])
     found = {}
     for kind in KINDS:
-        used = trace.blocks_used[kinds == kind]
+        used = trace.engagement[kinds == kind]
         if len(used):
             half = 1.96 * used.std(ddof=1) / np.sqrt(len(used)) if len(used) > 1 else float("nan")
             found[kind] = (len(used), float(used.mean()), float(half))
@@ -101,38 +107,46 @@ def _block_ticks(axes: Axes, trace: Trace) -> None:
     axes.set_xlabel("routed block")
 
 
-def _cells(entered: np.ndarray, block: int) -> Outline:
-    """The outline of one block's entries on the map, side by side ones as one rectangle."""
-    first, last = np.flatnonzero(np.diff(entered.astype(int), prepend=0, append=0)).reshape(-1, 2).T - 0.5
+def _cells(axes: Axes, tokens: np.ndarray, block: int, colour: str, name: str) -> None:
+    """Draws one block's row of the map where `tokens` is true, side by side ones as one rectangle."""
+    first, last = np.flatnonzero(np.diff(tokens.astype(int), prepend=0, append=0)).reshape(-1, 2).T - 0.5
     low, high = np.full(len(first), block - 0.5), np.full(len(first), block + 0.5)
     corners = np.array([[first, low], [last, low], [last, high], [first, high], [first, low]])
     codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(first)
-    return Outline(corners.transpose(2, 0, 1).reshape(-1, 2), codes)
+    # Not pixels: a picture narrower than the text would leave tokens out. Nor one shape a token, which would be
+    # moved to the next whole pixel.
+    outline = Outline(corners.transpose(2, 0, 1).reshape(-1, 2), codes)
+    shape = PathPatch(outline, color=colour, lw=0, snap=False)
+    shape.set_gid(f"{name}-{block}")
+    axes.add_patch(shape)
 
 
 def routing_map(trace: Trace) -> Figure:
     """Depth against sequence: which tokens went through which block (figure 5 of the paper).
 
-    The entries of block i are the shape `entered-i` of the SVG.
+    The entries of block i are the shape `entered-i` of the SVG; those that no expert took there, `no-expert-i`.
     """
-    depth, length = trace.num_hidden_layers, len(trace.pieces)
+    depth, length, inside = trace.num_hidden_layers, len(trace.pieces), trace.inside
     figure, axes = _axes(min(6.0, 1.3 + 0.22 * depth))
     axes.set(xlim=(-0.5, length - 0.5), ylim=(-0.5, depth - 0.5), xlabel="token of the sequence", ylabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    patches = {}
     for block in range(depth):
-        axes.axhspan(block - 0.5, block + 0.5, color="#F0F0F0" if block in trace.routed_layers else "#C8D7E1", lw=0)
-    for block, entered in zip(trace.routed_layers, trace.entered, strict=True):
-        # Not pixels: a picture narrower than the text would leave tokens out. Nor one shape a token, which would be
-        # moved to the next whole pixel.
-        shape = PathPatch(_cells(entered, block), color=BLUE, lw=0, snap=False)
-        shape.set_gid(f"entered-{block}")
-        axes.add_patch(shape)
+        if block not in trace.routed_layers and trace.experts_met is None:
+            axes.axhspan(block - 0.5, block + 0.5, color=PALE, lw=0)
+            patches["not routed"] = PALE
+            continue
+        axes.axhspan(block - 0.5, block + 0.5, color=LIGHT, lw=0)
+        _cells(axes, inside[block], block, BLUE, "entered")
+        patches["entered"] = BLUE
+        if trace.experts_met is not None:
+            _cells(axes, inside[block] & (trace.experts_met[block] == 0), block, ORANGE, "no-expert")
+            patches["entered, no expert"] = ORANGE
+        if block in trace.routed_layers:
+            patches["skipped"] = LIGHT
     step = -(-depth // MOST_TICKS)
     axes.set_yticks(range(0, depth, step))
-    patches = [Patch(color=BLUE, label="entered"), Patch(color="#F0F0F0", label="skipped")]
-    if len(trace.routed_layers) < depth:
-        patches.append(Patch(color="#C8D7E1", label="not routed"))
-    _legend(figure, patches)
+    _legend(figure, [Patch(color=colour, label=label) for label, colour in patches.items()])
     return figure
 
 
@@ -165,6 +179,19 @@ def shares(trace: Trace) -> Figure:
     return figure
 
 
+def experts_figure(trace: Trace) -> Figure:
+    """How many experts took a token inside each block on average, beside what training aims at."""
+    assert trace.experts_met is not None and trace.experts_expected is not None
+    figure, axes = _axes()
+    means = trace.experts_met.sum(axis=1) / np.maximum(trace.inside.sum(axis=1), 1)
+    axes.bar(range(len(means)), means, color=BLUE, label="experts met")
+    axes.axhline(trace.experts_expected, color=ORANGE, ls="--", label="aimed at")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=MOST_TICKS))
+    axes.set(xlabel="block", ylabel="experts per token inside")
+    _legend(figure)
+    return figure
+
+
 def causal_decisions(top_k: Trace) -> Figure:
     """Where the causal decision differs from the top-k choice, per routed block; from a trace under top-k routing."""
     figure, axes = _axes()
@@ -180,13 +207,13 @@ def causal_decisions(top_k: Trace) -> Figure:
 
 
 def entropy_figure(trace: Trace) -> Figure:
-    """Entropy of the next-token prediction by the number of blocks used (the paper's remark in section 4.1)."""
+    """Entropy of the next-token prediction by engagement (the paper's remark in section 4.1)."""
     figure, axes = _axes()
-    counts = np.unique(trace.blocks_used)
-    groups = [trace.entropy[trace.blocks_used == count] for count in counts]
+    counts = np.unique(trace.engagement)
+    groups = [trace.entropy[trace.engagement == count] for count in counts]
     axes.boxplot(groups, positions=counts, widths=0.6, showfliers=False, medianprops={"color": ORANGE})
     axes.set_xticks(counts, [f"{count}\n({len(group)})" for count, group in zip(counts, groups, strict=True)])
-    axes.set_xlabel("blocks used (tokens)")
+    axes.set_xlabel(f"{engagement_name(trace)} (tokens)")
     axes.set_ylabel("entropy of the prediction (nats)")
     found = engagement_against_entropy(trace)
     if found is not None:
@@ -196,37 +223,36 @@ def entropy_figure(trace: Trace) -> Figure:
 
 
 def kinds_figure(trace: Trace) -> Figure:
-    """Mean number of blocks used by kind of token, with 95 % intervals."""
+    """Mean engagement by kind of token, with 95 % intervals."""
     figure, axes = _axes()
     found = engagement_by_kind(trace)
     places = np.arange(len(found))
     half = [0.0 if np.isnan(width) else width for _, _, width in found.values()]
     axes.bar(places, [mean for _, mean, _ in found.values()], yerr=half, color=GREEN, ecolor="black", capsize=3)
     axes.set_xticks(places, [f"{kind}\n({count})" for kind, (count, _, _) in found.items()])
-    axes.axhline(trace.blocks_used.mean(), color="black", ls="--", label="mean of all tokens")
-    axes.set_ylabel("blocks used")
+    axes.axhline(trace.engagement.mean(), color="black", ls="--", label="mean of all tokens")
+    axes.set_ylabel(engagement_name(trace))
     _legend(figure)
     return figure
 
 
 @contextmanager
 def drawn(trace: Trace, top_k: Trace | None) -> Iterator[dict[str, Figure]]:
-    """All figures that the traces allow, by name, to be used inside; without routed blocks there are none.
+    """All figures that the traces allow, by name, to be used inside; there are none where all tokens cost the same.
 
     Args:
         trace: the text's trace.
         top_k: its trace under top-k routing, for the causal decisions; None leaves them out.
     """
-    if not trace.routed_layers:
-        yield {}
-        return
-    found = {
-        "routing-map": routing_map(trace),
-        "router-weights": weight_histogram(trace),
-        "shares": shares(trace),
-        "entropy": entropy_figure(trace),
-        "kinds": kinds_figure(trace),
-    }
+    found: dict[str, Figure] = {}
+    if trace.routed_layers or trace.experts_met is not None:
+        found |= {"routing-map": routing_map(trace)}
+    if trace.routed_layers:
+        found |= {"router-weights": weight_histogram(trace), "shares": shares(trace)}
+    if trace.experts_met is not None:
+        found |= {"experts": experts_figure(trace)}
+    if found:
+        found |= {"entropy": entropy_figure(trace), "kinds": kinds_figure(trace)}
     if top_k is not None:
         found["causal-decisions"] = causal_decisions(top_k)
     try:

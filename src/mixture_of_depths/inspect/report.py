@@ -16,13 +16,15 @@ from mixture_of_depths.inspect.trace import Trace, trace_tokens, under_top_k
 from mixture_of_depths.modeling import MoDForCausalLM
 
 CAPTIONS = {
-    "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block.",
+    "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block, "
+    "in an orange one without meeting an expert.",
     "router-weights": "The factor of the block's result, of all tokens in all routed blocks, had they entered.",
     "shares": "How much of the text entered each routed block, beside the capacity that training chose with.",
     "causal-decisions": "In sampling each token decides by itself; where that differs from training's top-k choice.",
-    "entropy": "Do tokens use more blocks where the next token is harder to tell? Boxes hold the middle half. "
+    "entropy": "Do tokens use more where the next token is harder to tell? Boxes hold the middle half. "
     "The interval takes tokens as independent, which neighbours are not: it is too narrow.",
-    "kinds": "Blocks used by kind of token; keywords are Python's.",
+    "kinds": "The same by kind of token; keywords are Python's.",
+    "experts": "How many experts took a token in a block, of those that went through it; no-ops do not count.",
 }
 # From few blocks to many, light to dark: the order shows in grey, too.
 SHADES = ("#FFF7E0", "#FFE3A3", "#FDC078", "#F08A5D", "#C4516C", "#7A2E7A")
@@ -53,13 +55,16 @@ const number = (value, digits = 3) => value === null ? "-" : value.toFixed(digit
 function describe(i) {
   const lines = [`token ${i}: ${JSON.stringify(trace.pieces[i])} (${trace.token_ids[i]})`,
     `blocks used ${trace.blocks_used[i]} of ${trace.num_hidden_layers}`,
-    `FLOPs ${(trace.flops[i] / 1e6).toFixed(3)} M, with all blocks ${(trace.dense_flops[i] / 1e6).toFixed(3)} M`,
+    `FLOPs ${(trace.flops[i] / 1e6).toFixed(3)} M, with everything ${(trace.dense_flops[i] / 1e6).toFixed(3)} M`,
     `loss ${number(trace.loss[i])}, entropy of the next ${number(trace.entropy[i])} nats`];
   trace.routed_layers.forEach((block, row) => {
     const probability = trace.predictor_probability[row][i];
     lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, weight ` +
       number(trace.router_weight[row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
   });
+  if (trace.experts_met !== null)
+    lines.push(`experts met in blocks 0 to ${trace.num_hidden_layers - 1}: ` +
+      trace.experts_met.map(block => block[i]).join(" "));
   return lines.join("\\n");
 }
 function show(event) {
@@ -82,24 +87,22 @@ text.addEventListener("mouseleave", () => { tip.style.display = "none"; });
 
 
 def shade_of(used: int, least: int, most: int) -> int:
-    """The place of a number of blocks between the dense ones and all, among `SHADES`."""
+    """The place of a number of blocks between the least and the most possible, among `SHADES`."""
     return 0 if most == least else round((used - least) / (most - least) * (len(SHADES) - 1))
 
 
 def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compute goes") -> str:
-    """The page: the text coloured by the blocks each token used, with its numbers on hover, and the figures.
+    """The page: the text coloured by each token's engagement, with its numbers on hover, and the figures.
 
     Args:
         trace: the text's trace.
         drawn: its figures, by name.
         title: heading of the page.
     """
-    most = trace.num_hidden_layers
-    least = most - len(trace.routed_layers)
-    used = trace.blocks_used.tolist()
+    least, most = trace.least_engagement, trace.num_hidden_layers
     spans = "".join(
         f'<span class="s{shade_of(count, least, most)}{_line_end(piece)}" data-i="{i}">{_as_itself(piece)}</span>'
-        for i, (piece, count) in enumerate(zip(trace.pieces, used, strict=True))
+        for i, (piece, count) in enumerate(zip(trace.pieces, trace.engagement.tolist(), strict=True))
     )
     legend = "".join(
         f'<span class="s{shade_of(count, least, most)}">{count}</span>' for count in range(least, most + 1)
@@ -112,7 +115,7 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
     )
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(trace).items())
     # Nothing in a script element is read as markup but its end.
-    data = json.dumps(_rounded({**trace.as_dict(), "blocks_used": used})).replace("<", "\\u003c")
+    data = json.dumps(_rounded({**trace.as_dict(), "blocks_used": trace.blocks_used.tolist()})).replace("<", "\\u003c")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -120,7 +123,7 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1><table>{rows}</table>"
-        f'<h2>The text</h2><p class="legend">blocks used: {legend}</p>{_several(trace)}'
+        f'<h2>The text</h2><p class="legend">{figures.engagement_name(trace)}: {legend}</p>{_several(trace)}'
         f'<div id="text">{spans}</div><div id="tip" role="status"></div>{images}'
         f'<script type="application/json" id="trace">{data}</script><script>{SCRIPT}</script></body></html>\n'
     )
@@ -162,17 +165,18 @@ def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
 def _facts(trace: Trace) -> dict[str, str]:
     routing = "causal: each token decides by itself" if trace.routing == "causal" else "top-k, which looks ahead"
     saved = 1 - trace.flops.sum() / trace.dense_flops.sum()
+    most = "entered every block" if trace.experts_met is None else "met an expert with every choice in every block"
     found = {
         "tokens": f"{len(trace.pieces):,}",
         "routing": routing,
         "blocks": f"{trace.num_hidden_layers}, of them routed {len(trace.routed_layers)}",
-        "blocks used": f"{trace.blocks_used.mean():.2f} on average",
-        "FLOPs": f"{saved:.1%} less than if every token entered every block",
+        figures.engagement_name(trace): f"{trace.engagement.mean():.2f} on average",
+        "FLOPs": f"{saved:.1%} less than if every token {most}",
         "loss": f"{np.nanmean(trace.loss):.3f} nats per token" if len(trace.pieces) > 1 else "-",
     }
-    correlation = figures.engagement_against_entropy(trace) if trace.routed_layers else None
+    correlation = figures.engagement_against_entropy(trace)
     if correlation is not None:
-        found["blocks used against entropy"] = (
+        found[f"{figures.engagement_name(trace)}, against entropy"] = (
             f"rank correlation {correlation.rho:+.3f}, 95 % interval {correlation.low:+.3f} to {correlation.high:+.3f}"
         )
     return found

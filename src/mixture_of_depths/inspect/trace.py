@@ -1,6 +1,6 @@
 """What one forward pass over a text did: for every token, which routed blocks it entered, and what that cost.
 
-Shapes: T tokens, R routed blocks.
+Shapes: T tokens, L blocks, R routed blocks.
 """
 
 import json
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.calibration import causal_routers
 from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.experts import ExpertRouting
 from mixture_of_depths.flops import block_flops, expert_rows_per_token, router_flops
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.routing import Routing
@@ -39,10 +40,16 @@ class Trace:
         enters_by_itself (np.ndarray): what the configured causal router decides; bool, of shape [R, T].
         predictor_probability (np.ndarray): its probability of entering; not a number without a predictor; float32, of
             shape [R, T].
+        experts_met (np.ndarray | None): how many experts took the token in each block: 0 where it did not enter, asked
+            for no-ops only, or found its experts full; int64, of shape [L, T]. None where all tokens inside a block
+            meet equally many: without no-ops and capacity of experts.
+        experts_expected: how many a token inside a block is to meet on average, by the no-ops' share and the experts'
+            capacity; None as above.
         entropy (np.ndarray): of the prediction of the next token, in nats; float32, of shape [T].
         loss (np.ndarray): of the token itself, in nats; not a number for the first; float32, of shape [T].
         flops (np.ndarray): operations spent on the token in a forward pass, head included; of shape [T].
-        dense_flops (np.ndarray): what it would have cost to enter every block; of shape [T].
+        dense_flops (np.ndarray): what it would have cost to enter every block, and to meet an expert there with every
+            choice; of shape [T].
     """
 
     pieces: list[str]
@@ -55,15 +62,32 @@ class Trace:
     router_weight: np.ndarray
     enters_by_itself: np.ndarray
     predictor_probability: np.ndarray
+    experts_met: np.ndarray | None
+    experts_expected: float | None
     entropy: np.ndarray
     loss: np.ndarray
     flops: np.ndarray
     dense_flops: np.ndarray
 
     @property
+    def inside(self) -> np.ndarray:
+        """Which tokens went through each block, dense ones included; bool, of shape [L, T]."""
+        return _inside(self.num_hidden_layers, self.routed_layers, self.entered)
+
+    @property
     def blocks_used(self) -> np.ndarray:
         """Number of blocks each token went through, dense ones included; of shape [T]."""
-        return self.num_hidden_layers - len(self.routed_layers) + self.entered.sum(axis=0)
+        return self.inside.sum(axis=0)
+
+    @property
+    def engagement(self) -> np.ndarray:
+        """Number of blocks whose MLP, or any of its experts, each token went through; of shape [T]."""
+        return self.blocks_used if self.experts_met is None else (self.experts_met > 0).sum(axis=0)
+
+    @property
+    def least_engagement(self) -> int:
+        """The number of blocks whose MLP no token can go without."""
+        return self.num_hidden_layers - len(self.routed_layers) if self.experts_met is None else 0
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as lists and numbers; what is not a number is None."""
@@ -82,10 +106,14 @@ class Trace:
         path.write_text(json.dumps(self.as_dict(), allow_nan=False))
 
     def write_parquet(self, path: Path) -> None:
-        """Writes one row a token; what is known per routed block is a list in the order of `routed_layers`."""
+        """Writes one row a token; what is known per routed block is a list in the order of `routed_layers`.
+
+        `experts_met`, of all blocks, is a column if it is known.
+        """
         by_token = {"piece": self.pieces, "token_id": self.token_ids, "blocks_used": self.blocks_used}
         by_token |= {name: getattr(self, name) for name in ("entropy", "loss", "flops", "dense_flops")}
         per_block = ("entered", "router_weight", "enters_by_itself", "predictor_probability")
+        per_block += () if self.experts_met is None else ("experts_met",)
         columns = by_token | {name: list(getattr(self, name).T) for name in per_block}
         facts = {"routing": self.routing, "routed_layers": self.routed_layers, "capacity": self.capacity}
         table = pa.table(columns).replace_schema_metadata({"mixture_of_depths": json.dumps(facts)})
@@ -105,7 +133,7 @@ def trace(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, 
     Raises:
         ValueError: for a text that is empty or not UTF-8, or one longer than the model takes.
     """
-    (tokens,) = tokenized(tokenizer, [text], "text")
+    (tokens,) = tokenized(tokenizer, [text], "text", special=False)
     longest = model.config.max_position_embeddings
     if len(tokens) > longest:
         raise ValueError(
@@ -137,22 +165,27 @@ def trace_tokens(
     entered = rows([decided.entered for _, decided in routed], bool)
     causal = [decided.causal_logits.float() for _, decided in routed]
     probability = [logits.sigmoid() if predicts else torch.full_like(logits, torch.nan) for logits in causal]
-    positions = np.arange(len(tokens))
+    routed_layers = [i for i, _ in routed]
+    inside = _inside(config.num_hidden_layers, routed_layers, entered)
+    experts_met = _experts_met(output.expert_routing, inside)
+    all_alike = config.num_noop_experts == 0 and config.expert_capacity is None
     return Trace(
         pieces=pieces(tokenizer, tokens),
         token_ids=np.array(tokens),
         routing=routing,
         num_hidden_layers=config.num_hidden_layers,
-        routed_layers=[i for i, _ in routed],
-        capacity=[config.capacity_fraction(i) for i, _ in routed],
+        routed_layers=routed_layers,
+        capacity=[config.capacity_fraction(i) for i in routed_layers],
         entered=entered,
         router_weight=rows(gates, np.float32),
         enters_by_itself=rows([logits > 0 for logits in causal], bool),
         predictor_probability=rows(probability, np.float32),
+        experts_met=None if all_alike else experts_met,
+        experts_expected=None if all_alike else expert_rows_per_token(config),
         entropy=-(log_p.exp() * log_p).sum(dim=-1).cpu().numpy(),
         loss=np.concatenate([[np.nan], loss.cpu().numpy()]).astype(np.float32),
-        flops=_flops(config, entered, positions),
-        dense_flops=_flops(config, np.ones_like(entered), positions),
+        flops=_flops(config, inside, experts_met),
+        dense_flops=_flops(config, np.ones_like(inside), np.full(inside.shape, _most_experts(config))),
     )
 
 
@@ -168,18 +201,34 @@ def _gate(layer: DecoderLayer, router_logits: torch.Tensor) -> torch.Tensor:
     return layer.router.gate(router_logits)
 
 
-def _flops(config: MoDConfig, entered: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Operations per token, of shape [T]; experts, whose choices are not looked at, count with their expected share."""
-    total = np.full(len(positions), 2.0 * config.hidden_size * config.vocab_size)
-    routed = config.routed_layers or []
-    per_token = expert_rows_per_token(config)
-    # The cost of a token is that of itself and of the pairs it attends with.
-    fixed = block_flops(config, 1, 0, per_token).total
-    pair = block_flops(config, 0, 1, 0).attention
-    for layer_idx in range(config.num_hidden_layers):
-        if layer_idx not in routed:
-            total += fixed + pair * (positions + 1)
-            continue
-        inside = entered[routed.index(layer_idx)]
-        total += inside * (fixed + pair * inside.cumsum()) + router_flops(config, 1).total
-    return total
+def _inside(num_hidden_layers: int, routed_layers: list[int], entered: np.ndarray) -> np.ndarray:
+    inside = np.ones((num_hidden_layers, entered.shape[1]), dtype=bool)
+    inside[routed_layers] = entered
+    return inside
+
+
+def _experts_met(routing: tuple[ExpertRouting | None, ...], inside: np.ndarray) -> np.ndarray:
+    """How many experts took each token in each block, of shape [L, T]; 0 everywhere without experts."""
+    met = np.zeros(inside.shape, dtype=np.int64)
+    for met_T, inside_T, experts in zip(met, inside, routing, strict=True):
+        if experts is not None:
+            met_T[inside_T] = experts.taken[0].sum(dim=-1).cpu().numpy()
+    return met
+
+
+def _most_experts(config: MoDConfig) -> float:
+    """How many experts a token meets in a block if none of its choices is lost; on average, where experts choose."""
+    if config.expert_routing == "expert_choice":
+        return expert_rows_per_token(config)
+    return config.most_experts_per_token
+
+
+def _flops(config: MoDConfig, inside: np.ndarray, experts_met: np.ndarray) -> np.ndarray:
+    """Operations per token, of shape [T]; for who is inside which block, and the experts met there, each [L, T]."""
+    # The cost of a token is that of itself, of the pairs it attends with and of its experts.
+    fixed = block_flops(config, 1, 0, 0).total
+    pair = block_flops(config, 0, 1, 0).total
+    expert = block_flops(config, 0, 0, 1).total
+    total = (inside * (fixed + pair * inside.cumsum(axis=1)) + expert * experts_met).sum(axis=0)
+    routers = len(config.routed_layers or []) * router_flops(config, 1).total
+    return total + routers + 2.0 * config.hidden_size * config.vocab_size
