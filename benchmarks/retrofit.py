@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--distillation", type=float, default=0.0)
+    parser.add_argument("--lowering-fraction", type=float, default=RetrofitOptions.lowering_fraction)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--decode", action="store_true")
@@ -186,7 +187,12 @@ def main() -> None:
     if "dense" not in done:
         keep("dense", dense, 0.0)
     for share in arguments.shares:
-        options = RetrofitOptions(flops_share=share, capacity=arguments.capacity, distillation=arguments.distillation)
+        options = RetrofitOptions(
+            flops_share=share,
+            capacity=arguments.capacity,
+            distillation=arguments.distillation,
+            lowering_fraction=arguments.lowering_fraction,
+        )
         for kind in ("retrofit", "random"):
             side = f"{kind}-{share:g}"
             if kind not in arguments.sides or side in done:
