@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,7 +133,7 @@ def kill_at(process: subprocess.Popen[bytes], phase: Phase, aim: str, occurrence
     status = process.wait()
     count, name = phase.read()
     moment = round(time.perf_counter() - began, 2)
-    return {"aim": aim, "phase": name, "occurrence": count, "after_seconds": moment, "killed": status == -9}
+    return {"aim": aim, "phase": name, "occurrence": count, "after_seconds": moment, "status": status}
 
 
 def main() -> None:
@@ -160,14 +161,15 @@ def main() -> None:
                 occurrence = draw.randint(1, {"preparation": 1, "step": 12, "save": 2, "evaluation": 1}[aim])
                 process, phase = start(folder)
                 here.append(kill_at(process, phase, aim, occurrence, draw.random() * max(seconds[aim])))
-                if not here[-1]["killed"]:
+                if here[-1]["status"] != -signal.SIGKILL:
                     break
             process, _ = start(folder)
-            ended = process.wait() == 0
+            # One that ended by itself before its kill counts, too.
+            ended = process.wait() == 0 and all(kill["status"] in (0, -signal.SIGKILL) for kill in here)
             found = left_behind(folder) if ended else {}
             differing = [name for name in whole if found.get(name) != whole[name]]
             exact = not differing
-            counted = [kill for kill in here if kill.pop("killed")]
+            counted = [kill for kill in here if kill.pop("status") == -signal.SIGKILL]
             kills += [{"run": number, **kill, "survived": ended, "exact": exact} for kill in counted]
             if differing:
                 print(f"{differing} differ\n{(folder / 'errors.txt').read_text()}", file=sys.stderr)

@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,8 +38,9 @@ FEW = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-HOSTILE = ["", " ", "nan", "inf", "-inf", "-1", "0", "1.5", "1e400", "abc", "None", "[]", "{}", "--", "-x", "💥"]
-HOSTILE += ["\udcff", "/dev/null", "/nonexistent/x", "a/../..", "x" * 300, "1,2", "true", "'"]
+HOSTILE = ["", " ", "nan", "inf", "-inf", "-1", "0", "1", "1.5", "1e400", "9" * 25, "9" * 400]
+HOSTILE += ["abc", "None", "[]", "{}", "--", "-x", "💥", "true", "1,2", "'", "x" * 300]
+HOSTILE += ["\udcff", "/dev/null", "/nonexistent/x", "a/../.."]
 HOSTILE += ['"', "*", "~", ".", "<script>"]
 JSON_VALUES = st.sampled_from(
     [None, True, False, -1, 0, 1, 2, 7.5, -0.5, float("nan"), float("inf"), "", "abc", [], [1], ["a"], [[]], {}]
@@ -68,11 +70,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TEXT = ["--data", "FILE", "--cache-dir", "CACHE"]
+TRAIN = ["--vocab-size", "300", "--sequence-length", "16", "--hidden-size", "16", "--num-attention-heads", "2"]
+TRAIN += ["--num-hidden-layers", "2", "--batch-size", "2", "--max-steps", "1"]
+
+
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(f"{number} is the number after {number - 1}.\n" for number in range(400)))
-    return file
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A text, a trained model, a dense one and a study that was carried out, by the words that stand for them."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "text.txt").write_text("".join(f"{number} is the number after {number - 1}.\n" for number in range(400)))
+    found = {"FILE": str(root / "text.txt"), "CACHE": str(root / "cache"), "STUDY": str(root / "study.yaml")}
+    found |= {name: str(root / name) for name in ("TRAINED", "DENSE", "STUDIED")}
+    study = {
+        "data": {"data": [found["FILE"]], "cache_dir": found["CACHE"], "vocab_size": 300, "sequence_length": 16},
+        "training": {"batch_size": 2},
+        "ladder": {"width_per_block": 8, "width_offset": 0, "head_dim": 8},
+        "families": {"baseline": {"routed": False}, "mod": {}},
+        "learning_rates": {"baseline": 1e-2, "mod": 1e-2},
+        "sweeps": [{"budgets": [1e7], "families": ["baseline", "mod"], "depths": [2]}],
+    }
+    (root / "study.yaml").write_text(yaml.safe_dump(study))
+    for words in (
+        ["train", "--out", "TRAINED", *TEXT, *TRAIN],
+        ["train", "--out", "DENSE", *TEXT, *TRAIN, "--no-routed"],
+        ["isoflop", "run", "STUDY", "--out", "STUDIED"],
+    ):
+        status, said = status_of(*(found.get(word, word) for word in words))
+        assert status == 0, said
+    return found
 
 
 @FEW
@@ -93,31 +119,28 @@ def options_of(command: list[str]) -> list[str]:
     return sorted(set(re.findall(r"--[a-z][a-z-]+", status_of(*command, "--help")[1])) - {"--help"})
 
 
-TRAIN = ["--vocab-size", "300", "--sequence-length", "16", "--hidden-size", "16", "--num-attention-heads", "2"]
-TRAIN += ["--num-hidden-layers", "2", "--batch-size", "2", "--max-steps", "1"]
 COMMANDS = {
-    "train": ["train", "--out", "OUT", "--data", "TEXT", *TRAIN],
-    "evaluate": ["evaluate", "CHECKPOINT", "--data", "TEXT", "--max-blocks", "2"],
-    "generate": ["generate", "CHECKPOINT", "--prompt", "the", "--max-new-tokens", "2"],
-    "calibrate": ["calibrate", "CHECKPOINT", "--out", "OUT"],
-    "inspect": ["inspect", "CHECKPOINT", "--text", "the", "--out", "OUT.html"],
-    "retrofit": ["retrofit", "CHECKPOINT", "--out", "OUT", "--data", "TEXT", *TRAIN[2:4], "--max-steps", "1"],
+    "train": ["train", "--out", "OUT", *TEXT, *TRAIN],
+    "evaluate": ["evaluate", "TRAINED", "--data", "FILE", "--max-blocks", "2"],
+    "generate": ["generate", "TRAINED", "--prompt", "the", "--max-new-tokens", "2"],
+    "calibrate": ["calibrate", "TRAINED", "--out", "OUT"],
+    "inspect": ["inspect", "TRAINED", "--text", "the", "--out", "OUT.html"],
+    "retrofit": ["retrofit", "DENSE", "--out", "OUT", *TEXT, "--sequence-length", "16", "--batch-size", "2"],
     "isoflop plan": ["isoflop", "plan", "STUDY"],
-    "isoflop fit": ["isoflop", "fit", "STUDY", "--out", "OUT"],
+    "isoflop fit": ["isoflop", "fit", "STUDY", "--out", "STUDIED"],
 }
+COMMANDS["retrofit"] += ["--max-steps", "1", "--measure-blocks", "1", "--fit-blocks", "1"]
 
 
 @FEW
 @given(st.data())
-def test_a_command_line_ends_with_status_0_or_2(text: Path, checkpoint: Path, data: st.DataObject) -> None:
+def test_a_command_line_ends_with_status_0_or_2(places: dict[str, str], data: st.DataObject) -> None:
     TRIED["command lines"] += 1
     name = data.draw(st.sampled_from(sorted(COMMANDS)))
     options = OPTIONS.setdefault(name, options_of(name.split()))
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "study").write_text("budgets: [1]")
-        places = {"OUT": f"{place}/out", "OUT.html": f"{place}/out.html", "STUDY": f"{place}/study"}
-        places |= {"TEXT": str(text), "CHECKPOINT": str(checkpoint)}
-        words = [places.get(word, word) for word in COMMANDS[name]]
+        there = places | {"OUT": f"{place}/out", "OUT.html": f"{place}/out.html"}
+        words = [there.get(word, word) for word in COMMANDS[name]]
         for _ in range(data.draw(st.integers(1, 3))):
             if data.draw(st.booleans()) and options:
                 words += [data.draw(st.sampled_from(options)), data.draw(st.sampled_from(HOSTILE))]
@@ -159,14 +182,21 @@ SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", 
 @given(
     content=st.one_of(st.sampled_from(WHOLE), st.binary(max_size=300)),
     cut=st.one_of(st.none(), st.integers(0, 60)),
+    flipped=st.one_of(st.none(), st.integers(0, 10_000)),
     suffix=st.sampled_from(SUFFIXES),
 )
-def test_a_file_of_text_is_read_or_refused(checkpoint: Path, content: bytes, cut: int | None, suffix: str) -> None:
+def test_a_file_of_text_is_read_or_refused(
+    checkpoint: Path, content: bytes, cut: int | None, flipped: int | None, suffix: str
+) -> None:
     TRIED["data files"] += 1
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / f"file{suffix}"
-        file.write_bytes(content if cut is None else content[:-cut])
-        status, said = status_of("evaluate", str(checkpoint), "--data", str(file), "--max-blocks", "1")
+        written = bytearray(content if cut is None else content[:-cut])
+        if written and flipped is not None:
+            written[flipped % len(written)] ^= 1 << flipped % 8
+        file.write_bytes(written)
+        length = ["--sequence-length", "16"]
+        status, said = status_of("evaluate", str(checkpoint), "--data", str(file), "--max-blocks", "1", *length)
         assert status == 0 or "error: " in said, said
 
 
@@ -244,6 +274,50 @@ def test_a_damaged_checkpoint_is_taken_or_refused_and_no_pickle_loaded(checkpoin
             (folder / name).write_bytes(damaged_bytes((folder / name).read_bytes(), data))
         status, said = status_of("generate", str(folder), "--prompt", "the", "--max-new-tokens", "2")
         assert status == 0 or "error: " in said, said
+        assert not marker.exists()
+
+
+@FEW
+@given(st.data())
+def test_a_run_with_a_damaged_description_is_taken_or_refused(places: dict[str, str], data: st.DataObject) -> None:
+    TRIED["runs"] += 1
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(places["TRAINED"], f"{place}/run")
+        path = Path(place) / "run" / "run.json"
+        damage = data.draw(st.sampled_from([damaged_json, damaged_bytes]))
+        path.write_bytes(damage(path.read_bytes(), data))
+        commands = [
+            ["evaluate", "RUN", "--max-blocks", "1"],
+            ["calibrate", "RUN", "--out", f"{place}/calibrated"],
+            ["train", "--out", "RUN", *TEXT, *TRAIN, "--resume"],
+            ["retrofit", "DENSE", "--out", "RUN", *TEXT, "--sequence-length", "16", "--max-steps", "1", "--resume"],
+        ]
+        there = places | {"RUN": f"{place}/run"}
+        status, said = status_of(*(there.get(word, word) for word in data.draw(st.sampled_from(commands))))
+        assert status == 0 or "error: " in said, said
+
+
+@FEW
+@given(st.data())
+def test_a_damaged_source_is_taken_or_refused_and_no_pickle_loaded(places: dict[str, str], data: st.DataObject) -> None:
+    TRIED["sources"] += 1
+    with tempfile.TemporaryDirectory() as place:
+        folder, marker = Path(place) / "model", Path(place) / "loaded"
+        shutil.copytree(places["DENSE"], folder)
+        kind = data.draw(st.sampled_from(["tensors", "pickle", "bytes"]))
+        if kind == "tensors":
+            damaged_tensors(folder / "model.safetensors", data)
+        elif kind == "bytes":
+            name = data.draw(st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]))
+            (folder / name).write_bytes(damaged_bytes((folder / name).read_bytes(), data))
+        else:
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(marker)))
+            (folder / "model.safetensors").unlink()
+        words = [word if word != "DENSE" else str(folder) for word in COMMANDS["retrofit"]]
+        there = places | {"OUT": f"{place}/out"}
+        status, said = status_of(*(there.get(word, word) for word in words))
+        assert status == 0 or "error: " in said, said
+        assert status == 2 or kind != "pickle"
         assert not marker.exists()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,17 @@ from hypothesis import strategies as st
 from test_training import QUIET, config_for
 from test_training import corpus as corpus
 
+from mixture_of_depths import checkpoint as checkpoint_module
 from mixture_of_depths import training as training_module
-from mixture_of_depths.checkpoint import ASIDE, is_whole, latest_checkpoint, only_run, seal, write_aside
+from mixture_of_depths.checkpoint import (
+    ASIDE,
+    drop_checkpoints,
+    is_whole,
+    latest_checkpoint,
+    only_run,
+    seal,
+    write_aside,
+)
 from mixture_of_depths.data import Corpus
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.training import train
@@ -75,6 +85,38 @@ def test_a_folder_without_checksums_is_not_whole(tmp_path: Path) -> None:
     assert is_whole(tmp_path)
     (tmp_path / "checksums.json").write_text("[]")
     assert not is_whole(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_checkpoint(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint_module, "_checksum", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        latest_checkpoint(finished)
+
+
+def test_a_finished_run_without_a_whole_checkpoint_is_not_trained_again(
+    finished: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a finished run and no whole checkpoint of it"):
+        train(config_for(corpus), corpus, OPTIONS, folder, resume=True, console=QUIET)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_oldest_checkpoints_go_whatever_the_clock_said(tmp_path: Path) -> None:
+    for steps in (2, 10, 4, 30, 20):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+    # 30 is damaged, and the run went on from 10 to 20.
+    drop_checkpoints(tmp_path, 20, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+    drop_checkpoints(tmp_path, 20, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30"]
 
 
 def test_a_second_run_in_the_folder_is_refused(corpus: Corpus, tmp_path: Path) -> None:

@@ -245,6 +245,13 @@ def test_without_a_compiler_it_says_so_and_samples(
         ),
         (["train", "--out", "OUT", "DATA", *TINY, "--max-steps", "3", "--learning-rate", "1e30"], "is no number"),
         (["train", "--out", "/proc/run", "DATA", *TINY, "--max-steps", "3"], "/proc/run"),
+        (
+            ["evaluate", "CHECKPOINT", "--data", "TEXT", "--sequence-length", "1"],
+            "sequence_length=1 must be at least 2",
+        ),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 400], "must be a number above 0 and below 1e30"),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
+        (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
         (["frobnicate"], "frobnicate"),
         (["train", "--out", "OUT", "--max-steps", "many"], "many"),
     ],
@@ -258,7 +265,7 @@ def test_what_a_user_can_mend_ends_with_status_2_and_no_traceback(
     arguments: list[str],
     message: str,
 ) -> None:
-    places = {"CHECKPOINT": [str(checkpoint)], "OUT": [str(tmp_path / "out")], "DATA": data(text)}
+    places = {"CHECKPOINT": [str(checkpoint)], "OUT": [str(tmp_path / "out")], "DATA": data(text), "TEXT": [str(text)]}
     words = [word for argument in arguments for word in places.get(argument, [argument])]
     before = sorted(path.name for path in checkpoint.iterdir())
     status, output, errors = run(monkeypatch, capsys, *words)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_modeling import LLAMA, tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from mixture_of_depths.convert import config_from, from_dense, load_dense, to_llama
+from mixture_of_depths.tokenizer import train_tokenizer
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**LLAMA),
@@ -103,6 +105,23 @@ def test_what_llama_does_not_have_is_not_exported(changes: dict[str, Any], messa
 def test_a_source_that_is_not_there_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"missing\.gguf is no file"):
         load_dense(str(tmp_path / "missing.gguf"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_dense(str(tmp_path))
+
+
+def test_a_source_whose_weights_are_missing_or_pickled_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["mistral"]).save_pretrained(tmp_path)
+    train_tokenizer(["the quick brown fox"], 300).save_pretrained(str(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    load_dense(str(tmp_path))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"its weights do not fit its configuration: missing model\.layers\.1\.mlp\.up"
+    ):
+        load_dense(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         load_dense(str(tmp_path))
 

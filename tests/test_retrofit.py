@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_data import SENTENCE
 from test_training import QUIET
 from test_training import corpus as corpus
+from torch import nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -34,6 +35,7 @@ from mixture_of_depths.retrofit import (
     routers_of,
     set_routers,
 )
+from mixture_of_depths.training import train
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -148,6 +150,26 @@ def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
     assert seen[16:] == [[0.25, 0.5]] * 16
     assert all(later <= earlier for (earlier, _), (later, _) in pairwise(seen))
     assert len({first for first, _ in seen}) == retrofit_module.LEVELS + 1
+
+
+def test_a_compiled_retrofit_goes_through_all_capacities(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled(self, backend="eager", **options))
+    routing, tuning = replace(ROUTING, lowering_fraction=0.9), replace(TUNING, max_steps=20, compile=True)
+    _, result = retrofit(dense_for(corpus), "dense", corpus, routing, tuning, tmp_path / "out", console=QUIET)
+    assert result.finished
+
+
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_measured(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    with pytest.raises(ValueError, match="is not empty"):
+        retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path, console=QUIET)
+    (tmp_path / "other").unlink()
+    train(dense_for(corpus).config, corpus, replace(TUNING, max_steps=2), tmp_path, console=QUIET)
+    with pytest.raises(ValueError, match="holds no retrofit to resume"):
+        retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
 
 
 @pytest.mark.parametrize("part", ["routers", "lora", "all"])

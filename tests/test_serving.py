@@ -173,11 +173,26 @@ def test_the_seed_of_a_request_is_its_own_among_many_at_once(client: openai.Open
 
 
 def test_a_client_that_hangs_up_frees_the_server(client: openai.OpenAI, checkpoint: Path) -> None:
-    for _ in range(5):
-        streamed = client.completions.create(model=str(checkpoint), prompt="the", max_tokens=100, stream=True)
+    asked: Any = {"model": str(checkpoint), "prompt": "the", "temperature": 0}
+    start = time.perf_counter()
+    client.completions.create(max_tokens=120, **asked)
+    whole = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(30):
+        streamed = client.completions.create(max_tokens=120, stream=True, **asked)
         next(iter(streamed))
         streamed.close()
-    assert client.completions.create(model=str(checkpoint), prompt="the", max_tokens=3).choices
+    assert client.completions.create(max_tokens=3, **asked).choices
+    # Answered to their ends they would have taken 30 times as long as one.
+    assert time.perf_counter() - start < 15 * whole
+
+
+def test_a_chat_template_of_a_clients_own_is_refused(client: openai.OpenAI, checkpoint: Path) -> None:
+    message: Any = {"role": "user", "content": "the"}
+    extra = {"chat_template_kwargs": {"chat_template": "{% for i in range(9) %}{{ i }}{% endfor %}"}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=str(checkpoint), messages=[message], max_tokens=2, extra_body=extra)
+    assert "chat_template is the model's own" in refused.value.response.json()["detail"]
 
 
 def test_settings_of_generate_become_those_of_the_sampler() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -182,6 +183,30 @@ def write_aside(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes to the disk which names a folder holds: a renaming, before anything that relies on it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The description of a run, from the `run.json` in its folder.
+
+    Raises:
+        ValueError: when it does not describe one.
+    """
+    found = read_json(folder / "run.json")
+    parts = {"model": dict, "train": dict, "text": dict, "tuning": dict}
+    whole = isinstance(found, dict) and all(isinstance(found.get(name, {}), kind) for name, kind in parts.items())
+    if not whole or not {"key", "options"} <= found.get("text", {}).keys():
+        raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a run")
+    return found
 
 
 def seal(folder: Path) -> None:
@@ -192,15 +217,21 @@ def seal(folder: Path) -> None:
             sums[str(path.relative_to(folder))] = _checksum(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        else:
+            sync_folder(path)
     write_aside(folder / CHECKSUMS, json.dumps(sums, indent=2))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a sealed folder holds what it held when it was sealed."""
+    """Whether a sealed folder holds what it held when it was sealed.
+
+    Raises:
+        OSError: when that cannot be told, because a file that is there cannot be read.
+    """
     try:
         sums = read_json(folder / CHECKSUMS)
         return bool(sums) and all(_checksum(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError, TypeError):
         return False
 
 
@@ -211,11 +242,22 @@ def _checksum(path: Path) -> str:
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The whole checkpoint with the most steps in a run's folder, and its steps; damaged ones are passed over."""
-    steps = {path: int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+    for steps, path in reversed(_checkpoints(folder)):
         if is_whole(path):
-            return path, steps[path]
+            return path, steps
     return None
+
+
+def drop_checkpoints(folder: Path, steps: int, count: int) -> None:
+    """Deletes all but the last `count` checkpoints of a run up to `steps`, where the newest stands."""
+    earlier = [path for there, path in _checkpoints(folder) if there < steps]
+    for path in earlier[: len(earlier) + 1 - count]:
+        shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run by their steps, whole or not."""
+    return sorted((int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal())
 
 
 @contextmanager

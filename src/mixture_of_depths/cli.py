@@ -25,6 +25,8 @@ Flat = tyro.conf.OmitArgPrefixes
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
 Source = Annotated[str, tyro.conf.Positional]
+# How PyTorch says so, on an accelerator and on the CPU.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 def train(
@@ -97,7 +99,7 @@ def evaluate(
         task_files: Folder of further tasks, as the harness' YAML.
         limit: Use this many examples of a task instead of all.
     """
-    from mixture_of_depths.checkpoint import read_json
+    from mixture_of_depths.checkpoint import read_run
     from mixture_of_depths.data import Skipped, pack, read_documents
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
@@ -123,7 +125,9 @@ def evaluate(
     trained = checkpoint / "run.json"
     if not trained.exists() and not (data and sequence_length):
         raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
-    text = read_json(trained)["text"] if trained.exists() else {}
+    text = read_run(checkpoint)["text"] if trained.exists() else {}
+    if sequence_length is not None and sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 2")
     if data:
         length = sequence_length or text["options"]["sequence_length"]
         documents = list(read_documents(DataOptions(data=data, text_column=text_column), Skipped()))
@@ -467,7 +471,7 @@ def _read_prompts(path: "Path | None") -> list[str]:
     assert path is not None
     try:
         # Not splitlines: a line of JSON may hold other separators.
-        numbered = list(enumerate(path.read_text(encoding="utf-8").split("\n"), start=1))
+        numbered = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={path} is not UTF-8: {error}") from error
     lines = [(number, line.removesuffix("\r")) for number, line in numbered if line.strip()]
@@ -479,7 +483,7 @@ def _read_prompts(path: "Path | None") -> list[str]:
     for number, line in lines:
         try:
             text = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'prompts={path}, line {number}: needs an object with the field "prompt"') from error
         if not isinstance(text, str):
             raise ValueError(f'prompts={path}, line {number}: "prompt" must be a text')
@@ -505,21 +509,25 @@ def _held_out(checkpoint: Path) -> "Corpus":
     Raises:
         ValueError: when it is not known any more.
     """
-    from mixture_of_depths.checkpoint import read_json
+    from pydantic import TypeAdapter, ValidationError
+
+    from mixture_of_depths.checkpoint import read_run
     from mixture_of_depths.data import prepare
     from mixture_of_depths.tokenizer import load_tokenizer
 
     trained = checkpoint / "run.json"
     if not trained.exists():
         raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training, which tells what it held out")
-    text = read_json(trained)["text"]
-    options = text["options"]
-    kept = DataOptions(**{**options, "data": tuple(options["data"]), "cache_dir": Path(options["cache_dir"])})
+    text = read_run(checkpoint)["text"]
+    try:
+        options = TypeAdapter(DataOptions).validate_python(text["options"])
+    except ValidationError as error:
+        raise ValueError(f"{trained} is damaged: the text's options: {error.errors()[0]['msg']}") from error
     # The model's own copy: the one it was trained with may have moved.
-    corpus = prepare(kept, load_tokenizer(str(checkpoint)) if kept.tokenizer else None)
+    corpus = prepare(options, load_tokenizer(str(checkpoint)) if options.tokenizer else None)
     if corpus.key != text["key"]:
         raise ValueError(
-            f"data={' '.join(kept.data)} has changed since the training; bring it back, or give other data"
+            f"data={' '.join(options.data)} has changed since the training; bring it back, or give other data"
         )
     return corpus
 
@@ -665,17 +673,28 @@ def _records(study: Path, out: Path, mod: str) -> tuple[list[dict[str, Any]], st
     """The records of a study's runs, and the name of its baseline.
 
     Raises:
-        ValueError: when there are none, or none of the family `mod`.
+        ValueError: when there are none, or none of the family `mod`, or one differs from the study in size or rate.
     """
     from mixture_of_depths.isoflop.plan import load_study, runs
     from mixture_of_depths.isoflop.run import RECORDS
     from mixture_of_depths.training import read_records
 
     loaded = load_study(study)
-    names = {run.name for run in runs(loaded)}
-    found = [record for record in read_records(out / RECORDS) if record["name"] in names]
+    planned = {run.name: run for run in runs(loaded)}
+    found = [record for record in read_records(out / RECORDS) if record["name"] in planned]
     if not found:
         raise ValueError(f"out={out} holds no record of this study; run it first")
+    for record in found:
+        run = planned[record["name"]]
+        was = record["hidden_size"], record["learning_rate"]
+        if was != (run.model.hidden_size, run.training.learning_rate):
+            now = f"{run.model.hidden_size} and {run.training.learning_rate:g}"
+            raise ValueError(
+                f"out={out} holds a record of {run.name} of another study: its hidden_size and learning_rate were "
+                f"{was[0]} and {was[1]:g}, and the study says {now}"
+            )
+    if missing := planned.keys() - {record["name"] for record in found}:
+        print(f"{len(missing)} of {len(planned)} runs have no record yet, {min(missing)} first", file=sys.stderr)
     families = sorted({record["family"] for record in found if record["evaluation"] is not None})
     if mod not in families:
         raise ValueError(f"mod={mod} has no records; there are some of {', '.join(families)}")
@@ -754,7 +773,12 @@ def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
         if found[kind]:
             names = ", ".join(sorted(map(str, found[kind]))[:3])
             raise ValueError(f"checkpoint={checkpoint} does not fit its config.json: {kind}: {names}")
-    return model.eval(), load_tokenizer(str(checkpoint))
+    tokenizer = load_tokenizer(str(checkpoint))
+    if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        raise ValueError(
+            f"checkpoint={checkpoint}: its tokenizer has a token {last}; the model has vocab_size={config.vocab_size}"
+        )
+    return model.eval(), tokenizer
 
 
 def main() -> None:
@@ -804,6 +828,11 @@ def main() -> None:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        print(f"error: not enough memory; lower the sizes of model, batch or text: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -119,10 +119,25 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
         if gguf:
             gguf["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **gguf)
+        # The library annotates the model alone; asked for it, it returns what it found beside the model.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=None if gguf else True,
+            output_loading_info=True,
+            **gguf,
+        )
+        model, found = loaded
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
         raise ValueError(f"source={source} cannot be read: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if found[kind]:
+            raise ValueError(
+                f"source={source}: its weights do not fit its configuration: {kind.split('_')[0]} "
+                f"{', '.join(map(str, sorted(found[kind])[:3]))}"
+            )
     return model.eval() if isinstance(model, MoDForCausalLM) else from_dense(model), tokenizer
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from glob import glob, has_magic
@@ -15,11 +16,10 @@ import datasets
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixture_of_depths.checkpoint import is_whole, locked, seal
+from mixture_of_depths.checkpoint import is_whole, locked, seal, sync_folder
 from mixture_of_depths.options import BUILTIN, DataOptions
 from mixture_of_depths.tokenizer import end_of_text, load_tokenizer, tokenize, train_tokenizer
 
@@ -130,8 +130,10 @@ def _check(options: DataOptions) -> None:
         raise ValueError(f"validation_fraction={options.validation_fraction} must lie between 0 and 1")
     if options.sequence_length < 2:
         raise ValueError(f"sequence_length={options.sequence_length} must be at least 2")
-    if options.tokenizer is None and options.vocab_size < 257:
-        raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+    if options.tokenizer is None and not 257 <= options.vocab_size < 2**31:
+        raise ValueError(
+            f"vocab_size={options.vocab_size} must be at least 257, every byte and the end of text, and below 2**31"
+        )
     if options.max_characters is not None and options.max_characters < 1:
         raise ValueError(f"max_characters={options.max_characters} must be at least 1")
 
@@ -204,7 +206,7 @@ def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -
             continue
         try:
             raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
         try:
             text = raw.decode("utf-8-sig")
@@ -247,15 +249,22 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 
 def _read_hub(name: str, options: DataOptions) -> Iterator[str]:
     name, _, config = name.partition(":")
-    try:
-        stream = datasets.load_dataset(name, config or None, split=options.split, streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"data=hub:{name} with split={options.split} cannot be read: {error}") from error
-    for record in cast(Iterable[dict[str, Any]], stream):
+    for record in _records_of_hub(name, config, options.split):
         if options.text_column not in record:
             names = ", ".join(record)
             raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {names}")
         yield _text(record[options.text_column], options.text_column, name)
+
+
+def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        yield from cast(Iterable[dict[str, Any]], stream)
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        # Network, archive and format each have errors of their own, before the first record and after.
+        raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error
 
 
 def _text(value: object, column: str, source: object) -> str:
@@ -382,5 +391,6 @@ def _write_cache(
         seal(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from mixture_of_depths.calibration import calibrate
-from mixture_of_depths.checkpoint import latest_checkpoint, read_json
+from mixture_of_depths.checkpoint import latest_checkpoint, read_run, write_aside
 from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Corpus, batches
 from mixture_of_depths.evaluation import Evaluation, evaluate
@@ -354,11 +354,15 @@ def retrofit(
         )
     if len(corpus.validation) < 2:
         raise ValueError("data holds out fewer than 2 blocks; give more text, or raise validation_fraction")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
     importance: list[BlockImportance] = []
     chosen = list(options.routed_layers or [])
     earlier = folder / "run.json"
     if resume and earlier.exists():
-        facts = read_json(earlier)["tuning"]
+        facts = read_run(folder).get("tuning", {})
+        if "importance" not in facts:
+            raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
         importance = [BlockImportance(**found) for found in facts["importance"]]
         chosen = facts["chosen"]
     if not (resume and latest_checkpoint(folder)):
@@ -414,5 +418,5 @@ def retrofit(
         retrofitted=evaluate(model, others, end, size) if trained.finished else None,
     )
     if trained.finished:
-        (folder / "retrofit.json").write_text(json.dumps({**asdict(result), **provenance()}, indent=2))
+        write_aside(folder / "retrofit.json", json.dumps({**asdict(result), **provenance()}, indent=2))
     return model, result

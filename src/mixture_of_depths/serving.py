@@ -1,6 +1,7 @@
 """transformers' OpenAI-compatible server with one model of this package, which the fast step samples.
 
-Requests are answered one after another, in the order they came, on one thread; a client that hangs up frees it.
+Requests are answered one after another, in the order they came, on one thread; a client of a streamed answer that hangs
+up frees it.
 """
 
 from typing import Any
@@ -170,7 +171,11 @@ class _Checked(BaseHandler):
 
 
 class _Chat(_Checked, ChatCompletionHandler):
-    pass
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        if "chat_template" in (body.get("chat_template_kwargs") or {}):
+            # One with loops would hold up all others.
+            raise HTTPException(400, "chat_template_kwargs: chat_template is the model's own; leave it out")
+        return await super().handle_request(body, request_id)
 
 
 class _Completion(_Checked, CompletionHandler):

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from rich.console import Console
@@ -36,13 +37,14 @@ from transformers import (
 )
 from transformers import TrainingArguments as HFTrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixture_of_depths import plots
 from mixture_of_depths.checkpoint import (
     ASIDE,
     LOCK,
     SCHEDULE,
+    drop_checkpoints,
     is_sharded,
     latest_checkpoint,
     load_generators,
@@ -50,9 +52,11 @@ from mixture_of_depths.checkpoint import (
     load_weights,
     only_run,
     read_json,
+    read_run,
     save_generators,
     save_optimizer,
     seal,
+    sync_folder,
     whole_weights,
     write_aside,
 )
@@ -74,6 +78,11 @@ from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.tokenizer import end_of_text
+
+# The schedule of the learning rate counts in 32 bits.
+MOST_STEPS = 2**31 - 1
+# Graphs that the compiler keeps of a block; what needs more is compiled no further, and is an error.
+GRAPHS = 64
 
 
 class DivergenceError(ValueError):
@@ -107,12 +116,14 @@ def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> H
     (name, value), *_ = given.items()
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value} must be a finite number above 0")
+    if not 0 < value < 1e30:
+        raise ValueError(f"{name}={value} must be a number above 0 and below 1e30")
     tokens_per_step = options.batch_size * sequence_length
     flops_per_step = training_flops_per_token(config, sequence_length) * tokens_per_step
     per_step = {"max_steps": 1, "max_tokens": tokens_per_step, "max_flops": flops_per_step}[name]
     steps = math.floor(value / per_step)
+    if steps > MOST_STEPS:
+        raise ValueError(f"{name}={value:g} is {steps:g} steps; lower it to at most {MOST_STEPS:,}")
     if steps < 1:
         raise ValueError(f"{name}={value:g} is less than one step, which takes {per_step:g}; raise it")
     return Horizon(steps, steps * tokens_per_step, steps * flops_per_step)
@@ -293,8 +304,10 @@ class MoDTrainer(Trainer):
             if is_main():
                 shutil.rmtree(folder / name, ignore_errors=True)
                 (folder / ASIDE / name).rename(folder / name)
+                sync_folder(folder)
                 shutil.rmtree(folder / ASIDE)
-                rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+                assert self.args.save_total_limit is not None
+                drop_checkpoints(folder, self.state.global_step, self.args.save_total_limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model and tokenizer; of a sharded model only what is not sharded."""
@@ -392,6 +405,9 @@ class Recorder(TrainerCallback):
         self.last_time, self.last_step = time.perf_counter(), state.global_step
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.last_time = time.perf_counter()
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.last_time = time.perf_counter()
 
     def __enter__(self) -> "Recorder":
@@ -541,6 +557,7 @@ def train(
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
+    _check_memory(config)
     arguments = _arguments(options, length, folder)
     with ExitStack() as held:
 
@@ -624,6 +641,7 @@ def _run(
 ) -> int:
     """Trains to the horizon, or until a signal; returns the steps done in all."""
     model = tuning.model
+    held = ExitStack()
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if options.compile:
@@ -631,9 +649,11 @@ def _run(
         torch.compiler.reset()
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
+        # A capacity that is lowered in steps takes a graph for each, in training and in evaluation.
+        held.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
     # Whole batches only: every step then costs the same, and the horizon is exact.
     whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
-    with StopOnSignal() as stop, recorder:
+    with held, StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,
             options,
@@ -642,7 +662,8 @@ def _run(
             train_dataset=corpus.train.select(range(len(whole))).add_column("block", cast(Any, whole)),
             eval_dataset=corpus.validation,
             data_collator=NumberedCollator(corpus.end_of_text),
-            callbacks=[recorder, stop, Board(corpus), *tuning.callbacks],
+            # The recorder last: what the others do is no part of a step's time.
+            callbacks=[stop, Board(corpus), *tuning.callbacks, recorder],
         )
         trainer.remove_callback(PrinterCallback)
         with warnings.catch_warnings():
@@ -666,6 +687,16 @@ def _evaluate(
         bf16=options.precision == "bf16",
         all_causal_routers=every_router,
     )
+
+
+def _check_memory(config: MoDConfig) -> None:
+    """Raises ValueError for a model whose weights alone are more than the machine's memory, before it is tried."""
+    needed, there = 4 * model_parameters(config), psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} and num_hidden_layers={config.num_hidden_layers}: the weights alone "
+            f"take {needed / 1e9:.3g} GB, and the machine has {there / 1e9:.3g}; lower them"
+        )
 
 
 def check_options(options: TrainOptions, corpus: Corpus) -> None:
@@ -710,7 +741,7 @@ def _open_folder(
     )
     path = folder / "run.json"
     if resume:
-        earlier = read_json(path)
+        earlier = read_run(folder)
         if earlier["text"]["key"] != corpus.key:
             raise ValueError(
                 f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}, which had "
@@ -729,7 +760,13 @@ def _open_folder(
                         f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "
                         "use another folder"
                     )
-        return latest_checkpoint(folder)
+        found = latest_checkpoint(folder)
+        if found is None and (folder / "result.json").exists():
+            raise ValueError(
+                f"out={folder} holds a finished run and no whole checkpoint of it, so that it would be trained again "
+                "from the beginning; use its model as it is, or name another folder"
+            )
+        return found
     # What a run that was killed at once leaves is no run.
     if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
         raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mixture_of_depths.isoflop.fit import best_loss, comparisons, curve, ratio_interval, smallest_as_good, summarise
+from mixture_of_depths.isoflop.fit import comparisons, curve, optima, ratio_interval, smallest_as_good, summarise
 
 
 def record(family: str, depth: int, loss: float, seed: int = 0, flops: float | None = None) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def parabola(family: str, bottom: float, height: float, seed: int = 0, noise: fl
 def test_the_optimum_of_an_exact_parabola_is_found() -> None:
     found = curve(parabola("mod", math.log(18), 4.0), "loss_causal")
     assert found.optimum == pytest.approx((18.0, 4.0))
-    assert best_loss(found) < found.best[2]
+    assert found.optimum is not None
+    assert found.optimum[1] < found.best[2]
 
 
 def test_a_curve_that_only_falls_has_no_optimum_inside() -> None:
@@ -41,7 +42,11 @@ def test_a_curve_that_only_falls_has_no_optimum_inside() -> None:
     assert curve(steep, "loss_causal").optimum is None
     found = curve([record("mod", depth, 5.0 - depth / 10) for depth in range(2, 7)], "loss_causal")
     assert found.optimum is None
-    assert best_loss(found) == pytest.approx(4.4)
+    assert found.best[2] == pytest.approx(4.4)
+    # A point is not held against a parabola's bottom.
+    inside = curve(parabola("baseline", math.log(18), 4.0), "loss_causal")
+    assert optima(found, inside) == (found.best[2], inside.best[2])
+    assert optima(inside, inside) == pytest.approx((4.0, 4.0))
     assert curve([record("mod", 2, 5.0)], "loss_causal").optimum is None
 
 
@@ -69,12 +74,16 @@ def test_the_summary_compares_the_optima_under_both_routings() -> None:
     row = summarise(records, "baseline", "mod", "other", {})["1e13"]
     assert row["loss_ratio"] == pytest.approx(0.8)
     assert row["loss_ratio_top_k"] == pytest.approx(3.99 / 4.99)
-    assert row["causal_gap"] == pytest.approx(4.0 / 3.99 - 1)
+    at_best = 4.0 + (4 * math.log(2) - math.log(18)) ** 2
+    assert row["causal_gap"] == pytest.approx(at_best / (at_best - 0.01) - 1)
+    assert row["loss_ratio_of_points"] == pytest.approx(at_best / (at_best + 1))
+    assert row["loss_ratio_is_of"] == "parabolas"
     assert row["equal_loss_mod_flops_ratio"] == pytest.approx(3 / 4)
     assert row["families"]["other"]["best_loss"] == 6.0
-    assert row["families"]["other"]["ratio_to_baseline"] == pytest.approx(1.2)
+    # The other family has one size: points are compared.
+    assert row["families"]["other"]["ratio_to_baseline"] == pytest.approx(6 / (at_best + 1))
     assert row["families"]["other"]["flops_per_token"] == 3
-    assert row["stochastic_loss_ratio"] == pytest.approx(1.2)
+    assert row["stochastic_loss_ratio"] == row["families"]["other"]["ratio_to_baseline"]
     assert row["equal_loss_sampling_speedup"] is None
     assert summarise(records, "baseline", "mod", "absent", {})["1e13"]["stochastic_loss_ratio"] is None
     assert summarise(records, "baseline", "absent", "other", {}) == {}

@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mixture_of_depths.isoflop.plan import budget_name
 
@@ -67,14 +66,30 @@ def curve_through(points: list[tuple[float, float, float]]) -> Curve:
     return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
 
-def best_loss(found: Curve) -> float:
-    """The loss of the best size: the parabola's bottom where there is one, else the best run."""
-    return found.optimum[1] if found.optimum else found.best[2]
+def optima(one: Curve, other: Curve) -> tuple[float, float]:
+    """The losses of the best sizes of two curves: of both the parabola's bottom, or of both the best point.
+
+    A bottom lies below or above the points around it, and is not to be compared with a point.
+    """
+    if one.optimum and other.optimum:
+        return one.optimum[1], other.optimum[1]
+    return one.best[2], other.best[2]
+
+
+def ratio(one: Curve, other: Curve) -> float:
+    """The ratio of the losses of the best sizes of two curves."""
+    ours, theirs = optima(one, other)
+    return ours / theirs
 
 
 def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | None:
     """The point with the fewest forward FLOPs whose loss is at most `loss`; None when there is none."""
     return min((point for point in mod.points if point[2] <= loss), key=lambda point: point[1], default=None)
+
+
+def _loss_at(found: Curve, parameters: float) -> float:
+    """The loss of the size with that many parameters."""
+    return next(point[2] for point in found.points if point[0] == parameters)
 
 
 def group(records: Records) -> dict[float, dict[str, Records]]:
@@ -94,24 +109,22 @@ def run_of(records: Records, parameters: float) -> dict[str, Any]:
 def ratio_interval(
     mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the ratio of both families' best losses, by bootstrap over seeds.
+    """The 95 % interval of `ratio`, by bootstrap over seeds.
 
-    In every draw each size of a family gets another mean loss, and the optimum is taken anew. Sizes with one seed tell
+    In every draw each size of a family gets another mean loss, and the optima are taken anew. Sizes with one seed tell
     nothing of their noise: deviations from a size's mean are pooled over those of the family with two seeds or more,
     each wider by the root of n / (n - 1), as the deviations of n seeds from their own mean are too small. None unless
-    both families have such a size.
+    both families have such a size. A handful of seeds gives few deviations to draw from: the interval is a rough one.
     """
     generator = np.random.default_rng(seed)
-    found = [_drawn_best_losses(records, loss, draws, generator) for records in (mod, baseline)]
+    found = [_drawn_curves(records, loss, draws, generator) for records in (mod, baseline)]
     if found[0] is None or found[1] is None:
         return None
-    low, high = np.quantile(found[0] / found[1], [0.025, 0.975])
+    low, high = np.quantile([ratio(one, other) for one, other in zip(*found, strict=True)], [0.025, 0.975])
     return float(low), float(high)
 
 
-def _drawn_best_losses(
-    records: Records, loss: str, draws: int, generator: np.random.Generator
-) -> NDArray[np.float64] | None:
+def _drawn_curves(records: Records, loss: str, draws: int, generator: np.random.Generator) -> list[Curve] | None:
     sizes = [(found, np.array([record["evaluation"][loss] for record in found])) for found in by_size(records)]
     noise = [
         (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 for _, losses in sizes if len(losses) > 1
@@ -121,12 +134,10 @@ def _drawn_best_losses(
     pool = np.concatenate(noise)
     drawn = [losses.mean() + generator.choice(pool, (draws, len(losses))).mean(axis=1) for _, losses in sizes]
     shapes = [(found[0]["parameters"], found[0]["flops_per_token"]) for found, _ in sizes]
-    return np.array(
-        [
-            best_loss(curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, means, strict=True))))
-            for means in zip(*drawn, strict=True)
-        ]
-    )
+    return [
+        curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, means, strict=True)))
+        for means in zip(*drawn, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -183,12 +194,15 @@ def summarise(
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
         random = curves.get(stochastic)
         on_models = measured_on(compared, measured.get(budget, {}))
+        mod_best_loss, baseline_best_loss = optima(ours, theirs)
         row: dict[str, Any] = {
-            "baseline_best_loss": best_loss(theirs),
-            "mod_best_loss": best_loss(ours),
-            "loss_ratio": best_loss(ours) / best_loss(theirs),
+            "baseline_best_loss": baseline_best_loss,
+            "mod_best_loss": mod_best_loss,
+            "loss_ratio": mod_best_loss / baseline_best_loss,
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
-            "loss_ratio_top_k": best_loss(curves[mod]["loss_top_k"]) / best_loss(curves[baseline]["loss_top_k"]),
+            "loss_ratio_is_of": "parabolas" if ours.optimum and theirs.optimum else "points",
+            "loss_ratio_of_points": ours.best[2] / theirs.best[2],
+            "loss_ratio_top_k": ratio(curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]),
             "baseline_best_parameters": theirs.best[0],
             "mod_best_parameters": ours.best[0],
             "baseline_best_flops_per_token": theirs.best[1],
@@ -197,20 +211,21 @@ def summarise(
             "equal_loss_mod_flops_ratio": None if equal is None else equal["flops_per_token"] / theirs.best[1],
             "equal_loss_sampling_speedup": on_models.get("sampling_speedup"),
             "train_wall_ratio": on_models.get("train_wall_ratio"),
-            "causal_gap": best_loss(ours) / best_loss(curves[mod]["loss_top_k"]) - 1,
+            "causal_gap": ours.best[2] / _loss_at(curves[mod]["loss_top_k"], ours.best[0]) - 1,
             "gain_from_later_tokens": on_models.get("gain_from_later_tokens"),
-            "stochastic_loss_ratio": None if random is None else best_loss(random["loss_causal"]) / best_loss(theirs),
+            "stochastic_loss_ratio": None if random is None else ratio(random["loss_causal"], theirs),
             "families": {
                 name: {
-                    "best_loss": best_loss(found["loss_causal"]),
-                    "best_loss_top_k": best_loss(found["loss_top_k"]),
-                    "ratio_to_baseline": best_loss(found["loss_causal"]) / best_loss(theirs),
+                    "best_loss": found["loss_causal"].best[2],
+                    "best_loss_top_k": found["loss_top_k"].best[2],
+                    "ratio_to_baseline": ratio(found["loss_causal"], theirs),
                     "ratio_interval": None
                     if name == baseline
                     else ratio_interval(families[name], families[baseline], "loss_causal"),
                     "flops_per_token": found["loss_causal"].best[1],
                     "parameters": found["loss_causal"].best[0],
                     "optimum_parameters": found["loss_causal"].optimum and found["loss_causal"].optimum[0],
+                    "optimum_loss": found["loss_causal"].optimum and found["loss_causal"].optimum[1],
                     "runs": len(families[name]),
                 }
                 for name, found in curves.items()

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from mixture_of_depths.isoflop.fit import Records, curve, group
+from mixture_of_depths.isoflop.fit import Records, curve, group, run_of
 from mixture_of_depths.training import read_records
 
 # Each family keeps its colour and mark in all figures.
@@ -115,7 +115,7 @@ def _routing(records: Records, styles: Styles) -> Figure | None:
     low = axes.get_xlim()[0]
     axes.axline((low, low), slope=1, color="grey", lw=0.8)
     axes.set_xlabel("held-out loss, top-k routing")
-    axes.set_ylabel("held-out loss, causal routing")
+    axes.set_ylabel("loss of part of the held-out text, causal routing")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -153,7 +153,7 @@ def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path)
         if not found:
             continue
         size = curve(found, "loss_causal").best[0]
-        run = next(record for record in found if record["parameters"] == size)
+        run = run_of(found, size)
         lines = read_records(out / "runs" / run["name"] / "metrics.jsonl")
         flops = {line["step"]: line["flops"] for line in lines if "flops" in line}
         held_out = [line for line in lines if "eval_loss_causal" in line and line["step"] in flops]
@@ -168,7 +168,7 @@ def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path)
         plt.close(figure)
         return None
     axes.set_xlabel("training FLOPs")
-    axes.set_ylabel("held-out loss, causal routing")
+    axes.set_ylabel("loss of part of the held-out text, causal routing")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
