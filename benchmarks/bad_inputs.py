@@ -2,7 +2,7 @@
 
     python benchmarks/bad_inputs.py        # writes results/reliability/bad-inputs.json
 
-Runs `tests/test_bad_input.py`: configurations, command lines, files of text, damaged checkpoints and damaged
+Runs `tests/test_bad_input.py`: configurations, command lines, files of text, damaged checkpoints, sources, runs and
 tokenizers. `bad_inputs_tried` counts the cases, `tracebacks_seen` the kinds of them in which one was neither taken nor
 refused with a reason; pytest prints the case.
 """
@@ -31,7 +31,7 @@ class Failures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=500, help="of each kind")
+    parser.add_argument("--cases", type=int, default=300, help="of each kind")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "reliability" / "bad-inputs.json")
     arguments = parser.parse_args()
     os.environ["BAD_INPUT_CASES"] = str(arguments.cases)
