@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from mixture_of_depths import tokenizer as tokenizer_module
 from mixture_of_depths.data import (
     Collator,
     Skipped,
@@ -25,7 +26,7 @@ from mixture_of_depths.data import (
     split_documents,
 )
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.tokenizer import END_OF_TEXT, train_tokenizer
+from mixture_of_depths.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
 
 SENTENCE = "The router lets few tokens in, and the others pass. "
 
@@ -165,6 +166,18 @@ def test_the_tokenizer_gives_any_text_back(text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if END_OF_TEXT not in text:
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("longest", [40, 100, 1000])
+def test_long_documents_are_cut_where_tokens_end(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    texts = [SENTENCE * 20, "one\n\n  two   three\t four and  " * 9, "", " x", "a é 😀 " * 30, "word" * 400]
+    whole = [tokenize([text], _tokenizer()).tolist() for text in texts]
+    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", longest)
+    assert ["".join(tokenizer_module.cut(text)) for text in texts] == texts
+    assert all(len(piece) <= 2 * longest for text in texts for piece in tokenizer_module.cut(text))
+    # All but the word that is longer than a piece has the same tokens.
+    assert tokenize(texts[:-1], _tokenizer()).tolist() == [token for tokens in whole[:-1] for token in tokens]
+    assert _tokenizer().decode(tokenize(texts[-1:], _tokenizer())[:-1]) == texts[-1]
 
 
 @pytest.mark.parametrize("word", ["a", "ab", " ", "\n"])

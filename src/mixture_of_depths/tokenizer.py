@@ -1,7 +1,7 @@
 """Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +13,10 @@ END_OF_TEXT = "<|endoftext|>"
 # Training a tokenizer takes time with the square of a word's length; longer words, data rather than language, teach it
 # nothing more.
 LONGEST_WORD = 1000
+# Tokenising takes a hundred bytes and more for each of a text's characters.
+LONGEST_PIECE = 1_000_000
+# Where a byte-level tokenizer cuts, too.
+BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
 WORD_OR_SPACES = re.compile(r"\S+|\s{2,}")
 
 
@@ -28,7 +32,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
     Of a run of more than `LONGEST_WORD` characters without a space, or of spaces alone, it sees the beginning.
     """
-    shortened = (WORD_OR_SPACES.sub(lambda run: run[0][:LONGEST_WORD], document) for document in documents)
+    shortened = (
+        WORD_OR_SPACES.sub(lambda run: run[0][:LONGEST_WORD], piece)
+        for document in documents
+        for piece in cut(document)
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,11 +86,44 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
     return tokenizer
 
 
+def cut(document: str) -> Iterator[str]:
+    """A document in pieces of one to two times `LONGEST_PIECE` characters, cut between words where there are any."""
+    start = 0
+    while len(document) - start > 2 * LONGEST_PIECE:
+        found = BETWEEN_WORDS.search(document, start + LONGEST_PIECE, start + 2 * LONGEST_PIECE)
+        end = found.start() if found else start + LONGEST_PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """All documents as one row of tokens, each followed by the end-of-text token."""
-    pieces: list[np.ndarray] = []
-    last = end_of_text(tokenizer)
-    for start in range(0, len(documents), 256):
-        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, split_special_tokens=True)
-        pieces += [np.array([*ids, last], dtype=np.int32) for ids in cast(list[list[int]], encoded["input_ids"])]
-    return np.concatenate(pieces)
+    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    # Others may treat the beginning of a text in a way of their own.
+    may_cut = backend.normalizer is None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    last = np.array([end_of_text(tokenizer)], dtype=np.int32)
+    found: list[np.ndarray] = []
+    for group in _groups(documents, may_cut):
+        encoded = tokenizer([piece for piece, _ in group], add_special_tokens=False, split_special_tokens=True)
+        for ids, (_, is_end) in zip(cast(list[list[int]], encoded["input_ids"]), group, strict=True):
+            found.append(np.array(ids, dtype=np.int32))
+            if is_end:
+                found.append(last)
+    return np.concatenate(found)
+
+
+def _groups(documents: list[str], may_cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces to be tokenised together, each with whether its document ends there."""
+    group: list[tuple[str, bool]] = []
+    characters = 0
+    for document in documents:
+        pieces = list(cut(document)) if may_cut else [document]
+        for number, piece in enumerate(pieces, start=1):
+            group.append((piece, number == len(pieces)))
+            characters += len(piece)
+            if len(group) == 256 or characters >= 4 * LONGEST_PIECE:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
