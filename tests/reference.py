@@ -206,16 +206,18 @@ def reference_forward(
             if layer_idx in config.routed_layers:
                 r = {i: router_logit(layer, x[b][i], eps) for i in alive}
                 logits = {i: causal_logit(layer, x[b][i], eps) for i in alive}
+                firsts = [i for i in alive if positions[b][i] == 0] if config.first_token_enters else []
+                others = [i for i in alive if i not in firsts]
                 if routing == "top_k":
                     slots = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))
-                    chosen = sorted(first_largest(r, slots))
-                    for i in alive:
+                    chosen = sorted((firsts + first_largest({i: r[i] for i in others}, slots))[:slots])
+                    for i in others:
                         # -log p for members and -log (1 - p) for others, p = 1 / (1 + exp(-logit)); 1 - p itself
                         # would lose its digits to cancellation for a large logit.
                         entropy = entropy + torch.log1p(torch.exp(-logits[i] if i in chosen else logits[i]))
-                    counted += len(alive) if config.causal_router != "threshold" else 0
+                    counted += len(others) if config.causal_router != "threshold" else 0
                 else:
-                    chosen = [i for i in alive if float(logits[i]) > 0]
+                    chosen = [i for i in alive if i in firsts or float(logits[i]) > 0]
                 weights = {i: activate(r[i], config.router_activation) for i in chosen}
             deltas = block_deltas(
                 layer,
@@ -229,8 +231,8 @@ def reference_forward(
             )
             for i in chosen:
                 x[b][i] = x[b][i] + (weights[i] * deltas[i] if weights else deltas[i])
-        if counted:
-            losses.append(entropy / counted)
+        if routing == "top_k" and layer_idx in config.routed_layers and config.causal_router != "threshold":
+            losses.append(entropy / max(counted, 1))
         if asked:
             balance, z = expert_losses(asked, config)
             balances.append(balance)

@@ -24,7 +24,7 @@ def greedy(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, count: int) 
 @pytest.mark.parametrize("routed", [[0, 2], [0, 1, 2], []])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: list[int], batch: int) -> None:
-    model = tiny(routed_layers=routed, causal_router=causal_router).float().eval()
+    model = tiny(routed_layers=routed, causal_router=causal_router, first_token_enters=batch > 1).float().eval()
     for length in (1, 9):
         input_ids, mask = left_padded(batch, length)
         tokens = torch.stack(

@@ -78,6 +78,7 @@ def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tu
     causal_router=st.sampled_from(["predictor", "auxiliary_loss", "threshold"]),
     capacity=st.sampled_from([0.125, 0.3, 0.5, 0.95, 1.0]),
     extras=st.booleans(),
+    first=st.booleans(),
 )
 def test_forward_and_gradients_equal_the_per_token_oracle(
     seed: int,
@@ -89,9 +90,11 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
     causal_router: str,
     capacity: float,
     extras: bool,
+    first: bool,
 ) -> None:
     torch.manual_seed(seed)
     model = tiny(
+        first_token_enters=first,
         routed_layers=[0, 2],
         capacity=[capacity, 0.5],
         router_activation=activation,

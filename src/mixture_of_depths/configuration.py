@@ -48,6 +48,9 @@ class MoDConfig(PreTrainedConfig):
             block of a dense model unchanged, whose gradient by the router's weights is that of the router's output.
         router_norm: whether the router reads hidden states that are scaled to a root mean square of 1, as suits the
             large residual streams of pretrained models.
+        first_token_enters: whether the token at position 0 of every sequence enters every routed block, whatever its
+            weight, as suits pretrained attention, which rests on it where there is nothing to attend to
+            (arXiv:2309.17453).
         causal_router: how a token decides without looking ahead whether it enters (section 3.5): "predictor", an MLP
             behind a stop-gradient; "auxiliary_loss", the router itself, trained to be positive for chosen tokens; or
             "threshold", the router's output against a running average of the top-k threshold, which is kept with the
@@ -113,6 +116,7 @@ class MoDConfig(PreTrainedConfig):
     router_type: str = "learned"
     router_activation: str = "sigmoid"
     router_norm: bool = False
+    first_token_enters: bool = False
     causal_router: str = "predictor"
     predictor_hidden_size: int | None = None
     predictor_loss_weight: float = 0.1
@@ -198,7 +202,14 @@ class MoDConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even, as RoPE rotates pairs; change head_dim")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; the MLP is SwiGLU: use 'silu'")
-        for name in ("attention_bias", "query_key_norm", "tie_word_embeddings", "router_norm", "use_cache"):
+        for name in (
+            "attention_bias",
+            "query_key_norm",
+            "tie_word_embeddings",
+            "router_norm",
+            "first_token_enters",
+            "use_cache",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name in ("rms_norm_eps", "initializer_range"):

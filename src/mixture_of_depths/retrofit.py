@@ -1,7 +1,8 @@
 """Makes a pretrained dense model skip: measures which blocks to route, fits their routers, and tunes the result.
 
 The start is the dense model exactly: chosen tokens meet a block with a factor of one ("straight_through"), and the
-capacity begins at 1. It is then lowered, step by step, to where it is meant to be.
+capacity begins at 1. It is then lowered, step by step, to where it is meant to be. The first token of a sequence always
+enters, since pretrained heads rest on it.
 
 How much a token needs a block is the loss it would cost, to first order, to let it skip: minus the product of the
 block's delta with the loss's gradient behind the block. That is also minus the gradient of the router's output, so a
@@ -63,7 +64,7 @@ class BlockImportance:
 
 def routed_config(dense: MoDConfig, **changes: Any) -> MoDConfig:
     """The configuration of `routed_from`'s model."""
-    return dense.changed(router_activation="straight_through", router_norm=True, **changes)
+    return dense.changed(router_activation="straight_through", router_norm=True, first_token_enters=True, **changes)
 
 
 def routed_from(dense: MoDForCausalLM, **changes: Any) -> MoDForCausalLM:

@@ -158,18 +158,28 @@ class Router(nn.Module):
             routing: "top_k" or "causal".
         """
         router_logits_BT, causal_logits_BT = self.logits(hidden_BTD, position_BT)
+        is_first_BT = (position_BT == 0).expand_as(router_logits_BT) if self.config.first_token_enters else None
         if routing == "causal":
-            entered_BT = causal_logits_BT > 0 if real_BT is None else (causal_logits_BT > 0) & real_BT
+            entered_BT = causal_logits_BT > 0
+            if is_first_BT is not None:
+                entered_BT = entered_BT | is_first_BT
+            if real_BT is not None:
+                entered_BT = entered_BT & real_BT
             return select_entered(entered_BT), LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None, None)
 
         capacity = capacity_tokens(self.capacity, hidden_BTD.shape[1])
-        selection = select_top_k(router_logits_BT.detach(), capacity, real_BT)
+        scores_BT, choice_BT = router_logits_BT.detach(), real_BT
+        if is_first_BT is not None:
+            scores_BT = scores_BT.masked_fill(is_first_BT, math.inf)
+            # There is nothing to learn from who had no choice.
+            choice_BT = ~is_first_BT if real_BT is None else ~is_first_BT & real_BT
+        selection = select_top_k(scores_BT, capacity, real_BT)
         entered_BT = membership(selection, hidden_BTD.shape[1])
         loss = boundary = None
         if not self.is_random and self.config.causal_router != "threshold":
-            loss = membership_loss(causal_logits_BT, entered_BT, real_BT)
+            loss = membership_loss(causal_logits_BT, entered_BT, choice_BT)
         if not self.is_random and self.training:
-            boundary = top_k_boundary(router_logits_BT.detach(), entered_BT, real_BT)
+            boundary = top_k_boundary(scores_BT, entered_BT, choice_BT)
         return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss, boundary)
 
 
