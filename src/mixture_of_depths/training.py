@@ -511,7 +511,7 @@ class TrainResult:
 
     Attributes:
         finished: False when it was stopped before its horizon; it can be resumed.
-        steps, tokens, flops: what was done, in all.
+        steps, tokens, flops: what was done, in all; the FLOPs of a retrofit at its final capacity, without the teacher.
         parameters: number of weights.
         train_seconds: time spent in training steps, without evaluation and checkpoints; compiling counts.
         evaluation: figures on the whole held-out text, when finished.
