@@ -662,8 +662,8 @@ def _run(
             train_dataset=corpus.train.select(range(len(whole))).add_column("block", cast(Any, whole)),
             eval_dataset=corpus.validation,
             data_collator=NumberedCollator(corpus.end_of_text),
-            # The recorder last: what the others do is no part of a step's time.
-            callbacks=[stop, Board(corpus), *tuning.callbacks, recorder],
+            # The recorder behind what draws and lowers: that is no part of a step's time.
+            callbacks=[Board(corpus), *tuning.callbacks, recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
         with warnings.catch_warnings():
