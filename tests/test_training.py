@@ -63,7 +63,7 @@ def test_the_horizon_is_whole_steps_of_what_was_given(arguments: dict[str, float
     [
         ({}, "exactly one of max_steps, max_tokens and max_flops; given: none"),
         ({"max_steps": 5, "max_flops": 1e12}, "given: max_steps, max_flops"),
-        ({"max_steps": 0}, "max_steps=0 must be a number above 0"),
+        ({"max_steps": 0}, "max_steps=0 must be a number above 0 and below 1e30"),
         ({"max_flops": math.inf}, "max_flops=inf"),
         ({"max_tokens": 63}, "max_tokens=63 is less than one step, which takes 64"),
     ],

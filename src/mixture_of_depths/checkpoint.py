@@ -202,8 +202,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         ValueError: when it does not describe one.
     """
     found = read_json(folder / "run.json")
-    parts = {"model": dict, "train": dict, "text": dict, "tuning": dict}
-    whole = isinstance(found, dict) and all(isinstance(found.get(name, {}), kind) for name, kind in parts.items())
+    parts = ("model", "train", "text", "tuning")
+    whole = isinstance(found, dict) and all(isinstance(found.get(name, {}), dict) for name in parts)
     if not whole or not {"key", "options"} <= found.get("text", {}).keys():
         raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a run")
     return found

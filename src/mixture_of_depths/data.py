@@ -260,8 +260,6 @@ def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, An
     try:
         stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
         yield from cast(Iterable[dict[str, Any]], stream)
-    except GeneratorExit:
-        raise
     except Exception as error:
         # Network, archive and format each have errors of their own, before the first record and after.
         raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error

@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, D hidden size.
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,14 @@ from mixture_of_depths.modeling import DecoderLayer, MoDCausalLMOutput, MoDForCa
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.routing import Router
-from mixture_of_depths.training import MoDTrainer, Tuning, train
+from mixture_of_depths.training import MoDTrainer, Tuning, check_unused, train
 
 # A router's weights decay towards zero by this share of its inputs' mean square.
 RIDGE = 1.0
 # The capacity falls in this many steps: each is a graph of its own to a compiler.
 LEVELS = 8
+# Graphs that the compiler may keep of a block: of every level in training, and in evaluation under both routings.
+GRAPHS = 64
 # Held-out blocks that the causal routers are calibrated on, at most.
 CALIBRATION_BLOCKS = 128
 
@@ -355,8 +357,9 @@ def retrofit(
         )
     if len(corpus.validation) < 2:
         raise ValueError("data holds out fewer than 2 blocks; give more text, or raise validation_fraction")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
+    if not resume and folder.is_dir():
+        # Before anything is measured.
+        check_unused(folder)
     importance: list[BlockImportance] = []
     chosen = list(options.routed_layers or [])
     earlier = folder / "run.json"
@@ -406,7 +409,8 @@ def retrofit(
         (schedule,),
         finish,
     )
-    model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS) if training.compile else nullcontext():
+        model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
     share = flops_share(dense.config, chosen, options, len(corpus.train[0]["input_ids"]))
     size = corpus.facts.validation_bytes_per_token
     result = RetrofitResult(

@@ -81,8 +81,6 @@ from mixture_of_depths.tokenizer import end_of_text
 
 # The schedule of the learning rate counts in 32 bits.
 MOST_STEPS = 2**31 - 1
-# Graphs that the compiler keeps of a block; what needs more is compiled no further, and is an error.
-GRAPHS = 64
 
 
 class DivergenceError(ValueError):
@@ -641,7 +639,6 @@ def _run(
 ) -> int:
     """Trains to the horizon, or until a signal; returns the steps done in all."""
     model = tuning.model
-    held = ExitStack()
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if options.compile:
@@ -649,11 +646,9 @@ def _run(
         torch.compiler.reset()
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
-        # A capacity that is lowered in steps takes a graph for each, in training and in evaluation.
-        held.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
     # Whole batches only: every step then costs the same, and the horizon is exact.
     whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
-    with held, StopOnSignal() as stop, recorder:
+    with StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,
             options,
@@ -767,11 +762,15 @@ def _open_folder(
                 "from the beginning; use its model as it is, or name another folder"
             )
         return found
-    # What a run that was killed at once leaves is no run.
-    if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
-        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
+    check_unused(folder)
     write_aside(path, json.dumps({**described, **provenance()}, indent=2))
     return None
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ValueError for a folder that holds anything; what a run that was killed at once leaves is nothing."""
+    if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
+        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
 
 
 def _arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTrainingArguments:
