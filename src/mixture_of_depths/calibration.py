@@ -6,7 +6,7 @@ So too the thresholds of experts with a capacity.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import datasets
 import torch
@@ -66,27 +66,41 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
     given = list(batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device))
     names = causal_routers(model.config)
     shifted = [name for name in names if name != "auxiliary_loss"]
-    for position, name in enumerate(shifted or [model.config.causal_router]):
-        with using_causal_router(model, name) if names else nullcontext():
-            for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
-                if names and layer.router is not None:
-                    decided = [routing for routing, _ in _decisions(model, given, layer_idx) if routing is not None]
-                    _shift(model, layer_idx, name, torch.cat([routing.causal_logits.flatten() for routing in decided]))
-                if position == 0 and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
-                    _shift_experts(layer.mlp.router, _decisions(model, given, layer_idx))
+    # A causal pass has shapes that depend on the data, which a compiled block would not accept.
+    with torch.compiler.set_stance("force_eager"):
+        for position, name in enumerate(shifted or [model.config.causal_router]):
+            with using_causal_router(model, name) if names else nullcontext():
+                _shift_all(model, given, name if names else None, with_experts=position == 0)
     model.train(was_training)
 
 
-def _decisions(
-    model: MoDForCausalLM, given: list[dict[str, Tensor]], layer_idx: int
-) -> Iterator[tuple[LayerRouting | None, ExpertRouting | None]]:
-    """What the routers of one block decide about each batch."""
-    for batch in given:
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        # A causal pass has shapes that depend on the data, which a compiled block would not accept.
-        with torch.compiler.set_stance("force_eager"):
-            output = model.model(**inputs, use_cache=False, routing="causal")
-        yield output.routing[layer_idx], output.expert_routing[layer_idx]
+def _shift_all(
+    model: MoDForCausalLM, given: list[dict[str, Tensor]], causal_router: str | None, with_experts: bool
+) -> None:
+    """Takes all batches through the model together, block by block, each block set before they pass."""
+    passing = [_entering(model, batch) for batch in given]
+    for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
+        if causal_router is not None and layer.router is not None:
+            logits = [layer.router.logits(hidden_BTD, others["position_BT"])[1] for hidden_BTD, others in passing]
+            _shift(model, layer_idx, causal_router, torch.cat([logits_BT.flatten() for logits_BT in logits]))
+        if with_experts and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
+            decided = (layer(hidden_BTD, **others) for hidden_BTD, others in passing)
+            _shift_experts(layer.mlp.router, ((routing, experts) for _, routing, experts in decided))
+        passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
+
+
+def _entering(model: MoDForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states of a batch before the first block, and what else every block is given under causal routing."""
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+    every = model.model.layers
+    hook = every[0].register_forward_pre_hook(lambda _, args, others: seen.append((args[0], others)), with_kwargs=True)
+    model.model.layers = every[:1]
+    try:
+        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, routing="causal")
+    finally:
+        model.model.layers = every
+        hook.remove()
+    return seen[0]
 
 
 def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: Tensor) -> None:
