@@ -1,5 +1,6 @@
 """A retrofitted model starts as the dense one, routes what measuring finds cheapest, and tunes what it is told to."""
 
+import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -71,41 +72,32 @@ def test_at_capacity_one_the_retrofitted_model_is_the_dense_one(corpus: Corpus, 
     assert difference.abs().max() < 1e-12
 
 
-def test_fitted_routers_are_the_least_squares_of_what_leaving_a_token_out_costs(corpus: Corpus) -> None:
+def test_fitted_routers_are_the_least_squares_of_how_much_a_block_adds(corpus: Corpus) -> None:
     dense = dense_for(corpus).double()
-    blocks = some_blocks(dense)
-    end = 0
-    fitted = fit_routers(dense, blocks, end)
+    # A document ends within a row: the first tokens of both do not count.
+    blocks = datasets.Dataset.from_dict(
+        {"input_ids": [[*row[:7], 0, *row[8:]] for row in some_blocks(dense)["input_ids"]]}
+    )
+    fitted = fit_routers(dense, blocks, 0)
 
-    layer_idx, step = 2, 1e-5
-    layer, inputs, needs = dense.model.layers[layer_idx], [], []
-    for batch in batches(blocks, range(len(blocks)), end, 1, dense.device):
-        hidden_TD = dense(**batch, use_cache=False, output_hidden_states=True).hidden_states[layer_idx][0].detach()
-        inputs.append(F.rms_norm(hidden_TD, hidden_TD.shape[-1:], eps=dense.config.rms_norm_eps))
-        for token in range(hidden_TD.shape[0]):
-            losses = []
-            for sign in (1, -1):
-
-                def scaled(module: Any, given: Any, output: Any, token: int = token, sign: int = sign) -> Any:
-                    hidden, *rest = output
-                    factor = torch.zeros_like(hidden)
-                    factor[:, token] = sign * step
-                    return (hidden + factor * (hidden - given[0]), *rest)
-
-                hook = layer.register_forward_hook(scaled)
-                logits_TV = dense(**batch, use_cache=False).logits[0, :-1]
-                losses.append(F.cross_entropy(logits_TV, batch["labels"][0, 1:], reduction="sum").item())
-                hook.remove()
-            needs.append((losses[1] - losses[0]) / (2 * step))
-    x_ND = torch.cat(inputs)
-    x_ND = x_ND - x_ND.mean(dim=0)
-    y_N = torch.tensor(needs, dtype=torch.float64)
-    y_N = y_N - y_N.mean()
-    # The intercept is not held back; the weights are, by the mean square of the inputs, the intercept's included.
-    ridge = RIDGE * len(y_N)
-    weight_D = torch.linalg.solve(x_ND.T @ x_ND + ridge * torch.eye(16, dtype=torch.float64), x_ND.T @ y_N)
-    weight_D = weight_D / (x_ND @ weight_D).std(correction=0)
-    assert torch.allclose(fitted[layer_idx].double(), weight_D, atol=1e-3)
+    for layer_idx in (2, dense.config.num_hidden_layers - 1):
+        inputs, norms = [], []
+        shorter = copy.deepcopy(dense)
+        shorter.model.layers = shorter.model.layers[: layer_idx + 1]
+        shorter.model.norm = nn.Identity()
+        for batch in batches(blocks, range(len(blocks)), 0, 1, dense.device):
+            before_TD, after_TD = shorter(**batch, use_cache=False, output_hidden_states=True).hidden_states[-2:]
+            for token in (*range(1, 8), *range(9, 12)):
+                inputs.append(F.rms_norm(before_TD[0, token], (16,), eps=dense.config.rms_norm_eps))
+                norms.append((after_TD - before_TD)[0, token].norm())
+        x_ND = torch.stack(inputs).detach()
+        mean_square = (x_ND.square().sum(dim=0).sum() + len(x_ND)) / 17
+        x_ND, y_N = x_ND - x_ND.mean(dim=0), torch.stack(norms).detach()
+        # The intercept is not held back; the weights are, by the mean square of the inputs, the intercept's included.
+        ridge = RIDGE * mean_square * torch.eye(16, dtype=torch.float64)
+        weight_D = torch.linalg.solve(x_ND.T @ x_ND + ridge, x_ND.T @ (y_N - y_N.mean()))
+        weight_D = weight_D / (x_ND @ weight_D).std(correction=0)
+        assert torch.allclose(fitted[layer_idx].double(), weight_D, atol=1e-3)
 
 
 def test_importance_is_what_the_loss_rises_by(corpus: Corpus) -> None:

@@ -4,11 +4,11 @@ The start is the dense model exactly: chosen tokens meet a block with a factor o
 capacity begins at 1. It is then lowered, step by step, to where it is meant to be. The first token of a sequence always
 enters, since pretrained heads rest on it.
 
-How much a token needs a block is the loss it would cost, to first order, to let it skip: minus the product of the
-block's delta with the loss's gradient behind the block. That is also minus the gradient of the router's output, so a
-router that is fitted to it starts where its own training would lead.
+A router starts as a linear fit to the size of what its block adds to a token: those to which it would add least skip.
+A fit to the loss that skipping costs to first order, which is the gradient of the router's output, follows the noise of
+single tokens and does no better than chance once several blocks skip.
 
-Shapes: B batch, T tokens, D hidden size.
+Shapes: B batch, T tokens, N tokens of a batch, L blocks, D hidden size.
 """
 
 import copy
@@ -42,7 +42,7 @@ from mixture_of_depths.routing import Router
 from mixture_of_depths.training import MoDTrainer, Tuning, check_unused, train
 
 # A router's weights decay towards zero by this share of its inputs' mean square.
-RIDGE = 1.0
+RIDGE = 0.01
 # The capacity falls in this many steps: each is a graph of its own to a compiler.
 LEVELS = 8
 # Graphs that the compiler may keep of a block: of every level in training, and in evaluation under both routings.
@@ -98,10 +98,12 @@ def _capacity(router: Router, fraction: float) -> Iterator[None]:
         router.capacity = before
 
 
+@torch.no_grad()
 def fit_routers(dense: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int, bf16: bool = False) -> Tensor:
-    """Routers for every block, fitted by least squares to how much a token needs the block; of shape [blocks, D].
+    """Routers for every block, fitted by least squares to the norm of the block's delta; of shape [L, D].
 
-    Scaled so that a router's output has a deviation of 1 on the tokens given.
+    Scaled so that a router's output has a deviation of 1 on the tokens given. First tokens, which enter anyway, do not
+    count.
 
     Args:
         dense: a model without routed blocks.
@@ -110,28 +112,30 @@ def fit_routers(dense: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: in
         bf16: whether to compute under bf16 autocast.
     """
     config, device = dense.config, dense.device
-    every = list(range(config.num_hidden_layers))
-    model = routed_from(dense, routed_layers=every, capacity=1.0).eval().requires_grad_(False)
-    moments_LDD = torch.zeros(len(every), config.hidden_size + 1, config.hidden_size + 1, device=device)
-    products_LD = torch.zeros(len(every), config.hidden_size + 1, device=device)
-    routers = routers_of(model)
-    for router in routers.values():
-        # The outputs' gradients are wanted.
-        router.proj.weight.requires_grad_()
-    for batch in batches(blocks, range(len(blocks)), end_of_text, 1, device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**batch, use_cache=False, routing="top_k", output_routing=True, output_hidden_states=True)
-            logits = [layer.router_logits for layer in output.routing]
-        # The sum over tokens: each token's own part of the loss then has the weight of one.
-        tokens = batch["labels"][:, 1:].numel()
-        needs = torch.autograd.grad(output.lm_loss * tokens, logits)
-        for layer_idx, need_BT in enumerate(needs):
-            hidden_ND = routers[layer_idx].input_of(output.hidden_states[layer_idx].detach().flatten(0, 1))
-            seen_ND = F.pad(hidden_ND.float(), (0, 1), value=1.0)
-            moments_LDD[layer_idx] += seen_ND.T @ seen_ND
-            products_LD[layer_idx] -= seen_ND.T @ need_BT.flatten().float()
+    layers, size = list(dense.model.layers), config.hidden_size
+    moments_LDD = torch.zeros(len(layers), size + 1, size + 1, device=device)
+    products_LD = torch.zeros(len(layers), size + 1, device=device)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output[0] - args[0])))
+        for layer in layers
+    ]
+    try:
+        for batch in batches(blocks, range(len(blocks)), end_of_text, 1, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                dense(**batch, use_cache=False)
+            chooses_BT = batch["position_ids"] != 0
+            for layer_idx, (hidden_BTD, delta_BTD) in enumerate(seen):
+                hidden_ND = F.rms_norm(hidden_BTD[chooses_BT].float(), (size,), eps=config.rms_norm_eps)
+                hidden_ND = F.pad(hidden_ND, (0, 1), value=1.0)
+                moments_LDD[layer_idx] += hidden_ND.T @ hidden_ND
+                products_LD[layer_idx] += hidden_ND.T @ delta_BTD[chooses_BT].float().norm(dim=-1)
+            seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
     # The intercept, last, is not held back.
-    ridge_LD = RIDGE * moments_LDD.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).repeat(1, config.hidden_size + 1)
+    ridge_LD = RIDGE * moments_LDD.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).repeat(1, size + 1)
     ridge_LD[:, -1] = 0
     weights_LD = torch.linalg.solve(moments_LDD + torch.diag_embed(ridge_LD), products_LD)[:, :-1]
     count = moments_LDD[:, -1:, -1]
