@@ -147,7 +147,7 @@ class RetrofitOptions:
     """Rank of the adapters."""
     distillation: float = 0.0
     """Share of the loss that is the divergence from the dense model's predictions; the rest is that of the text."""
-    lowering_fraction: float = 0.5
+    lowering_fraction: float = 0.1
     """Share of the steps in which the capacity falls from 1 to its own."""
     measure_blocks: int = 8
     """Blocks of training text on which the importance of the model's blocks is measured."""
