@@ -7,7 +7,7 @@ At each share of the dense model's FLOPs per token (`--shares`): `retrofit`, the
 routed with learned routers; `random`, the same blocks with random routing; `dropped`, the blocks taken out that cost
 least to take out; all with the same tuning, and `tuned`, the dense model with that tuning, too. They are tuned on the
 files of `--tune` and as many characters of the built-in corpus' training part, and tested on the files of `--test` and
-the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, float32.
+the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, bf16 autocast.
 
 Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
 on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
@@ -19,10 +19,10 @@ its speed with the dense model is measured in those turns.
 import argparse
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import exp
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import datasets
@@ -33,14 +33,21 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.bench import decode_seconds, in_precision
-from mixture_of_depths.checkpoint import read_json
+from mixture_of_depths.checkpoint import read_json, write_aside
 from mixture_of_depths.convert import load_dense, to_llama
 from mixture_of_depths.data import Corpus, Skipped, batches, pack, prepare, read_documents, split_documents
 from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.flops import forward_flops_per_token
 from mixture_of_depths.options import DataOptions, RetrofitOptions, SamplingOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofit import BlockImportance, choose_blocks, retrofit
+from mixture_of_depths.retrofit import (
+    BlockImportance,
+    choose_blocks,
+    fit_routers,
+    measure_importance,
+    retrofit,
+    spread,
+)
 from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
 from mixture_of_depths.training import Tuning, read_records, train
 
@@ -62,12 +69,17 @@ def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
     return model
 
 
-def measured(out: Path) -> list[BlockImportance]:
-    """What skipping each block costs, as the first retrofit of `--out` measured it; empty before that."""
-    for result in sorted(out.glob("runs/retrofit-*/retrofit.json")):
-        if found := read_json(result)["importance"]:
-            return [BlockImportance(**block) for block in found]
-    return []
+def measured(
+    dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, bf16: bool, out: Path
+) -> list[BlockImportance]:
+    """What skipping each block costs: measured once and kept in `--out`/importance.json."""
+    path = out / "importance.json"
+    if not path.exists():
+        end, blocks = corpus.end_of_text, spread(corpus.train, options.measure_blocks)
+        weights_LD = fit_routers(dense, spread(corpus.train, options.fit_blocks), end, bf16)
+        found = measure_importance(dense, weights_LD, options.capacity, blocks, end, bf16, Console(stderr=True))
+        write_aside(path, json.dumps({"capacity": options.capacity, "blocks": [asdict(block) for block in found]}))
+    return [BlockImportance(**block) for block in read_json(path)["blocks"]]
 
 
 def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, length: int) -> list[int]:
@@ -109,13 +121,21 @@ def test_windows(files: dict[str, str], tokenizer: PreTrainedTokenizerFast, coun
     return found
 
 
-def perplexities(model: MoDForCausalLM, windows: dict[str, datasets.Dataset], end: int) -> dict[str, float]:
-    """Perplexity under causal routing, by text."""
+def tested(model: MoDForCausalLM, windows: dict[str, datasets.Dataset], end: int) -> dict[str, dict[str, float]]:
+    """By text, the perplexity under causal routing and, of learned routers, the share of tokens that enters a block."""
     found = {
-        name: evaluate(model, blocks, end, 1.0, batch_size=2, all_causal_routers=False)
+        name: evaluate(model, blocks, end, 1.0, batch_size=2, bf16=True, all_causal_routers=False)
         for name, blocks in windows.items()
     }
-    return {name: exp(evaluation.loss_causal) for name, evaluation in found.items()}
+    entering = {
+        name: mean(shares.values())
+        for name, evaluation in found.items()
+        for shares in (causal.share_entering for causal in evaluation.causal_routers.values())
+    }
+    return {
+        "perplexity": {name: exp(evaluation.loss_causal) for name, evaluation in found.items()},
+        "entering": entering,
+    }
 
 
 def main() -> None:
@@ -161,7 +181,7 @@ def main() -> None:
         ratio = forward_flops_per_token(model.config, WINDOW) / forward_flops_per_token(dense.config, WINDOW)
         record = {
             "side": side,
-            "perplexity": perplexities(model.eval(), windows, end),
+            **tested(model.eval(), windows, end),
             "flops_ratio": ratio,
             "tuning_minutes": minutes,
             "training": {"max_steps": training.max_steps, "learning_rate": training.learning_rate},
@@ -184,6 +204,8 @@ def main() -> None:
             raise SystemExit(130)
         keep(side, tuned, result.train_seconds / 60, **facts)
 
+    bf16 = training.precision == "bf16"
+    importance = measured(dense, corpus, RetrofitOptions(capacity=arguments.capacity), bf16, arguments.out)
     if "dense" not in done:
         keep("dense", dense, 0.0)
     for share in arguments.shares:
@@ -197,13 +219,8 @@ def main() -> None:
             side = f"{kind}-{share:g}"
             if kind not in arguments.sides or side in done:
                 continue
-            chosen = options
-            if kind == "random":
-                blocks = tuple(done[f"retrofit-{share:g}"]["blocks"])
-                chosen = replace(options, routed_layers=blocks, router_type="random")
-            elif importance := measured(arguments.out):
-                blocks = tuple(choose_blocks(importance, dense.config, options, length))
-                chosen = replace(options, routed_layers=blocks)
+            blocks = tuple(choose_blocks(importance, dense.config, options, length))
+            chosen = replace(options, routed_layers=blocks, router_type="random" if kind == "random" else "learned")
             folder, resume = folder_of(side)
             model, result = retrofit(dense, arguments.source, corpus, chosen, training, folder, resume, console)
             if not result.finished:
@@ -212,7 +229,7 @@ def main() -> None:
             keep(side, model, result.tuning_minutes, blocks=result.routed_layers, held_out=result.retrofitted.as_dict())
         side = f"dropped-{share:g}"
         if "dropped" in arguments.sides and side not in done:
-            blocks = cheapest(measured(arguments.out), dense.config, share, length)
+            blocks = cheapest(importance, dense.config, share, length)
             tune(side, without(dense, blocks), blocks=blocks)
     if "tuned" in arguments.sides and "tuned" not in done:
         tune("tuned", without(dense, []))
