@@ -34,6 +34,19 @@ def test_after_calibration_the_capacity_enters_every_block(causal_router: str) -
             assert figures.share_entering[0] == pytest.approx(0.25, abs=0.04)
 
 
+@pytest.mark.parametrize("causal_router", ["predictor", "threshold"])
+def test_first_tokens_that_enter_anyway_count_in_the_capacity(causal_router: str) -> None:
+    model = model_with(causal_router=causal_router, first_token_enters=True)
+    # Three documents a row, and at last as many as there are places.
+    blocks = [[0 if token % 20 == 19 else 1 + (7 * token * row) % 30 for token in range(64)] for row in range(1, 13)]
+    calibrate(model, datasets.Dataset.from_dict({"input_ids": blocks}), end_of_text=0)
+    found = evaluate(model, datasets.Dataset.from_dict({"input_ids": blocks}), 0, 1.0).causal_routers[causal_router]
+    assert found.share_entering[2] == pytest.approx(0.125, abs=2e-3)
+    crowded = datasets.Dataset.from_dict({"input_ids": [[3, 5, 7, 0] * 16] * 4})
+    calibrate(model, crowded, end_of_text=0)
+    assert evaluate(model, crowded, 0, 1.0).causal_routers[causal_router].share_entering == {0: 0.25, 2: 0.25}
+
+
 def test_experts_are_calibrated_for_the_router_that_decides_in_sampling() -> None:
     model, blocks = (
         model_with(causal_router="auxiliary_loss", num_experts=4, expert_routing="expert_choice"),

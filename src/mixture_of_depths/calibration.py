@@ -18,6 +18,15 @@ from mixture_of_depths.experts import ExpertMLP, ExpertRouter, ExpertRouting
 from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.routing import LayerRouting
 
+MAX_BLOCKS = 128
+
+
+def spread(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
+    """`count` blocks spread evenly, or all where there are fewer."""
+    return blocks.select(
+        [len(blocks) * i // count for i in range(count)] if count < len(blocks) else range(len(blocks))
+    )
+
 
 def causal_routers(config: MoDConfig) -> tuple[str, ...]:
     """The causal decisions a trained model can make: the one it was trained for, first, and the threshold."""
@@ -57,12 +66,15 @@ def calibrate(model: MoDForCausalLM, blocks: datasets.Dataset, end_of_text: int,
 
     Args:
         model: the model; it is left in the mode it came in.
-        blocks: data set with the column `input_ids`; text that was not trained on.
+        blocks: data set with the column `input_ids`; text that was not trained on. `MAX_BLOCKS` of them serve at most,
+            spread evenly.
         end_of_text: the token after which a new document begins.
         batch_size: blocks per forward pass.
     """
     was_training = model.training
     model.eval()
+    # They are all held in memory between two blocks.
+    blocks = spread(blocks, MAX_BLOCKS)
     given = list(batches(blocks, range(len(blocks)), end_of_text, batch_size, model.device))
     names = causal_routers(model.config)
     shifted = [name for name in names if name != "auxiliary_loss"]
@@ -81,8 +93,10 @@ def _shift_all(
     passing = [_entering(model, batch) for batch in given]
     for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
         if causal_router is not None and layer.router is not None:
-            logits = [layer.router.logits(hidden_BTD, others["position_BT"])[1] for hidden_BTD, others in passing]
-            _shift(model, layer_idx, causal_router, torch.cat([logits_BT.flatten() for logits_BT in logits]))
+            placed = [(hidden, others["position_BT"].expand(hidden.shape[:2])) for hidden, others in passing]
+            logits_N = torch.cat([layer.router.logits(*tokens)[1].flatten() for tokens in placed])
+            is_first_N = torch.cat([position_BT.flatten() == 0 for _, position_BT in placed])
+            _shift(model, layer_idx, causal_router, logits_N, is_first_N & model.config.first_token_enters)
         if with_experts and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
             decided = (layer(hidden_BTD, **others) for hidden_BTD, others in passing)
             _shift_experts(layer.mlp.router, ((routing, experts) for _, routing, experts in decided))
@@ -103,10 +117,14 @@ def _entering(model: MoDForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, 
     return seen[0]
 
 
-def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: Tensor) -> None:
-    """Moves the constant of one router so that the capacity's share of `logits_N` would have been positive."""
-    entering = round(model.config.capacity_fraction(layer_idx) * len(logits_N))
-    sorted_N = logits_N.float().sort(descending=True).values
+def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: Tensor, forced_N: Tensor) -> None:
+    """Moves the constant of one router so that, with the forced ones, the capacity's share of the tokens enters."""
+    entering = round(model.config.capacity_fraction(layer_idx) * len(logits_N)) - int(forced_N.sum())
+    # Where the forced ones fill the capacity, no other enters.
+    entering = max(entering, 0)
+    sorted_N = logits_N[~forced_N].float().sort(descending=True).values
+    if len(sorted_N) == 0:
+        return
     last_in = sorted_N[max(entering, 1) - 1]
     first_out = sorted_N[entering] if entering < len(sorted_N) else torch.tensor(-math.inf)
     cut = (last_in + first_out) / 2 if first_out.isfinite() else last_in - 1
