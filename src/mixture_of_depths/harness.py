@@ -30,7 +30,7 @@ def evaluate_tasks(
         batch_size: requests computed together.
 
     Raises:
-        ValueError: for a task that is not known.
+        ValueError: for a task that is not known, or whose files are damaged.
     """
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
     known = set(manager.all_tasks)
@@ -42,7 +42,10 @@ def evaluate_tasks(
     wrap: Any = HFLM
     run: Any = simple_evaluate
     harness_model = wrap(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-    found = run(
-        harness_model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
-    )
+    settings = {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    try:
+        found = run(harness_model, tasks=list(tasks), task_manager=manager, **settings)
+    except Exception as error:
+        # A task's YAML, templates, functions and data each fail in the way of the library that reads them.
+        raise ValueError(f"tasks={' '.join(tasks)} cannot be run: {error}") from error
     return found["results"]
