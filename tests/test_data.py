@@ -255,6 +255,15 @@ def test_an_existing_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
     assert corpus.tokenizer.get_vocab() == _tokenizer().get_vocab()
 
 
+def test_a_chat_template_is_kept_where_the_cache_holds_the_same_tokenizer_with_another(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for template in ("one", "two"):
+        tokenizer = _tokenizer()
+        tokenizer.chat_template = template
+        given = options(tmp_path, str(tmp_path / "*.txt"), tokenizer="given")
+        assert prepare(given, tokenizer).tokenizer.chat_template == template
+
+
 def test_positions_start_again_after_every_end_of_text() -> None:
     tokens = torch.tensor([[5, 9, 5, 5, 9, 9], [5, 5, 5, 5, 5, 9]])
     assert document_positions(tokens, 9).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]

@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, cast
@@ -87,7 +87,9 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
     Raises:
         ValueError: when there is no text, a path or column is missing, or the text is shorter than one block.
     """
-    return load_prepared(options, prepare_cache(options, tokenizer))
+    corpus = load_prepared(options, prepare_cache(options, tokenizer))
+    # The cache's copy cuts text alike, but a chat template may differ.
+    return corpus if tokenizer is None else replace(corpus, tokenizer=tokenizer)
 
 
 def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
