@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -188,8 +189,9 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: 
         assert share == pytest.approx(0.25, abs=0.15)
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
 def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_checkpoint: bool
 ) -> None:
     dense = dense_for(corpus)
     routing = RetrofitOptions(
@@ -208,13 +210,39 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
         assert not stopped.finished
     # What is measured once is not measured again.
     monkeypatch.setattr(retrofit_module, "measure_importance", None)
-    monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    if has_checkpoint:
+        monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    else:
+        for checkpoint in (tmp_path / "parts").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", resume=True, console=QUIET)
     assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
     for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(weight, load_file(tmp_path / "parts" / "model.safetensors")[name]), name
     with pytest.raises(ValueError, match=r"distillation=0\.25 differs from 0\.5 of the run"):
         retrofit(dense, "dense", corpus, replace(routing, distillation=0.25), TUNING, tmp_path / "parts", True, QUIET)
+
+
+def test_a_finished_retrofit_is_compared_in_the_precision_of_its_tuning_when_it_is_asked_for_again(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    dense, tuning = dense_for(corpus), replace(TUNING, precision="bf16")
+    model, result = retrofit(dense, "dense", corpus, ROUTING, tuning, tmp_path / "out", console=QUIET)
+    _, again = retrofit(dense, "dense", corpus, ROUTING, tuning, tmp_path / "out", resume=True, console=QUIET)
+    assert again == result
+    input_ids = torch.randint(0, 99, (2, 16))
+    loaded = MoDForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.eval()(input_ids).logits, loaded(input_ids).logits)
+
+
+def test_a_damaged_record_of_what_was_measured_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    dense, out = dense_for(corpus), tmp_path / "out"
+    retrofit(dense, "dense", corpus, ROUTING, TUNING, out, console=QUIET)
+    whole = json.loads((out / "run.json").read_text())
+    for damage in ({"importance": [{"bypassed": 1.0}]}, {"importance": []}):
+        (out / "run.json").write_text(json.dumps({**whole, "tuning": damage}))
+        with pytest.raises(ValueError, match=r"run\.json is damaged: it does not describe a retrofit"):
+            retrofit(dense, "dense", corpus, ROUTING, TUNING, out, resume=True, console=QUIET)
 
 
 def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, tmp_path: Path) -> None:
@@ -248,11 +276,14 @@ def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, t
         ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source: it must be a dense model"),
         ({}, {"max_steps": None, "max_flops": 1e9}, "max_flops=1e\\+09 cannot be kept while the capacity falls"),
         ({}, {"max_steps": None}, "exactly one of max_steps"),
+        ({}, {"learning_rate": 0.0}, r"learning_rate=0\.0 must be a finite number above 0"),
+        ({"num_hidden_layers": 2}, {}, r"routed_layers=\[1, 2\]"),
     ],
 )
-def test_what_cannot_be_retrofitted_is_refused(
-    corpus: Corpus, tmp_path: Path, source: Any, tuning: Any, message: str
+def test_what_cannot_be_retrofitted_is_refused_before_anything_is_measured(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, tuning: Any, message: str
 ) -> None:
+    monkeypatch.setattr(retrofit_module, "fit_routers", None)
     with pytest.raises(ValueError, match=message):
         retrofit(
             dense_for(corpus, **source),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from mixture_of_depths.calibration import calibrate
+from mixture_of_depths.calibration import calibrate, spread
 from mixture_of_depths.checkpoint import latest_checkpoint, read_run, write_aside
 from mixture_of_depths.configuration import MoDConfig
 from mixture_of_depths.data import Corpus, batches
@@ -39,16 +39,16 @@ from mixture_of_depths.modeling import DecoderLayer, MoDCausalLMOutput, MoDForCa
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.routing import Router
-from mixture_of_depths.training import MoDTrainer, Tuning, check_unused, train
+from mixture_of_depths.training import MoDTrainer, Tuning, check_options, check_unused, horizon, train
 
 # A router's weights decay towards zero by this share of its inputs' mean square.
 RIDGE = 0.01
 # The capacity falls in this many steps: each is a graph of its own to a compiler.
 LEVELS = 8
-# Graphs that the compiler may keep of a block: of every level in training, and in evaluation under both routings.
+# Held-out blocks on which the result is compared with the dense model, at most.
+COMPARED_BLOCKS = 256
+# Graphs that the compiler may keep of a block: one of every level, and of each what it must check anew.
 GRAPHS = 64
-# Held-out blocks that the causal routers are calibrated on, at most.
-CALIBRATION_BLOCKS = 128
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,6 @@ def routed_from(dense: MoDForCausalLM, **changes: Any) -> MoDForCausalLM:
     assert not found.unexpected_keys and all(".router." in name for name in found.missing_keys)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model
-
-
-def spread(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
-    """`count` blocks spread evenly, or all where there are fewer."""
-    return blocks.select(
-        [len(blocks) * i // count for i in range(count)] if count < len(blocks) else range(len(blocks))
-    )
 
 
 @contextmanager
@@ -212,16 +205,22 @@ def choose_blocks(
     Raises:
         ValueError: when routing all blocks would not be enough.
     """
+    check_share(dense, options, sequence_length)
     order = sorted(range(len(importance)), key=lambda layer_idx: importance[layer_idx].lower_ranked)
-    for count in range(1, len(order) + 1):
-        chosen = sorted(order[:count])
-        if flops_share(dense, chosen, options, sequence_length) <= options.flops_share:
-            return chosen
-    least = flops_share(dense, sorted(order), options, sequence_length)
-    raise ValueError(
-        f"flops_share={options.flops_share} cannot be reached with capacity={options.capacity}: with all blocks routed "
-        f"the share is {least:.3f}; raise it, or lower the capacity"
-    )
+    chosen: list[int] = []
+    while not chosen or flops_share(dense, sorted(chosen), options, sequence_length) > options.flops_share:
+        chosen.append(order[len(chosen)])
+    return sorted(chosen)
+
+
+def check_share(dense: MoDConfig, options: RetrofitOptions, sequence_length: int) -> None:
+    """Raises ValueError when routing all blocks would not come down to the share of the FLOPs."""
+    least = flops_share(dense, list(range(dense.num_hidden_layers)), options, sequence_length)
+    if least > options.flops_share:
+        raise ValueError(
+            f"flops_share={options.flops_share} cannot be reached with capacity={options.capacity}: with all blocks "
+            f"routed the share is {least:.3f}; raise it, or lower the capacity"
+        )
 
 
 def flops_share(dense: MoDConfig, routed_layers: list[int], options: RetrofitOptions, sequence_length: int) -> float:
@@ -277,7 +276,8 @@ class DistillationTrainer(MoDTrainer):
         output = cast(MoDCausalLMOutput, returned)
         with torch.no_grad():
             given = {name: value for name, value in inputs.items() if name != "labels"}
-            wanted = self.teacher(**given, use_cache=False).logits
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
+                wanted = self.teacher(**given, use_cache=False).logits
         assert output.logits is not None and output.lm_loss is not None
         kept = labels[:, 1:] != -100
         divergence = F.kl_div(
@@ -322,6 +322,23 @@ class RetrofitResult:
     retrofitted: Evaluation | None
 
 
+def _measured_before(folder: Path) -> tuple[list[BlockImportance], list[int]]:
+    """What the run in a folder measured, and the blocks it routes.
+
+    Raises:
+        ValueError: when the folder holds no retrofit.
+    """
+    if not (folder / "run.json").exists():
+        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+    facts = read_run(folder).get("tuning", {})
+    if "importance" not in facts:
+        raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
+    try:
+        return [BlockImportance(**found) for found in facts["importance"]], facts["chosen"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a retrofit") from error
+
+
 def retrofit(
     dense: MoDForCausalLM,
     source: str,
@@ -334,7 +351,8 @@ def retrofit(
 ) -> tuple[MoDForCausalLM, RetrofitResult]:
     """Routes blocks of a pretrained model, tunes it, and leaves it with its tokenizer and records in `folder`.
 
-    Every second held-out block calibrates the causal routers; on the others the model is compared with the dense one.
+    Of every second held-out block, up to `calibration.MAX_BLOCKS` calibrate the causal routers; on the others the model
+    is compared with the dense one.
 
     Args:
         dense: the model; it is not changed.
@@ -350,8 +368,6 @@ def retrofit(
         ValueError: for options that contradict one another or the model, or a folder that does not fit.
     """
     console = console or Console()
-    # Predictors and adapters start at random.
-    set_seed(training.seed)
     end, bf16 = corpus.end_of_text, training.precision == "bf16"
     if dense.config.routed_layers:
         raise ValueError(f"routed_layers={dense.config.routed_layers} of the source: it must be a dense model")
@@ -361,31 +377,34 @@ def retrofit(
         )
     if len(corpus.validation) < 2:
         raise ValueError("data holds out fewer than 2 blocks; give more text, or raise validation_fraction")
-    if not resume and folder.is_dir():
-        # Before anything is measured.
-        check_unused(folder)
+    # All that can be refused is refused before anything is measured.
+    length = len(corpus.train[0]["input_ids"])
+    horizon(training, dense.config, length)
+    check_options(training, corpus)
     importance: list[BlockImportance] = []
     chosen = list(options.routed_layers or [])
-    earlier = folder / "run.json"
-    if resume and earlier.exists():
-        facts = read_run(folder).get("tuning", {})
-        if "importance" not in facts:
-            raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
-        importance = [BlockImportance(**found) for found in facts["importance"]]
-        chosen = facts["chosen"]
+    if chosen:
+        routed_config(dense.config, **_changes(options, chosen))
+    else:
+        check_share(dense.config, options, length)
+    if resume:
+        importance, chosen = _measured_before(folder)
+    elif folder.is_dir():
+        check_unused(folder)
+    weights_LD = None
     if not (resume and latest_checkpoint(folder)):
-        weights_LD = None
         if options.router_type == "learned":
             console.print("fitting routers")
             weights_LD = fit_routers(dense, spread(corpus.train, options.fit_blocks), end, bf16)
         if not chosen:
             measured = spread(corpus.train, options.measure_blocks)
             importance = measure_importance(dense, weights_LD, options.capacity, measured, end, bf16, console)
-            chosen = choose_blocks(importance, dense.config, options, len(corpus.train[0]["input_ids"]))
-        model = routed_from(dense, **_changes(options, chosen))
+            chosen = choose_blocks(importance, dense.config, options, length)
+    # Predictors and adapters start at random, whatever was measured before.
+    set_seed(training.seed)
+    model = routed_from(dense, **_changes(options, chosen))
+    if weights_LD is not None:
         set_routers(model, weights_LD)
-    else:
-        model = routed_from(dense, **_changes(options, chosen))
 
     adapters = None
     if options.part == "lora":
@@ -403,7 +422,7 @@ def retrofit(
         schedule.lower(1.0)
         if adapters is not None:
             tuned = cast(MoDForCausalLM, adapters.merge_and_unload())
-        calibrate(tuned, spread(calibration, CALIBRATION_BLOCKS), end)
+        calibrate(tuned, calibration, end)
         return tuned
 
     tuning = Tuning(
@@ -415,7 +434,7 @@ def retrofit(
     )
     with torch._dynamo.config.patch(recompile_limit=GRAPHS) if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
-    share = flops_share(dense.config, chosen, options, len(corpus.train[0]["input_ids"]))
+    share = flops_share(dense.config, chosen, options, length)
     size = corpus.facts.validation_bytes_per_token
     result = RetrofitResult(
         finished=trained.finished,
@@ -423,8 +442,8 @@ def retrofit(
         importance=importance,
         flops_share=share,
         tuning_minutes=trained.train_seconds / 60,
-        dense=evaluate(dense, others, end, size) if trained.finished else None,
-        retrofitted=evaluate(model, others, end, size) if trained.finished else None,
+        dense=evaluate(dense, others, end, size, COMPARED_BLOCKS, bf16=bf16) if trained.finished else None,
+        retrofitted=evaluate(model, others, end, size, COMPARED_BLOCKS, bf16=bf16) if trained.finished else None,
     )
     if trained.finished:
         write_aside(folder / "retrofit.json", json.dumps({**asdict(result), **provenance()}, indent=2))

@@ -667,6 +667,9 @@ def _run(
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.average_thresholds()
+    # Accelerate puts mixed precision into the model's own forward pass, where it would stay for all that follows.
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
     return trainer.state.global_step
 
 
