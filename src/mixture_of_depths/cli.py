@@ -233,8 +233,9 @@ def generate(
 def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     """Shift the causal routers so that the capacity of each block, and of experts, is what enters on held-out text.
 
-    Every second held-out block is calibrated on; the others are evaluated on, before and after, as JSON. A model that
-    was trained with the auxiliary loss has no constant of its own to shift, and from then on decides by its threshold.
+    Half of the held-out blocks calibrate, up to 128; the others are evaluated on, before and after, as JSON. A model
+    that was trained with the auxiliary loss has no constant of its own to shift, and from then on decides by its
+    threshold.
 
     Args:
         checkpoint: Folder of a trained model.
@@ -279,7 +280,7 @@ def retrofit(
 ) -> None:
     """Make a pretrained Llama-family model skip: measure which blocks to route, tune, and compare with the dense model.
 
-    Every second held-out block calibrates the causal routers; the comparison is made on the others.
+    Half of the held-out blocks calibrate the causal routers, up to 128; the comparison is made on the other half.
 
     Args:
         source: Folder, GGUF file or hub name of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
@@ -294,13 +295,14 @@ def retrofit(
     from mixture_of_depths.convert import load_dense
     from mixture_of_depths.data import prepare
     from mixture_of_depths.retrofit import retrofit as run
-    from mixture_of_depths.tokenizer import checked
+    from mixture_of_depths.tokenizer import check_vocabulary, checked
 
     _quiet()
     console = Console()
     if data.tokenizer is not None:
         raise ValueError(f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own")
     dense, tokenizer = load_dense(source)
+    check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
     corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
     _, result = run(dense, source, corpus, routing, training, out, resume, console)
     if not result.finished:
@@ -755,7 +757,7 @@ def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     from transformers import AutoConfig
 
     from mixture_of_depths.modeling import MoDForCausalLM
-    from mixture_of_depths.tokenizer import load_tokenizer
+    from mixture_of_depths.tokenizer import check_vocabulary, load_tokenizer
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
@@ -774,10 +776,7 @@ def _load(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
             names = ", ".join(sorted(map(str, found[kind]))[:3])
             raise ValueError(f"checkpoint={checkpoint} does not fit its config.json: {kind}: {names}")
     tokenizer = load_tokenizer(str(checkpoint))
-    if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
-        raise ValueError(
-            f"checkpoint={checkpoint}: its tokenizer has a token {last}; the model has vocab_size={config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config.vocab_size, f"checkpoint={checkpoint}")
     return model.eval(), tokenizer
 
 

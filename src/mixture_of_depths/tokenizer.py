@@ -86,6 +86,12 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> None:
+    """Raises ValueError when the tokenizer of `source` has tokens that a model of this vocabulary does not."""
+    if (last := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise ValueError(f"{source}: its tokenizer has a token {last}; the model has vocab_size={vocab_size}")
+
+
 def cut(document: str) -> Iterator[str]:
     """A document in pieces of one to two times `LONGEST_PIECE` characters, cut between words where there are any."""
     start = 0
