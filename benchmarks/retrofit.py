@@ -11,15 +11,17 @@ the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal rou
 
 Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
 on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
-came) per text, `flops_ratio`, `tuning_minutes`, and, with `--decode`, `tokens_per_s` and `decode_speedup`: bf16, batch
-1, prompts from the test text, all sides in turns. With `--vllm PYTHON`, the interpreter of an environment with vLLM,
-its speed with the dense model is measured in those turns.
+came) per text, `flops_ratio` (that of the capacity), `entering` (the share of a text's tokens that does enter a routed
+block), `tuning_minutes`, and, with `--decode`, `tokens_per_s` and `decode_speedup`: bf16, batch 1, prompts from the
+test text, all sides in turns. With `--vllm PYTHON`, the interpreter of an environment with vLLM, its speed with the
+dense model is measured in those turns.
 """
 
 import argparse
 import json
 import subprocess
 from dataclasses import asdict, replace
+from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import mean, median
@@ -42,6 +44,7 @@ from mixture_of_depths.options import DataOptions, RetrofitOptions, SamplingOpti
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.retrofit import (
     BlockImportance,
+    DistillationTrainer,
     choose_blocks,
     fit_routers,
     measure_importance,
@@ -49,9 +52,11 @@ from mixture_of_depths.retrofit import (
     spread,
 )
 from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
-from mixture_of_depths.training import Tuning, read_records, train
+from mixture_of_depths.training import MoDTrainer, Tuning, read_records, train
 
 WINDOW = 1024
+# What may differ between calls with one `--out`; files may have moved.
+FREE = ("source", "tune", "test", "out", "shares", "sides", "decode", "vllm")
 
 
 def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
@@ -78,8 +83,8 @@ def measured(
         end, blocks = corpus.end_of_text, spread(corpus.train, options.measure_blocks)
         weights_LD = fit_routers(dense, spread(corpus.train, options.fit_blocks), end, bf16)
         found = measure_importance(dense, weights_LD, options.capacity, blocks, end, bf16, Console(stderr=True))
-        write_aside(path, json.dumps({"capacity": options.capacity, "blocks": [asdict(block) for block in found]}))
-    return [BlockImportance(**block) for block in read_json(path)["blocks"]]
+        write_aside(path, json.dumps([asdict(block) for block in found]))
+    return [BlockImportance(**block) for block in read_json(path)]
 
 
 def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, length: int) -> list[int]:
@@ -115,9 +120,7 @@ def test_windows(files: dict[str, str], tokenizer: PreTrainedTokenizerFast, coun
     documents["code"] = held_out
     found = {}
     for name, texts in documents.items():
-        windows = pack(tokenize(texts, tokenizer), WINDOW, name)
-        step = max(1, len(windows) // count)
-        found[name] = windows.select(range(0, len(windows), step)[:count])
+        found[name] = spread(pack(tokenize(texts, tokenizer), WINDOW, name), count)
     return found
 
 
@@ -174,6 +177,13 @@ def main() -> None:
         eval_blocks=16,
         save_every=50,
     )
+    chosen_once = {name: value for name, value in vars(arguments).items() if name not in FREE}
+    settings = arguments.out / "settings.json"
+    if not settings.exists():
+        write_aside(settings, json.dumps(chosen_once, indent=2))
+    elif (before := read_json(settings)) != chosen_once:
+        differing = ", ".join(name for name, value in chosen_once.items() if before.get(name) != value)
+        parser.error(f"out={arguments.out} holds sides of other settings ({differing}); name another folder")
     records = arguments.out / "records.jsonl"
     done = {record["side"]: record for record in read_records(records)}
 
@@ -184,7 +194,6 @@ def main() -> None:
             **tested(model.eval(), windows, end),
             "flops_ratio": ratio,
             "tuning_minutes": minutes,
-            "training": {"max_steps": training.max_steps, "learning_rate": training.learning_rate},
             **facts,
             **provenance(),
         }
@@ -199,7 +208,9 @@ def main() -> None:
 
     def tune(side: str, model: MoDForCausalLM, **facts: Any) -> None:
         folder, resume = folder_of(side)
-        tuned, result = train(model.config, corpus, training, folder, resume, console, Tuning(model, {"side": side}))
+        trainer = partial(DistillationTrainer, teacher=dense, share=arguments.distillation)
+        tuning = Tuning(model, {"side": side}, trainer if arguments.distillation else MoDTrainer)
+        tuned, result = train(model.config, corpus, training, folder, resume, console, tuning)
         if not result.finished:
             raise SystemExit(130)
         keep(side, tuned, result.train_seconds / 60, **facts)
@@ -251,7 +262,8 @@ def decoding(
         folder = arguments.out / "runs" / side
         if (folder / "model.safetensors").exists() and side != "tuned":
             sides[side] = in_precision(MoDForCausalLM.from_pretrained(folder), "bf16")
-    given = batches(next(iter(windows.values())), range(8), end_of_text, 1, dense.device)
+    blocks = next(iter(windows.values()))
+    given = batches(blocks, range(min(6, len(blocks))), end_of_text, 1, dense.device)
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     vllm: list[float] = []
@@ -304,6 +316,7 @@ def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict
             "perplexity": record["perplexity"],
             "perplexity_ratio": {name: value / dense[name] for name, value in record["perplexity"].items()},
             "flops_ratio": record["flops_ratio"],
+            "entering": record["entering"],
             "tuning_minutes": record["tuning_minutes"],
             "blocks": record.get("blocks"),
             "decode_speedup": speeds[side] / speeds["dense"] if side in speeds else None,
