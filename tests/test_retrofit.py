@@ -185,7 +185,7 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: 
     assert record["routed_layers"] == [1, 2] == loaded.config.routed_layers
     assert record["flops_share"] == flops_share(dense.config, [1, 2], routing, 16)
     assert result.retrofitted is not None
-    for share in result.retrofitted.causal_routers["predictor"].share_entering.values():
+    for share in result.retrofitted.causal_routers["threshold"].share_entering.values():
         assert share == pytest.approx(0.25, abs=0.15)
 
 

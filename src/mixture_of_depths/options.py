@@ -139,10 +139,10 @@ class RetrofitOptions:
     """Blocks to route, instead of those that measuring finds; flops_share is then not looked at."""
     router_type: Literal["learned", "random"] = "learned"
     """Learned routing, or the stochastic control."""
-    causal_router: Literal["predictor", "threshold"] = "predictor"
-    """How a token decides in sampling whether it enters."""
+    causal_router: Literal["predictor", "threshold"] = "threshold"
+    """How a token decides in sampling whether it enters; a predictor needs longer tuning than a threshold."""
     part: Literal["routers", "lora", "all"] = "all"
-    """What is tuned: routers and predictors; these and low-rank adapters of all projections; or everything."""
+    """What is tuned: routers; these and low-rank adapters of all projections; or everything."""
     lora_rank: int = 16
     """Rank of the adapters."""
     distillation: float = 0.0
