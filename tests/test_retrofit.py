@@ -346,4 +346,5 @@ def test_the_supervised_trainer_of_trl_takes_the_model(corpus: Corpus, tmp_path:
     after = model.state_dict()
     changed = {name for name, weight in before.items() if name in after and not torch.equal(weight, after[name])}
     assert any("mlp" in name for name in changed)
+    assert any("router" in name for name in changed)
     trainer.save_model(str(tmp_path / "out"))

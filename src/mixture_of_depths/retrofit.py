@@ -5,8 +5,6 @@ capacity begins at 1. It is then lowered, step by step, to where it is meant to 
 enters, since pretrained heads rest on it.
 
 A router starts as a linear fit to the size of what its block adds to a token: those to which it would add least skip.
-A fit to the loss that skipping costs to first order, which is the gradient of the router's output, follows the noise of
-single tokens and does no better than chance once several blocks skip.
 
 Shapes: B batch, T tokens, N tokens of a batch, L blocks, D hidden size.
 """
@@ -39,7 +37,7 @@ from mixture_of_depths.modeling import DecoderLayer, MoDCausalLMOutput, MoDForCa
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.routing import Router
-from mixture_of_depths.training import MoDTrainer, Tuning, check_options, check_unused, horizon, train
+from mixture_of_depths.training import MoDTrainer, Tuning, check_options, check_resumable, check_unused, horizon, train
 
 # A router's weights decay towards zero by this share of its inputs' mean square.
 RIDGE = 0.01
@@ -328,8 +326,7 @@ def _measured_before(folder: Path) -> tuple[list[BlockImportance], list[int]]:
     Raises:
         ValueError: when the folder holds no retrofit.
     """
-    if not (folder / "run.json").exists():
-        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+    check_resumable(folder)
     facts = read_run(folder).get("tuning", {})
     if "importance" not in facts:
         raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")

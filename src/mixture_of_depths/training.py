@@ -562,8 +562,8 @@ def train(
         def open_folder() -> tuple[Path, int] | None:
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"out={folder} is a file; name a folder")
-            if resume and not (folder / "run.json").exists():
-                raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+            if resume:
+                check_resumable(folder)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_run(folder))
             return _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
@@ -768,6 +768,12 @@ def _open_folder(
     check_unused(folder)
     write_aside(path, json.dumps({**described, **provenance()}, indent=2))
     return None
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises ValueError for a folder without a run."""
+    if not (folder / "run.json").exists():
+        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
 
 
 def check_unused(folder: Path) -> None:
