@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch._inductor.config
 from isoflop.test_plan import study_file
+from safetensors.torch import load_file, save_file
 from test_data import SENTENCE
 
 from mixture_of_depths.checkpoint import latest_checkpoint
@@ -249,6 +250,11 @@ def test_without_a_compiler_it_says_so_and_samples(
             ["evaluate", "CHECKPOINT", "--data", "TEXT", "--sequence-length", "1"],
             "sequence_length=1 must be at least 2",
         ),
+        (["evaluate", "CHECKPOINT", "--data", "TEXT", "--sequence-length", "4096"], "max_position_embeddings=2048"),
+        (["evaluate", "CHECKPOINT", "--data", "TEXT", "--sequence-length", "1500000"], "give more text or a shorter"),
+        (["evaluate", "CHECKPOINT", "--limit", "3"], "limit=3 needs tasks"),
+        (["evaluate", "CHECKPOINT", "--tasks", "x", "--max-blocks", "3"], "max_blocks=3 needs data or held-out text"),
+        (["evaluate", "CHECKPOINT", "--tasks", "x", "--task-files", "nowhere"], "task_files=nowhere is no folder"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 400], "must be a number above 0 and below 1e30"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
@@ -273,6 +279,21 @@ def test_what_a_user_can_mend_ends_with_status_2_and_no_traceback(
     assert message in " ".join((output + errors).split())
     assert "Traceback" not in output + errors
     assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+@pytest.mark.parametrize("factor", [1e30, float("nan")])
+def test_a_loss_that_is_no_sensible_number_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, factor: float
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= factor
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    status, output, errors = run(monkeypatch, capsys, "evaluate", str(copy))
+    assert status == 2
+    assert "nats per token; its weights are damaged" in " ".join(errors.split())
+    assert "Traceback" not in output + errors
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ def test_a_source_whose_weights_are_missing_or_pickled_is_refused(tmp_path: Path
     weights = load_file(tmp_path / "model.safetensors")
     torch.save(weights, tmp_path / "pytorch_model.bin")
     load_dense(str(tmp_path))
+    damaged = {**weights, "model.norm.weight": weights["model.norm.weight"] * float("nan")}
+    save_file(damaged, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights are damaged: model\.norm\.weight"):
+        load_dense(str(tmp_path))
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 
 from mixture_of_depths import tokenizer as tokenizer_module
 from mixture_of_depths.data import (
@@ -26,7 +27,8 @@ from mixture_of_depths.data import (
     split_documents,
 )
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
+from mixture_of_depths.sampling import tokenized
+from mixture_of_depths.tokenizer import END_OF_TEXT, start_of_text, tokenize, train_tokenizer
 
 SENTENCE = "The router lets few tokens in, and the others pass. "
 
@@ -253,6 +255,38 @@ def test_an_existing_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
     _tokenizer().save_pretrained(str(tmp_path / "tokenizer"))
     corpus = prepare(options(tmp_path, str(tmp_path / "*.txt"), tokenizer=str(tmp_path / "tokenizer")))
     assert corpus.tokenizer.get_vocab() == _tokenizer().get_vocab()
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    plain, given = options(tmp_path, str(tmp_path / "*.txt"), tokenizer="given"), _tokenizer()
+    without = prepare(plain, given)
+    given.add_special_tokens({"bos_token": "<s>"})
+    assert start_of_text(given) == []
+    given.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", given.bos_token_id)]
+    )
+    assert start_of_text(given) == [given.bos_token_id]
+    corpus = prepare(plain, given)
+    assert corpus.key != without.key
+    tokens = [token for block in corpus.validation["input_ids"] for token in block]
+    after = {tokens[i + 1] for i in range(len(tokens) - 1) if tokens[i] == corpus.end_of_text}
+    assert {tokens[0]} | after == {given.bos_token_id}
+    assert tokens.count(given.bos_token_id) == 1 + tokens.count(corpus.end_of_text)
+    (prompt, chat) = tokenized(given, ["the router", "<s>the router"], "prompt", special=True)
+    assert prompt == chat == given("the router")["input_ids"]
+
+
+def test_a_tokenizer_s_state_of_an_earlier_use_does_not_change_the_text_s_key(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    given = _tokenizer()
+    given.backend_tokenizer.enable_truncation(7)
+    given.backend_tokenizer.enable_padding()
+    given.save_pretrained(str(tmp_path / "tokenizer"))
+    opts = options(tmp_path, str(tmp_path / "*.txt"), tokenizer=str(tmp_path / "tokenizer"))
+    corpus = prepare(opts)
+    corpus.tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
+    assert prepare(opts).key == corpus.key
 
 
 def test_a_chat_template_is_kept_where_the_cache_holds_the_same_tokenizer_with_another(tmp_path: Path) -> None:

@@ -271,29 +271,47 @@ def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, t
 
 
 @pytest.mark.parametrize(
-    ("source", "tuning", "message"),
+    ("source", "changes", "message"),
     [
         ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source: it must be a dense model"),
         ({}, {"max_steps": None, "max_flops": 1e9}, "max_flops=1e\\+09 cannot be kept while the capacity falls"),
         ({}, {"max_steps": None}, "exactly one of max_steps"),
         ({}, {"learning_rate": 0.0}, r"learning_rate=0\.0 must be a finite number above 0"),
         ({"num_hidden_layers": 2}, {}, r"routed_layers=\[1, 2\]"),
+        ({"max_position_embeddings": 15}, {}, "sequence_length=16 is more than the model's max_position_embeddings=15"),
+        ({}, {"capacity": 0.124}, "capacity=0.124 of sequence_length=16 is one token"),
+        ({"num_experts": 2}, {"part": "lora"}, "part=lora cannot adapt num_experts=2"),
     ],
 )
 def test_what_cannot_be_retrofitted_is_refused_before_anything_is_measured(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, tuning: Any, message: str
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, changes: Any, message: str
 ) -> None:
     monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    dense = dense_for(corpus, **source)
+    routing = replace(ROUTING, **{name: value for name, value in changes.items() if hasattr(ROUTING, name)})
+    tuning = replace(TUNING, **{name: value for name, value in changes.items() if hasattr(TUNING, name)})
     with pytest.raises(ValueError, match=message):
-        retrofit(
-            dense_for(corpus, **source),
-            "dense",
-            corpus,
-            ROUTING,
-            replace(TUNING, **tuning),
-            tmp_path / "out",
-            console=QUIET,
-        )
+        retrofit(dense, "dense", corpus, routing, tuning, tmp_path / "out", console=QUIET)
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_anything_is_measured(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = dense_for(corpus)
+    retrofit(dense, "dense", corpus, ROUTING, replace(TUNING, max_steps=1), tmp_path / "run", console=QUIET)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    other = replace(ROUTING, capacity=0.5)
+    for options, name, resume, message in (
+        (ROUTING, "file", False, "file is a file; name a folder"),
+        (ROUTING, "run", False, "is not empty"),
+        (other, "run", True, "capacity=0.5 differs from 0.25 of the run"),
+        (ROUTING, "nowhere", True, "holds no run to resume"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retrofit(dense, "dense", corpus, options, TUNING, tmp_path / name, resume, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +323,9 @@ def test_what_cannot_be_retrofitted_is_refused_before_anything_is_measured(
         ({"distillation": 1.5}, r"distillation=1\.5"),
         ({"lowering_fraction": 1.0}, r"lowering_fraction=1\.0"),
         ({"lora_rank": 0}, "lora_rank=0"),
+        ({"measure_blocks": 0}, "measure_blocks=0"),
+        ({"fit_blocks": 0}, "fit_blocks=0"),
+        ({"part": "routers", "router_type": "random"}, "part=routers leaves nothing to tune with router_type=random"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling import sample_texts
-from mixture_of_depths.serving import sampling_options
+from mixture_of_depths.serving import sampling_options, serve
 from mixture_of_depths.tokenizer import load_tokenizer, train_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
@@ -123,6 +123,10 @@ def test_only_the_one_model_is_served_and_no_route_loads_another(client: openai.
         ({"prompt": "the", "max_tokens": 0}, "max_new_tokens=0 is out of range"),
         ({"prompt": "the", "extra_body": {"generation_config": '{"num_beams": 3}'}}, "num_beams=3 is not supported"),
         ({"prompt": ["the", "fox"]}, "prompt must be a string"),
+        ({"prompt": "the", "n": 3}, "n=3 is not supported"),
+        ({"prompt": "the", "logprobs": 2}, "logprobs=2 is not supported"),
+        ({"prompt": "the", "presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"prompt": "the", "stop": [""]}, "stop=.* is out of range"),
     ],
 )
 def test_a_completion_that_cannot_be_made_is_refused_with_the_reason(
@@ -132,6 +136,29 @@ def test_a_completion_that_cannot_be_made_is_refused_with_the_reason(
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**{"model": str(checkpoint), "stream": stream, **request_})
         assert re.search(message, refused.value.response.json()["detail"])
+
+
+def test_a_chat_with_a_picture_is_refused(client: openai.OpenAI, checkpoint: Path) -> None:
+    picture: Any = {"type": "image_url", "image_url": {"url": "data:,"}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=str(checkpoint), messages=[{"role": "user", "content": [picture]}])
+    assert "the model reads text alone, not image_url" in refused.value.response.json()["detail"]
+
+
+@pytest.mark.parametrize("fault", ["port", "host", "setting"])
+def test_what_cannot_be_served_is_refused_at_the_start(checkpoint: Path, fault: str) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if fault == "port" else 0
+        if fault == "setting":
+            model.generation_config.no_repeat_ngram_size = 3
+        message = {
+            "port": f"port={port} of host=127.0.0.1 cannot be listened on",
+            "host": "host=999.1.1.1 cannot be listened on",
+            "setting": "checkpoint=name: its generation_config.json .* no_repeat_ngram_size=3 is not supported",
+        }[fault]
+        with pytest.raises(ValueError, match=message):
+            serve(model, tokenizer, "name", "999.1.1.1" if fault == "host" else "127.0.0.1", port)
 
 
 def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: Path) -> None:

@@ -25,6 +25,8 @@ Flat = tyro.conf.OmitArgPrefixes
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
 Source = Annotated[str, tyro.conf.Positional]
+# In nats per token; with a larger one, a perplexity is no number.
+MAX_LOSS = 700
 # How PyTorch says so, on an accelerator and on the CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -113,6 +115,14 @@ def evaluate(
         raise ValueError(f"limit={limit} must be at least 1")
     if tasks and data:
         raise ValueError(f"data={' '.join(data)} and tasks={' '.join(tasks)} exclude one another; give one of them")
+    needing = {"task_files": task_files, "limit": limit}
+    excluded = {"sequence_length": sequence_length, "max_blocks": max_blocks}
+    for name, value in (excluded if tasks else needing).items():
+        if value is not None:
+            wanted = "needs data or held-out text, not tasks" if tasks else "needs tasks"
+            raise ValueError(f"{name}={value} {wanted}; leave it out")
+    if task_files is not None and not task_files.is_dir():
+        raise ValueError(f"task_files={task_files} is no folder; name one that holds the tasks' YAML files")
     if tasks:
         _needs("eval", "lm_eval")
     model, tokenizer = _load(checkpoint)
@@ -142,7 +152,13 @@ def evaluate(
         blocks, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
         if sequence_length not in (None, length):
             raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
+    model.config.check_length(length)
     found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks=max_blocks)
+    for name, loss in (("top-k", found.loss_top_k), ("causal", found.loss_causal)):
+        if not loss < MAX_LOSS:
+            raise ValueError(
+                f"checkpoint={checkpoint}: its {name} loss is {loss} nats per token; its weights are damaged"
+            )
     record = {
         "text": list(data) or "held out in training",
         **found.as_dict(),

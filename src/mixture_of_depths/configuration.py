@@ -375,6 +375,14 @@ class MoDConfig(PreTrainedConfig):
         """The number of tokens of a sequence that enters block `layer_idx` under top-k routing."""
         return capacity_tokens(self.capacity_fraction(layer_idx), sequence_length)
 
+    def check_length(self, sequence_length: int) -> None:
+        """Raises ValueError for sequences longer than the model has positions."""
+        if sequence_length > self.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length={sequence_length} is more than the model's max_position_embeddings="
+                f"{self.max_position_embeddings}; give a shorter one"
+            )
+
 
 def capacity_tokens(fraction: float, sequence_length: int) -> int:
     """The number of tokens of a sequence that `fraction` stands for; at least one."""

@@ -138,6 +138,9 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
                 f"source={source}: its weights do not fit its configuration: {kind.split('_')[0]} "
                 f"{', '.join(map(str, sorted(found[kind])[:3]))}"
             )
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"source={source}: its weights are damaged: {name} holds infinity or no numbers")
     return model.eval() if isinstance(model, MoDForCausalLM) else from_dense(model), tokenizer
 
 

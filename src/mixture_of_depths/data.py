@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixture_of_depths.checkpoint import is_whole, locked, seal, sync_folder
 from mixture_of_depths.options import BUILTIN, DataOptions
-from mixture_of_depths.tokenizer import end_of_text, load_tokenizer, tokenize, train_tokenizer
+from mixture_of_depths.tokenizer import end_of_text, load_tokenizer, start_of_text, tokenize, train_tokenizer
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 # Raised when the prepared form changes, so that older cache entries are not read.
@@ -305,7 +305,7 @@ def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Datase
     if count == 0:
         raise ValueError(
             f"sequence_length={sequence_length} is longer than the {name} text, which has {len(tokens)} tokens; give "
-            "more text, a shorter sequence_length or another validation_fraction"
+            "more text or a shorter sequence_length"
         )
     blocks = tokens[: count * sequence_length].reshape(count, sequence_length)
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=sequence_length)})
@@ -353,7 +353,8 @@ def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrained
     name = hashlib.sha256()
     tokenizer_key = f"bpe-{options.vocab_size}"
     if tokenizer is not None:
-        tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token])
+        beginning = tokenizer.convert_ids_to_tokens(start_of_text(tokenizer))
+        tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, *beginning])
     name.update(f"{CACHE_VERSION} {options.sequence_length} {options.validation_fraction} {tokenizer_key}".encode())
     for text in documents:
         name.update(_digest(text))

@@ -168,6 +168,11 @@ class RetrofitOptions:
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {range_}")
+        if self.part == "routers" and self.router_type == "random":
+            raise ValueError(
+                "part=routers leaves nothing to tune with router_type=random, whose routers have no weights; give "
+                "part=lora or part=all"
+            )
 
 
 @dataclass(frozen=True)

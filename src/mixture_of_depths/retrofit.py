@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from mixture_of_depths.calibration import calibrate, spread
 from mixture_of_depths.checkpoint import latest_checkpoint, read_run, write_aside
-from mixture_of_depths.configuration import MoDConfig
+from mixture_of_depths.configuration import MoDConfig, capacity_tokens
 from mixture_of_depths.data import Corpus, batches
 from mixture_of_depths.evaluation import Evaluation, evaluate
 from mixture_of_depths.flops import forward_flops_per_token
@@ -37,7 +37,7 @@ from mixture_of_depths.modeling import DecoderLayer, MoDCausalLMOutput, MoDForCa
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.routing import Router
-from mixture_of_depths.training import MoDTrainer, Tuning, check_options, check_resumable, check_unused, horizon, train
+from mixture_of_depths.training import MoDTrainer, Tuning, check_folder, check_options, check_unchanged, horizon, train
 
 # A router's weights decay towards zero by this share of its inputs' mean square.
 RIDGE = 0.01
@@ -320,20 +320,22 @@ class RetrofitResult:
     retrofitted: Evaluation | None
 
 
-def _measured_before(folder: Path) -> tuple[list[BlockImportance], list[int]]:
+def _measured_before(folder: Path, source: str, options: RetrofitOptions) -> tuple[list[BlockImportance], list[int]]:
     """What the run in a folder measured, and the blocks it routes.
 
     Raises:
-        ValueError: when the folder holds no retrofit.
+        ValueError: when the folder holds no retrofit, or one with other options.
     """
-    check_resumable(folder)
     facts = read_run(folder).get("tuning", {})
     if "importance" not in facts:
         raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
     try:
-        return [BlockImportance(**found) for found in facts["importance"]], facts["chosen"]
+        before = [BlockImportance(**found) for found in facts["importance"]], facts["chosen"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a retrofit") from error
+    for name, value in json.loads(json.dumps({"source": source, **asdict(options)})).items():
+        check_unchanged(folder, name, facts.get(name), value)
+    return before
 
 
 def retrofit(
@@ -374,8 +376,19 @@ def retrofit(
         )
     if len(corpus.validation) < 2:
         raise ValueError("data holds out fewer than 2 blocks; give more text, or raise validation_fraction")
-    # All that can be refused is refused before anything is measured.
+    # Nothing is measured for what will be refused.
     length = len(corpus.train[0]["input_ids"])
+    dense.config.check_length(length)
+    entering = capacity_tokens(options.capacity, length)
+    if entering < 2:
+        raise ValueError(
+            f"capacity={options.capacity} of sequence_length={length} is one token, which the first one is; raise one "
+            f"of them until their product is at least 2"
+        )
+    if options.part == "lora" and dense.config.has_experts:
+        raise ValueError(
+            f"part=lora cannot adapt num_experts={dense.config.num_experts}; give part=all or part=routers"
+        )
     horizon(training, dense.config, length)
     check_options(training, corpus)
     importance: list[BlockImportance] = []
@@ -384,10 +397,9 @@ def retrofit(
         routed_config(dense.config, **_changes(options, chosen))
     else:
         check_share(dense.config, options, length)
+    check_folder(folder, resume)
     if resume:
-        importance, chosen = _measured_before(folder)
-    elif folder.is_dir():
-        check_unused(folder)
+        importance, chosen = _measured_before(folder, source, options)
     weights_LD = None
     if not (resume and latest_checkpoint(folder)):
         if options.router_type == "learned":

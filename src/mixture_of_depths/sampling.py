@@ -16,6 +16,7 @@ from mixture_of_depths.flops import block_flops, expert_rows_per_token
 from mixture_of_depths.generation import end_tokens, stream
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.tokenizer import start_of_text
 
 # From few blocks to many; told apart by the colour-blind, and readable on dark and light grounds.
 COLOURS = ("#0072B2", "#009E73", "#B8860B", "#D55E00", "#CC3377")
@@ -61,7 +62,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: st
     Raises:
         ValueError: for a text that is empty or not UTF-8.
     """
-    found = []
+    found, start = [], start_of_text(tokenizer)
     for text in texts:
         if not text:
             raise ValueError(f"{name}='' is empty; give at least one character")
@@ -70,7 +71,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: st
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}={text!r} is not UTF-8: {error}") from error
         encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
-        found.append(cast(list[int], encoded["input_ids"]))
+        ids = cast(list[int], encoded["input_ids"])
+        # The prompt of a chat has it already.
+        found.append(ids if ids[:1] == start else start + ids)
     return found
 
 

@@ -4,6 +4,7 @@ Requests are answered one after another, in the order they came, on one thread; 
 up frees it.
 """
 
+import socket
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ from mixture_of_depths.options import SamplingOptions
 
 # The library's other routes load models by name, or are for models that hear or decide.
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+# Fields of a request that would change the answer, with the value that asks for nothing.
+REFUSED: dict[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "audio": None,
+    "functions": [],
+    "previous_response_id": None,
+}
 # What a generation configuration may say beside the fields of `SamplingOptions`.
 KNOWN = ("max_length", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "stop_strings", "use_cache")
 
@@ -45,6 +59,8 @@ def sampling_options(config: GenerationConfig, seed: int = 0) -> SamplingOptions
         raise ValueError(f"{name}={given[name]} is not supported; leave it out")
     if not config.do_sample:
         fields["temperature"] = 0.0
+    strings = given.get("stop_strings", ())
+    fields["stop"] = (strings,) if isinstance(strings, str) else tuple(strings)
     return SamplingOptions(**{"temperature": 1.0, "top_k": 0, **fields, "seed": seed})
 
 
@@ -152,12 +168,24 @@ class OneModel(ModelManager):
         return self.pair
 
 
+def _check_body(body: dict[str, Any]) -> None:
+    """Raises ValueError for what would change the answer and which the library would leave out without a word."""
+    for name, neutral in REFUSED.items():
+        if body.get(name) is not None and body[name] != neutral:
+            raise ValueError(f"{name}={body[name]} is not supported; leave it out")
+    for message in body.get("messages") or []:
+        for part in message["content"] if isinstance(message.get("content"), list) else []:
+            if part["type"] != "text":
+                raise ValueError(f"messages: the model reads text alone, not {part['type']}")
+
+
 class _Checked(BaseHandler):
     """Answers a request that cannot be understood with status 400 and the reason."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         handle: Any = super().handle_request  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            _check_body(body)
             return await handle(body, request_id)
         except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
             raise HTTPException(400, f"the request cannot be answered: {type(error).__name__}: {error}") from error
@@ -219,7 +247,20 @@ def serve(
     port: int,
     compiled: bool = False,
 ) -> None:
-    """Serves a model until it is told to stop; see `application`."""
+    """Serves a model until it is told to stop; see `application`.
+
+    Raises:
+        ValueError: when the address cannot be listened on, or the model's own settings of sampling are not supported.
+    """
+    try:
+        sampling_options(model.generation_config)
+    except ValueError as error:
+        raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
+    try:
+        # Before anything is compiled.
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
     if compiled:
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):

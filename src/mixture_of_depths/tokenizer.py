@@ -27,6 +27,16 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before every document: the token that the tokenizer itself puts before a text, as Llama's does."""
+    token = tokenizer.bos_token_id
+    if token == tokenizer.eos_token_id:
+        # The end of the document before is the beginning of the next.
+        return []
+    found = cast(list[int], tokenizer("")["input_ids"])
+    return found[:1] if token in found[:1] else []
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it.
 
@@ -83,6 +93,9 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    # State of an earlier use, which each use sets anew: without it the tokenizer is the same before and after one.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -104,18 +117,23 @@ def cut(document: str) -> Iterator[str]:
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All documents as one row of tokens, each followed by the end-of-text token."""
+    """All documents as one row of tokens, each after its start, if it has one, and before the end-of-text token."""
     backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
     # Others may treat the beginning of a text in a way of their own.
     may_cut = backend.normalizer is None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    first = np.array(start_of_text(tokenizer), dtype=np.int32)
     last = np.array([end_of_text(tokenizer)], dtype=np.int32)
     found: list[np.ndarray] = []
+    is_start = True
     for group in _groups(documents, may_cut):
         encoded = tokenizer([piece for piece, _ in group], add_special_tokens=False, split_special_tokens=True)
         for ids, (_, is_end) in zip(cast(list[list[int]], encoded["input_ids"]), group, strict=True):
+            if is_start:
+                found.append(first)
             found.append(np.array(ids, dtype=np.int32))
             if is_end:
                 found.append(last)
+            is_start = is_end
     return np.concatenate(found)
 
 

@@ -560,10 +560,7 @@ def train(
     with ExitStack() as held:
 
         def open_folder() -> tuple[Path, int] | None:
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"out={folder} is a file; name a folder")
-            if resume:
-                check_resumable(folder)
+            check_folder(folder, resume)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_run(folder))
             return _open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
@@ -752,12 +749,8 @@ def _open_folder(
                 # What transformers adds of its own accord may differ.
                 if name in ("transformers_version", "architectures", "dtype"):
                     continue
-                old, new = earlier.get(part, {}).get(name, defaults[part].get(name)), described[part].get(name)
-                if old != new:
-                    raise ValueError(
-                        f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or "
-                        "use another folder"
-                    )
+                old = earlier.get(part, {}).get(name, defaults[part].get(name))
+                check_unchanged(folder, name, old, described[part].get(name))
         found = latest_checkpoint(folder)
         if found is None and (folder / "result.json").exists():
             raise ValueError(
@@ -765,18 +758,32 @@ def _open_folder(
                 "from the beginning; use its model as it is, or name another folder"
             )
         return found
-    check_unused(folder)
+    # It may have been taken since.
+    _check_unused(folder)
     write_aside(path, json.dumps({**described, **provenance()}, indent=2))
     return None
 
 
-def check_resumable(folder: Path) -> None:
-    """Raises ValueError for a folder without a run."""
-    if not (folder / "run.json").exists():
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises ValueError for a folder in which no run can begin, or that holds none to resume."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} is a file; name a folder")
+    if resume and not (folder / "run.json").exists():
         raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+    if not resume and folder.exists():
+        _check_unused(folder)
 
 
-def check_unused(folder: Path) -> None:
+def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
+    """Raises ValueError when an option of a run that is to go on is another than before."""
+    if old != new:
+        raise ValueError(
+            f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or use another "
+            "folder"
+        )
+
+
+def _check_unused(folder: Path) -> None:
     """Raises ValueError for a folder that holds anything; what a run that was killed at once leaves is nothing."""
     if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
         raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
