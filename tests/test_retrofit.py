@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths import retrofit as retrofit_module
 from mixture_of_depths.data import Corpus, batches
+from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofit import (
     RIDGE,
@@ -170,7 +171,7 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: 
     dense = dense_for(corpus)
     before = {name: weight.clone() for name, weight in dense.state_dict().items()}
     routing = replace(ROUTING, part=part, lora_rank=2)
-    model, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
+    model, _ = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
     assert all(torch.equal(weight, dense.state_dict()[name]) for name, weight in before.items())
     after = model.state_dict()
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
@@ -184,9 +185,30 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: 
     record = json.loads((tmp_path / "out" / "retrofit.json").read_text())
     assert record["routed_layers"] == [1, 2] == loaded.config.routed_layers
     assert record["flops_share"] == flops_share(dense.config, [1, 2], routing, 16)
-    assert result.retrofitted is not None
-    for share in result.retrofitted.causal_routers["threshold"].share_entering.values():
-        assert share == pytest.approx(0.25, abs=0.15)
+    calibrated = corpus.validation.select(range(0, len(corpus.validation), 2))
+    found = evaluate(model, calibrated, corpus.end_of_text, 1.0)
+    for share in found.causal_routers["threshold"].share_entering.values():
+        assert share == pytest.approx(0.25, abs=0.005)
+
+
+def test_what_calibrates_and_what_is_compared_are_the_two_halves_of_the_held_out_text(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {"calibrate": [], "evaluate": []}
+    for name in seen:
+        function = getattr(retrofit_module, name)
+
+        def recorded(
+            model: Any, blocks: Any, *others: Any, name: str = name, function: Any = function, **kw: Any
+        ) -> Any:
+            seen[name].append(blocks["input_ids"])
+            return function(model, blocks, *others, **kw)
+
+        monkeypatch.setattr(retrofit_module, name, recorded)
+    retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
+    (calibrated,), (of_dense, of_retrofitted) = seen["calibrate"], seen["evaluate"]
+    assert of_dense == of_retrofitted
+    assert sorted([*calibrated, *of_dense]) == sorted(corpus.validation["input_ids"])
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])
