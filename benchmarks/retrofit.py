@@ -7,14 +7,15 @@ At each share of the dense model's FLOPs per token (`--shares`): `retrofit`, the
 routed with learned routers; `random`, the same blocks with random routing; `dropped`, the blocks taken out that cost
 least to take out; all with the same tuning, and `tuned`, the dense model with that tuning, too. They are tuned on the
 files of `--tune` and as many characters of the built-in corpus' training part, and tested on the files of `--test` and
-the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, bf16 autocast.
+the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, bf16 autocast. Before each text
+the thresholds are calibrated on 128 blocks of the tuning text of its kind, as `mod calibrate --data` does.
 
 Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
 on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
 came) per text, `flops_ratio` (that of the capacity), `entering` (the share of a text's tokens that does enter a routed
-block), `tuning_minutes`, and, with `--decode`, `tokens_per_s` and `decode_speedup`: bf16, batch 1, prompts from the
-test text, all sides in turns. With `--vllm PYTHON`, the interpreter of an environment with vLLM, its speed with the
-dense model is measured in those turns.
+block), `as_left` (perplexity and entering before that calibration), `tuning_minutes`, and, with `--decode`,
+`tokens_per_s` and `decode_speedup`: bf16, batch 1, prompts from the first test text, all sides in turns and, with
+`--vllm PYTHON`, the interpreter of an environment with vLLM, that with the dense model, too.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.bench import decode_seconds, in_precision
+from mixture_of_depths.calibration import calibrate, causal_routers, spread
 from mixture_of_depths.checkpoint import read_json, write_aside
 from mixture_of_depths.convert import load_dense, to_llama
 from mixture_of_depths.data import Corpus, Skipped, batches, pack, prepare, read_documents, split_documents
@@ -49,7 +51,6 @@ from mixture_of_depths.retrofit import (
     fit_routers,
     measure_importance,
     retrofit,
-    spread,
 )
 from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
 from mixture_of_depths.training import MoDTrainer, Tuning, read_records, train
@@ -97,18 +98,23 @@ def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, 
     raise ValueError(f"shares={share} is less than the embedding and the head alone")
 
 
-def tuning_corpus(files: list[str], out: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> Corpus:
-    """The given files and as many characters of the built-in corpus' training part."""
+def tuning_texts(files: list[str]) -> tuple[list[str], list[str]]:
+    """The given files, and as many characters of the built-in corpus' training part."""
     given = list(read_documents(DataOptions(data=tuple(files)), Skipped()))
-    code, _, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
-    characters = sum(map(len, given))
-    for text in code:
+    every, _, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
+    characters, code = sum(map(len, given)), []
+    for text in every:
         if characters <= 0:
             break
-        given.append(text)
+        code.append(text)
         characters -= len(text)
+    return given, code
+
+
+def tuning_corpus(texts: list[str], out: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> Corpus:
+    """All the texts, prepared as `mod retrofit` does."""
     path = out / "tuning.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = DataOptions(data=(str(path),), sequence_length=length, tokenizer="of the source")
     return prepare(options, tokenizer)
 
@@ -124,21 +130,32 @@ def test_windows(files: dict[str, str], tokenizer: PreTrainedTokenizerFast, coun
     return found
 
 
-def tested(model: MoDForCausalLM, windows: dict[str, datasets.Dataset], end: int) -> dict[str, dict[str, float]]:
-    """By text, the perplexity under causal routing and, of learned routers, the share of tokens that enters a block."""
-    found = {
-        name: evaluate(model, blocks, end, 1.0, batch_size=2, bf16=True, all_causal_routers=False)
-        for name, blocks in windows.items()
-    }
-    entering = {
-        name: mean(shares.values())
-        for name, evaluation in found.items()
-        for shares in (causal.share_entering for causal in evaluation.causal_routers.values())
-    }
-    return {
-        "perplexity": {name: exp(evaluation.loss_causal) for name, evaluation in found.items()},
-        "entering": entering,
-    }
+def tested(
+    model: MoDForCausalLM, windows: dict[str, datasets.Dataset], kinds: dict[str, datasets.Dataset], end: int
+) -> dict[str, Any]:
+    """By text, the perplexity under causal routing and, of learned routers, the share of tokens that enters a block.
+
+    As the model came, `as_left`, and with its routers calibrated on the text of that kind, in place.
+    """
+
+    def results() -> dict[str, dict[str, float]]:
+        return {"perplexity": {}, "entering": {}}
+
+    def test(name: str, into: dict[str, dict[str, float]]) -> None:
+        found = evaluate(model, windows[name], end, 1.0, batch_size=2, bf16=True, all_causal_routers=False)
+        into["perplexity"][name] = exp(found.loss_causal)
+        for causal in found.causal_routers.values():
+            into["entering"][name] = mean(causal.share_entering.values())
+
+    as_left, calibrated = results(), results()
+    for name in windows:
+        test(name, as_left)
+    if not causal_routers(model.config):
+        return as_left
+    for name in windows:
+        calibrate(model, kinds[name], end)
+        test(name, calibrated)
+    return {**calibrated, "as_left": as_left}
 
 
 def main() -> None:
@@ -166,9 +183,12 @@ def main() -> None:
 
     dense, loaded = load_dense(arguments.source)
     tokenizer, length = checked(loaded, arguments.source), arguments.sequence_length
-    corpus = tuning_corpus(arguments.tune, arguments.out, tokenizer, length)
+    given, code = tuning_texts(arguments.tune)
+    corpus = tuning_corpus([*given, *code], arguments.out, tokenizer, length)
     end = end_of_text(tokenizer)
     windows = test_windows(dict(text.split("=", 1) for text in arguments.test), tokenizer, arguments.windows)
+    of_given, of_code = (pack(tokenize(texts, tokenizer), length, "tuning") for texts in (given, code))
+    kinds = {name: of_code if name == "code" else of_given for name in windows}
     training = TrainOptions(
         max_steps=arguments.max_steps,
         batch_size=arguments.batch_size,
@@ -191,7 +211,7 @@ def main() -> None:
         ratio = forward_flops_per_token(model.config, WINDOW) / forward_flops_per_token(dense.config, WINDOW)
         record = {
             "side": side,
-            **tested(model.eval(), windows, end),
+            **tested(model.eval(), windows, kinds, end),
             "flops_ratio": ratio,
             "tuning_minutes": minutes,
             **facts,
@@ -245,7 +265,7 @@ def main() -> None:
     if "tuned" in arguments.sides and "tuned" not in done:
         tune("tuned", without(dense, []))
 
-    speeds = decoding(dense, done, arguments, windows, end) if arguments.decode else {}
+    speeds = decoding(dense, done, arguments, windows, kinds, end) if arguments.decode else {}
     print(json.dumps(summarise(done, speeds, arguments.out), indent=2))
 
 
@@ -254,15 +274,22 @@ def decoding(
     done: dict[str, Any],
     arguments: argparse.Namespace,
     windows: dict[str, datasets.Dataset],
+    kinds: dict[str, datasets.Dataset],
     end_of_text: int,
 ) -> dict[str, float]:
-    """Tokens per second of all sides that are there, in turns: bf16, batch 1, prompts of 128 tokens, 128 new ones."""
+    """Tokens per second of all sides that are there, in turns: bf16, batch 1, prompts of 128 tokens, 128 new ones.
+
+    Prompts are of the first text, and routers calibrated on its kind.
+    """
+    text = next(iter(windows))
     sides = {"dense": in_precision(dense, "bf16")}
     for side in done:
         folder = arguments.out / "runs" / side
         if (folder / "model.safetensors").exists() and side != "tuned":
-            sides[side] = in_precision(MoDForCausalLM.from_pretrained(folder), "bf16")
-    blocks = next(iter(windows.values()))
+            model = MoDForCausalLM.from_pretrained(folder)
+            calibrate(model, kinds[text], end_of_text)
+            sides[side] = in_precision(model, "bf16")
+    blocks = windows[text]
     given = batches(blocks, range(min(6, len(blocks))), end_of_text, 1, dense.device)
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -319,6 +346,7 @@ def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict
             "perplexity_ratio": {name: value / dense[name] for name, value in record["perplexity"].items()},
             "flops_ratio": record["flops_ratio"],
             "entering": record["entering"],
+            "as_left": record.get("as_left"),
             "tuning_minutes": record["tuning_minutes"],
             "blocks": record.get("blocks"),
             "decode_speedup": speeds[side] / speeds["dense"] if side in speeds else None,

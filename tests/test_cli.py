@@ -170,6 +170,13 @@ def test_calibrate_writes_a_model_whose_blocks_take_their_capacity(
     share = json.loads(output)["causal_routers"]["predictor"]["share_entering"]["1"]
     assert share == pytest.approx(0.125, abs=0.05)
     assert found["after"]["tokens"] == found["before"]["tokens"]
+    (tmp_path / "other.txt").write_text("0 1 2 3 4 5 6 7 8 9 " * 400)
+    to_other = ["--data", str(tmp_path / "other.txt"), "--out", str(tmp_path / "to-other")]
+    status, output, _ = run(monkeypatch, capsys, "calibrate", str(checkpoint), *to_other)
+    assert status == 0
+    found = json.loads(output)
+    before, after = (found[name]["causal_routers"]["predictor"]["share_entering"]["1"] for name in ("before", "after"))
+    assert abs(after - 0.125) < abs(before - 0.125)
     status, _, errors = run(monkeypatch, capsys, "calibrate", str(checkpoint), "--out", str(out))
     assert status == 2
     assert "exists" in errors

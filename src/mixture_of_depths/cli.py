@@ -15,6 +15,7 @@ import tyro
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, SamplingOptions, TrainOptions
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
     from mixture_of_depths.data import Corpus
@@ -25,6 +26,7 @@ Flat = tyro.conf.OmitArgPrefixes
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
 Source = Annotated[str, tyro.conf.Positional]
+Texts = Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--text",))]
 # In nats per token; with a larger one, a perplexity is no number.
 MAX_LOSS = 700
 # How PyTorch says so, on an accelerator and on the CPU.
@@ -78,7 +80,7 @@ def train(
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--text",))] = (),
+    data: Texts = (),
     text_column: str = "text",
     sequence_length: int | None = None,
     max_blocks: int | None = None,
@@ -101,12 +103,10 @@ def evaluate(
         task_files: Folder of further tasks, as the harness' YAML.
         limit: Use this many examples of a task instead of all.
     """
-    from mixture_of_depths.checkpoint import read_run
-    from mixture_of_depths.data import Skipped, pack, read_documents
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
-    from mixture_of_depths.tokenizer import end_of_text, tokenize
+    from mixture_of_depths.tokenizer import end_of_text
 
     _quiet()
     if max_blocks is not None and max_blocks < 1:
@@ -132,26 +132,7 @@ def evaluate(
         results = evaluate_tasks(model, tokenizer, tasks, task_files, limit)
         print(json.dumps({"tasks": results, **provenance()}, indent=2))
         return
-    trained = checkpoint / "run.json"
-    if not trained.exists() and not (data and sequence_length):
-        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
-    text = read_run(checkpoint)["text"] if trained.exists() else {}
-    if sequence_length is not None and sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length} must be at least 2")
-    if data:
-        length = sequence_length or text["options"]["sequence_length"]
-        documents = list(read_documents(DataOptions(data=data, text_column=text_column), Skipped()))
-        if not documents:
-            raise ValueError(f"data={' '.join(data)} holds no text")
-        tokens = tokenize(documents, tokenizer)
-        blocks = pack(tokens, length, "given")
-        bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
-    else:
-        corpus = _held_out(checkpoint)
-        length = corpus.options.sequence_length
-        blocks, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
-        if sequence_length not in (None, length):
-            raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
+    blocks, bytes_per_token, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
     model.config.check_length(length)
     found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks=max_blocks)
     for name, loss in (("top-k", found.loss_top_k), ("causal", found.loss_causal)):
@@ -246,16 +227,25 @@ def generate(
         Console(highlight=False, soft_wrap=True).print(coloured(model, tokenizer, samples[0].tokens))
 
 
-def calibrate(checkpoint: Checkpoint, out: Path) -> None:
+def calibrate(
+    checkpoint: Checkpoint,
+    out: Path,
+    data: Texts = (),
+    text_column: str = "text",
+    sequence_length: int | None = None,
+) -> None:
     """Shift the causal routers so that the capacity of each block, and of experts, is what enters on held-out text.
 
-    Half of the held-out blocks calibrate, up to 128; the others are evaluated on, before and after, as JSON. A model
-    that was trained with the auxiliary loss has no constant of its own to shift, and from then on decides by its
-    threshold.
+    With --data on that text: more or fewer tokens of another kind of text may enter. Every second block calibrates, up
+    to 128 of them; on the others the model is evaluated, before and after, as JSON. A model that was trained with the
+    auxiliary loss has no constant of its own to shift, and from then on decides by its threshold.
 
     Args:
         checkpoint: Folder of a trained model.
         out: Folder for the calibrated model.
+        data: Text to calibrate on: files, folders, globs, hub:NAME or "builtin".
+        text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
+        sequence_length: Tokens per block; by default as in training.
     """
     from mixture_of_depths.calibration import calibrate as run
     from mixture_of_depths.calibration import causal_routers
@@ -268,19 +258,20 @@ def calibrate(checkpoint: Checkpoint, out: Path) -> None:
     model, tokenizer = _load(checkpoint)
     if not causal_routers(model.config) and model.config.expert_capacity is None:
         raise ValueError(f"checkpoint={checkpoint} has no learned router and no experts' capacity to calibrate")
-    corpus = _held_out(checkpoint)
-    if len(corpus.validation) < 2:
-        raise ValueError(f"checkpoint={checkpoint} held out fewer than 2 blocks; train with more held-out text")
-    end, size = end_of_text(tokenizer), corpus.facts.validation_bytes_per_token
-    chosen = corpus.validation.select(range(0, len(corpus.validation), 2))
-    others = corpus.validation.select(range(1, len(corpus.validation), 2))
+    blocks, size, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
+    model.config.check_length(length)
+    if len(blocks) < 2:
+        raise ValueError(f"sequence_length={length} leaves fewer than 2 blocks of the text; give more text as data")
+    end = end_of_text(tokenizer)
+    chosen, others = blocks.select(range(0, len(blocks), 2)), blocks.select(range(1, len(blocks), 2))
     before = evaluation(model, others, end, size)
     run(model, chosen, end)
     if model.config.causal_router == "auxiliary_loss":
         model.config.causal_router = "threshold"
     after = evaluation(model, others, end, size)
     out.mkdir(parents=True)
-    shutil.copy(checkpoint / "run.json", out)
+    if (checkpoint / "run.json").exists():
+        shutil.copy(checkpoint / "run.json", out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(str(out))
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
@@ -519,6 +510,45 @@ def _can_compile() -> bool:
     except InvalidCxxCompiler:
         return False
     return True
+
+
+def _text_for(
+    checkpoint: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: tuple[str, ...],
+    text_column: str,
+    sequence_length: int | None,
+) -> tuple["datasets.Dataset", float, int]:
+    """Blocks of the text given, or of what a model's training held out; their bytes per token, and their length.
+
+    Raises:
+        ValueError: when there is no such text, or its length is out of range.
+    """
+    from mixture_of_depths.checkpoint import read_run
+    from mixture_of_depths.data import Skipped, pack, read_documents
+    from mixture_of_depths.tokenizer import tokenize
+
+    trained = checkpoint / "run.json"
+    if not trained.exists() and not (data and sequence_length):
+        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
+    text = read_run(checkpoint)["text"] if trained.exists() else {}
+    if sequence_length is not None and sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 2")
+    if data:
+        length = sequence_length or text["options"]["sequence_length"]
+        documents = list(read_documents(DataOptions(data=data, text_column=text_column), Skipped()))
+        if not documents:
+            raise ValueError(f"data={' '.join(data)} holds no text")
+        tokens = tokenize(documents, tokenizer)
+        blocks = pack(tokens, length, "given")
+        bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
+    else:
+        corpus = _held_out(checkpoint)
+        length = corpus.options.sequence_length
+        blocks, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
+        if sequence_length not in (None, length):
+            raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
+    return blocks, bytes_per_token, length
 
 
 def _held_out(checkpoint: Path) -> "Corpus":
