@@ -290,7 +290,7 @@ def decoding(
             calibrate(model, kinds[text], end_of_text)
             sides[side] = in_precision(model, "bf16")
     blocks = windows[text]
-    given = batches(blocks, range(min(6, len(blocks))), end_of_text, 1, dense.device)
+    given = batches(blocks, range(min(4, len(blocks))), end_of_text, 1, dense.device)
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     vllm: list[float] = []
