@@ -277,15 +277,15 @@ def decoding(
     kinds: dict[str, datasets.Dataset],
     end_of_text: int,
 ) -> dict[str, float]:
-    """Tokens per second of all sides that are there, in turns: bf16, batch 1, prompts of 128 tokens, 128 new ones.
+    """Tokens per second of what was retrofitted or dropped, in turns: bf16, batch 1, 128 tokens after prompts of 128.
 
-    Prompts are of the first text, and routers calibrated on its kind.
+    Every turn is a line in `--out`/decoding.jsonl. Prompts are of the first text, and routers calibrated on its kind.
     """
     text = next(iter(windows))
     sides = {"dense": in_precision(dense, "bf16")}
     for side in done:
         folder = arguments.out / "runs" / side
-        if (folder / "model.safetensors").exists() and side != "tuned":
+        if (folder / "model.safetensors").exists() and side.startswith(("retrofit", "dropped")):
             model = MoDForCausalLM.from_pretrained(folder)
             calibrate(model, kinds[text], end_of_text)
             sides[side] = in_precision(model, "bf16")
@@ -294,13 +294,19 @@ def decoding(
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     vllm: list[float] = []
+
+    def keep(side: str, found: float) -> float:
+        with (arguments.out / "decoding.jsonl").open("a") as file:
+            file.write(json.dumps({"side": side, "prompt": number, "seconds": found, **provenance()}) + "\n")
+        return found
+
     for number, prompt in enumerate(prompts):
         options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=number)
         for side in sorted(sides, reverse=bool(number % 2)):
             torch._dynamo.reset()
-            seconds[side].append(decode_seconds(sides[side], prompt, options))
+            seconds[side].append(keep(side, decode_seconds(sides[side], prompt, options)))
         if arguments.vllm:
-            vllm.append(vllm_seconds(arguments.vllm, dense, prompt, arguments.out))
+            vllm.append(keep("vllm", vllm_seconds(arguments.vllm, dense, prompt, arguments.out)))
     found = {side: 1 / median(times[1:]) for side, times in seconds.items()}
     return found | ({"vllm": 1 / median(vllm[1:])} if vllm else {})
 
