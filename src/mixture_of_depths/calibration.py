@@ -28,6 +28,11 @@ def spread(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
     )
 
 
+def halves(blocks: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Every second block, to calibrate on, and the others, on which to see what came of it."""
+    return blocks.select(range(0, len(blocks), 2)), blocks.select(range(1, len(blocks), 2))
+
+
 def causal_routers(config: MoDConfig) -> tuple[str, ...]:
     """The causal decisions a trained model can make: the one it was trained for, first, and the threshold."""
     if not config.routed_layers or config.router_type == "random":

@@ -248,7 +248,7 @@ def calibrate(
         sequence_length: Tokens per block; by default as in training.
     """
     from mixture_of_depths.calibration import calibrate as run
-    from mixture_of_depths.calibration import causal_routers
+    from mixture_of_depths.calibration import causal_routers, halves
     from mixture_of_depths.evaluation import evaluate as evaluation
     from mixture_of_depths.tokenizer import end_of_text
 
@@ -263,7 +263,7 @@ def calibrate(
     if len(blocks) < 2:
         raise ValueError(f"sequence_length={length} leaves fewer than 2 blocks of the text; give more text as data")
     end = end_of_text(tokenizer)
-    chosen, others = blocks.select(range(0, len(blocks), 2)), blocks.select(range(1, len(blocks), 2))
+    chosen, others = halves(blocks)
     before = evaluation(model, others, end, size)
     run(model, chosen, end)
     if model.config.causal_router == "auxiliary_loss":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from mixture_of_depths.calibration import calibrate, spread
+from mixture_of_depths.calibration import calibrate, halves, spread
 from mixture_of_depths.checkpoint import latest_checkpoint, read_run, write_aside
 from mixture_of_depths.configuration import MoDConfig, capacity_tokens
 from mixture_of_depths.data import Corpus, batches
@@ -422,8 +422,7 @@ def retrofit(
         model.requires_grad_(False)
     for router in routers_of(model).values():
         router.requires_grad_()
-    calibration = corpus.validation.select(range(0, len(corpus.validation), 2))
-    others = corpus.validation.select(range(1, len(corpus.validation), 2))
+    calibration, others = halves(corpus.validation)
 
     schedule = CapacitySchedule(model, options.lowering_fraction)
 
