@@ -4,11 +4,12 @@
         --test wikitext=wikitext2_test.txt --max-steps 400 --out results/retrofit
 
 At each share of the dense model's FLOPs per token (`--shares`): `retrofit`, the blocks that measuring finds cheapest
-routed with learned routers; `random`, the same blocks with random routing; `dropped`, the blocks taken out that cost
-least to take out; all with the same tuning, and `tuned`, the dense model with that tuning, too. They are tuned on the
-files of `--tune` and as many characters of the built-in corpus' training part, and tested on the files of `--test` and
-the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal routing, bf16 autocast. Before each text
-the thresholds are calibrated on 128 blocks of the tuning text of its kind, as `mod calibrate --data` does.
+routed with learned routers, at the capacity that uses the share in full; `random`, the same blocks with random routing;
+`dropped`, the blocks taken out that cost least to take out; all with the same tuning, and `tuned`, the dense model with
+that tuning, too. They are tuned on the files of `--tune` and as many characters of the built-in corpus' training part,
+and tested on the files of `--test` and the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal
+routing, bf16 autocast. Before each text the thresholds are calibrated on 128 blocks of the tuning text of its kind, as
+`mod calibrate --data` does.
 
 Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
 on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
@@ -49,6 +50,7 @@ from mixture_of_depths.retrofit import (
     DistillationTrainer,
     choose_blocks,
     fit_routers,
+    full_capacity,
     measure_importance,
     retrofit,
 )
@@ -250,14 +252,26 @@ def main() -> None:
             side = f"{kind}-{share:g}"
             if kind not in arguments.sides or side in done:
                 continue
-            blocks = tuple(choose_blocks(importance, dense.config, options, length))
-            chosen = replace(options, routed_layers=blocks, router_type="random" if kind == "random" else "learned")
+            blocks = choose_blocks(importance, dense.config, options, length)
+            chosen = replace(
+                options,
+                routed_layers=tuple(blocks),
+                capacity=full_capacity(dense.config, blocks, options, length),
+                router_type="random" if kind == "random" else "learned",
+            )
             folder, resume = folder_of(side)
             model, result = retrofit(dense, arguments.source, corpus, chosen, training, folder, resume, console)
             if not result.finished:
                 raise SystemExit(130)
             assert result.retrofitted is not None
-            keep(side, model, result.tuning_minutes, blocks=result.routed_layers, held_out=result.retrofitted.as_dict())
+            keep(
+                side,
+                model,
+                result.tuning_minutes,
+                blocks=result.routed_layers,
+                capacity=result.capacity,
+                held_out=result.retrofitted.as_dict(),
+            )
         side = f"dropped-{share:g}"
         if "dropped" in arguments.sides and side not in done:
             blocks = cheapest(importance, dense.config, share, length)
@@ -355,6 +369,7 @@ def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict
             "as_left": record.get("as_left"),
             "tuning_minutes": record["tuning_minutes"],
             "blocks": record.get("blocks"),
+            "capacity": record.get("capacity"),
             "decode_speedup": speeds[side] / speeds["dense"] if side in speeds else None,
         }
         for side, record in done.items()

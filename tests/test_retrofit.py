@@ -32,6 +32,7 @@ from mixture_of_depths.retrofit import (
     choose_blocks,
     fit_routers,
     flops_share,
+    full_capacity,
     measure_importance,
     retrofit,
     routed_from,
@@ -132,6 +133,21 @@ def test_the_fewest_of_the_cheapest_blocks_are_chosen(corpus: Corpus) -> None:
         choose_blocks(importance, dense, replace(ROUTING, flops_share=0.01), 16)
 
 
+@pytest.mark.parametrize("entering", [4, 5, 11, 15])
+def test_the_capacity_is_raised_until_the_share_is_used_in_full(corpus: Corpus, entering: int) -> None:
+    dense = dense_for(corpus).config
+    share = flops_share(dense, [1, 3], replace(ROUTING, capacity=entering / 16), 16)
+    assert full_capacity(dense, [1, 3], replace(ROUTING, flops_share=share), 16) == entering / 16
+    assert full_capacity(dense, [1, 3], replace(ROUTING, flops_share=share + 1e-6), 16) == entering / 16
+
+
+def test_a_capacity_that_fills_the_share_is_kept(corpus: Corpus) -> None:
+    dense = dense_for(corpus).config
+    exact = replace(ROUTING, capacity=0.27)
+    routing = replace(exact, flops_share=flops_share(dense, [1, 3], exact, 16))
+    assert full_capacity(dense, [1, 3], routing, 16) == 0.27
+
+
 def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
     model = routed_from(dense_for(corpus), routed_layers=[1, 2], capacity=[0.25, 0.5])
     schedule = CapacitySchedule(model, 0.5)
@@ -185,6 +201,7 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, part: 
     record = json.loads((tmp_path / "out" / "retrofit.json").read_text())
     assert record["routed_layers"] == [1, 2] == loaded.config.routed_layers
     assert record["flops_share"] == flops_share(dense.config, [1, 2], routing, 16)
+    assert record["capacity"] == routing.capacity
     calibrated = corpus.validation.select(range(0, len(corpus.validation), 2))
     found = evaluate(model, calibrated, corpus.end_of_text, 1.0)
     for share in found.causal_routers["threshold"].share_entering.values():
@@ -230,6 +247,8 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
         patch.setattr(CapacitySchedule, "on_step_begin", stopping)
         _, stopped = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", console=QUIET)
         assert not stopped.finished
+    assert routing.capacity < result.capacity
+    assert result.flops_share <= 0.9
     # What is measured once is not measured again.
     monkeypatch.setattr(retrofit_module, "measure_importance", None)
     if has_checkpoint:

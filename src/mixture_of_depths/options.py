@@ -134,9 +134,9 @@ class RetrofitOptions:
     flops_share: float = 0.8
     """FLOPs per token of the result over the dense model's; as many blocks are routed as that takes."""
     capacity: float = 0.125
-    """Fraction of the tokens that enters a routed block."""
+    """Least fraction of the tokens that enters a routed block; it is raised until flops_share is used in full."""
     routed_layers: tuple[int, ...] | None = None
-    """Blocks to route, instead of those that measuring finds; flops_share is then not looked at."""
+    """Blocks to route, instead of those that measuring finds; capacity is then kept and flops_share not looked at."""
     router_type: Literal["learned", "random"] = "learned"
     """Learned routing, or the stochastic control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"

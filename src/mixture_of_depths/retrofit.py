@@ -11,9 +11,10 @@ Shapes: B batch, T tokens, N tokens of a batch, L blocks, D hidden size.
 
 import copy
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -211,6 +212,18 @@ def choose_blocks(
     return sorted(chosen)
 
 
+def full_capacity(dense: MoDConfig, routed_layers: list[int], options: RetrofitOptions, sequence_length: int) -> float:
+    """The largest capacity of these blocks, the options' at least, that stays within the share of the FLOPs."""
+
+    def is_too_much(entering: int) -> bool:
+        filled = replace(options, capacity=entering / sequence_length)
+        return flops_share(dense, routed_layers, filled, sequence_length) > options.flops_share
+
+    counts = range(capacity_tokens(options.capacity, sequence_length) + 1, sequence_length)
+    more = bisect_left(counts, True, key=is_too_much)
+    return counts[more - 1] / sequence_length if more else options.capacity
+
+
 def check_share(dense: MoDConfig, options: RetrofitOptions, sequence_length: int) -> None:
     """Raises ValueError when routing all blocks would not come down to the share of the FLOPs."""
     least = flops_share(dense, list(range(dense.num_hidden_layers)), options, sequence_length)
@@ -303,6 +316,7 @@ class RetrofitResult:
     Attributes:
         finished: False when it was stopped; it can be resumed.
         routed_layers: the blocks that are routed.
+        capacity: fraction of the tokens that enters one.
         importance: what skipping each block of the dense model costs; empty when the blocks were given.
         flops_share: FLOPs per token over the dense model's.
         tuning_minutes: time spent in steps.
@@ -313,6 +327,7 @@ class RetrofitResult:
 
     finished: bool
     routed_layers: list[int]
+    capacity: float
     importance: list[BlockImportance]
     flops_share: float
     tuning_minutes: float
@@ -409,9 +424,13 @@ def retrofit(
             measured = spread(corpus.train, options.measure_blocks)
             importance = measure_importance(dense, weights_LD, options.capacity, measured, end, bf16, console)
             chosen = choose_blocks(importance, dense.config, options, length)
+    placed = options
+    if options.routed_layers is None:
+        placed = replace(options, capacity=full_capacity(dense.config, chosen, options, length))
+    console.print(f"routing blocks {chosen} at a capacity of {placed.capacity:.3f}")
     # Predictors and adapters start at random, whatever was measured before.
     set_seed(training.seed)
-    model = routed_from(dense, **_changes(options, chosen))
+    model = routed_from(dense, **_changes(placed, chosen))
     if weights_LD is not None:
         set_routers(model, weights_LD)
 
@@ -442,11 +461,12 @@ def retrofit(
     )
     with torch._dynamo.config.patch(recompile_limit=GRAPHS) if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
-    share = flops_share(dense.config, chosen, options, length)
+    share = flops_share(dense.config, chosen, placed, length)
     size = corpus.facts.validation_bytes_per_token
     result = RetrofitResult(
         finished=trained.finished,
         routed_layers=chosen,
+        capacity=placed.capacity,
         importance=importance,
         flops_share=share,
         tuning_minutes=trained.train_seconds / 60,
