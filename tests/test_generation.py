@@ -1,6 +1,7 @@
 """The fast decode step samples the tokens of `generate()`, from prompts it can go on from."""
 
 import gc
+import math
 from typing import Any
 
 import psutil
@@ -11,7 +12,7 @@ from test_modeling import tiny
 
 from mixture_of_depths import generation
 from mixture_of_depths.flops import cache_bytes
-from mixture_of_depths.generation import GROWTH, grow, prefill, row_counts, stream
+from mixture_of_depths.generation import GROWTH, draw, grow, prefill, row_counts, stream
 from mixture_of_depths.options import SamplingOptions
 
 
@@ -160,6 +161,31 @@ def test_sampled_tokens_follow_the_settings_of_generate() -> None:
     settings: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(input_ids, repetition_penalty=1.7, **settings)
     assert torch.equal(tokens, expected[:, 6:])
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf, -1.0, -math.inf]])
+    generators = [torch.Generator().manual_seed(0)]
+    drawn = torch.cat([draw(logits, generators) for _ in range(4000)])
+    shares = drawn.bincount(minlength=6) / len(drawn)
+    expected = logits[0].softmax(dim=0)
+    assert shares[expected == 0].sum() == 0
+    # Five standard deviations of a share of a half.
+    assert (shares - expected).abs().max() < 5 * 0.5 / math.sqrt(len(drawn))
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_outermost_random_numbers_draw_tokens_that_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, number: float
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **options: torch.full((1,), number, dtype=options["dtype"]))
+    logits = torch.tensor([[-math.inf, 0.0, 3.0, 1.0, -math.inf]])
+    assert draw(logits, [torch.Generator()]).item() == (3 if number == 0 else 1)
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="logits of the next token are not numbers"):
+        draw(torch.tensor([[0.0, math.nan]]), [torch.Generator()])
 
 
 def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:
