@@ -175,7 +175,7 @@ def generate(
         sampling: How tokens are drawn.
         stream: Print text as it is sampled.
         show_depth: Colour every token by the number of blocks it used.
-        compile: Compile the sampling step: many times faster, after half a minute that is spent once per model.
+        compile: Compile the sampling step: many times faster, after seconds a block that are spent once per model.
     """
     import torch
 

@@ -425,9 +425,11 @@ def end_tokens(model: MoDForCausalLM) -> list[int]:
 COMPILER_OPTIONS: dict[str, Any] = {
     # Moved ahead of the attention that reads the cache, the writes to it could not happen in place.
     "reorder_for_locality": False,
-    # By default graphs with branches are not kept on the disk, and compiling them anew takes half a minute. The
+    # By default graphs with branches are not kept on the disk, and compiling them anew takes seconds a block. The
     # branches are part of what names an entry there.
     "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.cond": "1"},
+    # The shapes of all weights, looked at in every step.
+    "size_asserts": False,
 }
 
 
@@ -455,7 +457,7 @@ def stream(
         seeds: one seed a row; by default the options' and those after it.
         active_B (torch.Tensor | None): True for rows that go on; of shape [B]. It is only read: its owner may end a
             row by writing False between two tokens.
-        compiled: whether to compile the step, which needs a C++ compiler on the CPU and half a minute the first time.
+        compiled: whether to compile the step, which needs a C++ compiler on the CPU; seconds a block the first time.
         watch: is shown the state after the prompts, and after every step, which has read the token yielded before it.
 
     Raises:
