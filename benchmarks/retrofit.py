@@ -58,6 +58,8 @@ from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
 from mixture_of_depths.training import MoDTrainer, Tuning, read_records, train
 
 WINDOW = 1024
+# Turns of every side after each prompt.
+TURNS = 4
 # What may differ between calls with one `--out`; files may have moved.
 FREE = ("source", "tune", "test", "out", "shares", "sides", "decode", "vllm")
 
@@ -293,6 +295,7 @@ def decoding(
 ) -> dict[str, float]:
     """Tokens per second of what was retrofitted or dropped, in turns: bf16, batch 1, 128 tokens after prompts of 128.
 
+    Turns of a side are seconds apart, once all are compiled: the machine's speed drifts by more than what is compared.
     Every turn is a line in `--out`/decoding.jsonl. Prompts are of the first text, and routers calibrated on its kind.
     """
     text = next(iter(windows))
@@ -314,15 +317,19 @@ def decoding(
             file.write(json.dumps({"side": side, "prompt": number, "seconds": found, **provenance()}) + "\n")
         return found
 
+    for model in sides.values():
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = None
+        decode_seconds(model, prompts[0], SamplingOptions(max_new_tokens=8))
     for number, prompt in enumerate(prompts):
-        options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=number)
-        for side in sorted(sides, reverse=bool(number % 2)):
-            torch._dynamo.reset()
-            seconds[side].append(keep(side, decode_seconds(sides[side], prompt, options)))
+        for turn in range(TURNS):
+            options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=TURNS * number + turn)
+            for side in sorted(sides, reverse=bool(turn % 2)):
+                seconds[side].append(keep(side, decode_seconds(sides[side], prompt, options)))
         if arguments.vllm:
             vllm.append(keep("vllm", vllm_seconds(arguments.vllm, dense, prompt, arguments.out)))
-    found = {side: 1 / median(times[1:]) for side, times in seconds.items()}
-    return found | ({"vllm": 1 / median(vllm[1:])} if vllm else {})
+    found = {side: 1 / median(times) for side, times in seconds.items()}
+    return found | ({"vllm": 1 / median(vllm)} if vllm else {})
 
 
 VLLM = """

@@ -18,10 +18,11 @@ def test_a_rounded_weight_is_off_by_half_a_step_at_most() -> None:
     assert bool((error.abs() <= step / 2 * 1.001).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("outputs", [48, 50])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_decode_step_s_product_is_that_of_the_rounded_weights(rows: int, bias: bool) -> None:
-    rounded = Int8Linear(nn.Linear(64, 48, bias=bias))
+def test_the_decode_step_s_product_is_that_of_the_rounded_weights(rows: int, outputs: int, bias: bool) -> None:
+    rounded = Int8Linear(nn.Linear(64, outputs, bias=bias))
     x = torch.randn(rows, 64)
     # Many rows go through a product in bfloat16.
     tolerance = 1e-5 if rows <= 4 else 2e-2

@@ -175,7 +175,7 @@ def generate(
         sampling: How tokens are drawn.
         stream: Print text as it is sampled.
         show_depth: Colour every token by the number of blocks it used.
-        compile: Compile the sampling step: many times faster, after seconds a block that are spent once per model.
+        compile: Compile the sampling step: many times faster, after seconds a block the first time, one in later calls.
     """
     import torch
 
@@ -871,7 +871,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:

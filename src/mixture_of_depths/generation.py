@@ -360,10 +360,16 @@ class TokenChoice:
         """The next tokens, of shape [B]; remembers them.
 
         Raises:
-            ValueError: when a token is to be drawn by logits that are not numbers.
+            FloatingPointError: when logits are not finite, which is no fault of the prompt.
         """
         logits_BV = self.processors(cast(torch.LongTensor, self.known_BT), cast(torch.FloatTensor, logits_BV))
-        token_B = logits_BV.argmax(dim=-1) if self.is_greedy else draw(logits_BV, self.generators)
+        largest_B, token_B = logits_BV.max(dim=-1)
+        if not bool(largest_B.isfinite().all()):
+            raise FloatingPointError(
+                "logits of the next token are not finite; check the weights, or raise the precision"
+            )
+        if not self.is_greedy:
+            token_B = draw(logits_BV, self.generators)
         if self.is_penalised:
             self.known_BT = torch.cat([self.known_BT, token_B[:, None]], dim=1)
         return token_B
@@ -372,15 +378,10 @@ class TokenChoice:
 def draw(logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token a row, of shape [B], by the softmax of its logits; each row from a generator of its own.
 
-    It looks up where a uniform number falls among the cumulative probabilities: at a vocabulary of 49,152 in a seventh
-    of the time of `torch.multinomial`, which draws a number for every token.
-
-    Raises:
-        ValueError: when logits are not numbers.
+    It looks up where a uniform number falls among the cumulative probabilities: for one row of 49,152 tokens in a
+    seventh of the time of `torch.multinomial`, which draws a number for every token.
     """
     upto_BV = logits_BV.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    if not bool(upto_BV[:, -1].isfinite().all()):
-        raise ValueError("logits of the next token are not numbers; check the model's weights, or raise its precision")
     # Above 0 and up to 1, so that no token of probability 0 is found.
     numbers = [1 - torch.rand(1, generator=one, dtype=torch.float64, device=logits_BV.device) for one in generators]
     return torch.searchsorted(upto_BV, torch.stack(numbers) * upto_BV[:, -1:])[:, 0]
@@ -457,11 +458,12 @@ def stream(
         seeds: one seed a row; by default the options' and those after it.
         active_B (torch.Tensor | None): True for rows that go on; of shape [B]. It is only read: its owner may end a
             row by writing False between two tokens.
-        compiled: whether to compile the step, which needs a C++ compiler on the CPU; seconds a block the first time.
+        compiled: whether to compile the step, which needs a C++ compiler on the CPU; see docs/sampling.md for the time.
         watch: is shown the state after the prompts, and after every step, which has read the token yielded before it.
 
     Raises:
         ValueError: for prompts the model cannot go on from.
+        FloatingPointError: when the model's logits are not finite.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     check_prompts(model, input_ids, attention_mask, options.max_new_tokens)

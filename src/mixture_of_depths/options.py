@@ -132,7 +132,7 @@ class RetrofitOptions:
     """How a pretrained dense model is made to skip."""
 
     flops_share: float = 0.8
-    """FLOPs per token of the result over the dense model's; as many blocks are routed as that takes."""
+    """FLOPs per token over the dense model's, at sequence_length; as many blocks are routed as that takes."""
     capacity: float = 0.125
     """Least fraction of the tokens that enters a routed block; it is raised until flops_share is used in full."""
     routed_layers: tuple[int, ...] | None = None

@@ -135,7 +135,7 @@ def page(models: Models, compiled: bool = False) -> gradio.Blocks:
                 for frame in play(model, tokenizer, prompt, options, compiled):
                     outputs[place] = shown(frame, model)
                     yield outputs if len(outputs) > 1 else outputs[0]
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             raise gradio.Error(escape(str(error)), print_exception=False) from error
 
     with gradio.Blocks(title="Mixture-of-Depths playground", analytics_enabled=False) as blocks:

@@ -213,7 +213,7 @@ def choose_blocks(
 
 
 def full_capacity(dense: MoDConfig, routed_layers: list[int], options: RetrofitOptions, sequence_length: int) -> float:
-    """The largest capacity of these blocks, the options' at least, that stays within the share of the FLOPs."""
+    """The largest capacity of these blocks, the options' at least, that keeps to the share of the FLOPs at a length."""
 
     def is_too_much(entering: int) -> bool:
         filled = replace(options, capacity=entering / sequence_length)
@@ -335,17 +335,20 @@ class RetrofitResult:
     retrofitted: Evaluation | None
 
 
-def _measured_before(folder: Path, source: str, options: RetrofitOptions) -> tuple[list[BlockImportance], list[int]]:
-    """What the run in a folder measured, and the blocks it routes.
+def _measured_before(
+    folder: Path, source: str, options: RetrofitOptions
+) -> tuple[list[BlockImportance], list[int], float]:
+    """What the run in a folder measured, the blocks it routes, and their capacity.
 
     Raises:
         ValueError: when the folder holds no retrofit, or one with other options.
     """
-    facts = read_run(folder).get("tuning", {})
+    run = read_run(folder)
+    facts, capacity = run.get("tuning", {}), run.get("model", {}).get("capacity", MoDConfig().capacity)
     if "importance" not in facts:
         raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
     try:
-        before = [BlockImportance(**found) for found in facts["importance"]], facts["chosen"]
+        before = [BlockImportance(**found) for found in facts["importance"]], facts["chosen"], capacity
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a retrofit") from error
     for name, value in json.loads(json.dumps({"source": source, **asdict(options)})).items():
@@ -413,8 +416,9 @@ def retrofit(
     else:
         check_share(dense.config, options, length)
     check_folder(folder, resume)
+    capacity = options.capacity
     if resume:
-        importance, chosen = _measured_before(folder, source, options)
+        importance, chosen, capacity = _measured_before(folder, source, options)
     weights_LD = None
     if not (resume and latest_checkpoint(folder)):
         if options.router_type == "learned":
@@ -424,10 +428,9 @@ def retrofit(
             measured = spread(corpus.train, options.measure_blocks)
             importance = measure_importance(dense, weights_LD, options.capacity, measured, end, bf16, console)
             chosen = choose_blocks(importance, dense.config, options, length)
-    placed = options
-    if options.routed_layers is None:
-        placed = replace(options, capacity=full_capacity(dense.config, chosen, options, length))
-    console.print(f"routing blocks {chosen} at a capacity of {placed.capacity:.3f}")
+            capacity = full_capacity(dense.config, chosen, options, length)
+    placed = replace(options, capacity=capacity)
+    console.print(f"routing blocks {chosen} at a capacity of {capacity:.3f}")
     # Predictors and adapters start at random, whatever was measured before.
     set_seed(training.seed)
     model = routed_from(dense, **_changes(placed, chosen))
@@ -466,7 +469,7 @@ def retrofit(
     result = RetrofitResult(
         finished=trained.finished,
         routed_layers=chosen,
-        capacity=placed.capacity,
+        capacity=capacity,
         importance=importance,
         flops_share=share,
         tuning_minutes=trained.train_seconds / 60,
