@@ -68,8 +68,9 @@ def test_a_stop_string_over_several_tokens_ends_its_row_and_is_neither_streamed_
     assert stopped[0].ended == "stop"
     new = stopped[0].tokens[len(begin(tokenizer, PROMPTS)[0].tokens) :]
     text = tokenizer.decode(new, skip_special_tokens=True)
+    # Of the tokens, as many are kept as the text needs; the last one may hold the beginning of the stop string, too.
     assert text.startswith(stopped[0].text)
-    assert stop not in text
+    assert len(tokenizer.decode(new[:-1], skip_special_tokens=True)) < len(stopped[0].text)
 
 
 def test_text_that_only_begins_like_a_stop_string_comes_out_in_the_end(model: MoDForCausalLM, tokenizer: Any) -> None:
