@@ -102,12 +102,18 @@ def test_train_then_evaluate_gives_the_figures_of_the_run(
     text: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     result = json.loads((checkpoint / "result.json").read_text())
-    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint))
+    status, output, errors = run(monkeypatch, capsys, "evaluate", str(checkpoint))
     assert status == 0
+    assert "causal routing" in errors
+    assert "top-k routing" in errors
     found = json.loads(output)
     for name in ("loss_causal", "loss_top_k", "bits_per_byte", "tokens"):
         assert found[name] == pytest.approx(result["evaluation"][name])
     assert found["parameters"] == result["parameters"]
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--precision", "bf16")
+    rounded = json.loads(output)
+    assert rounded["loss_causal"] != found["loss_causal"]
+    assert rounded["loss_causal"] == pytest.approx(found["loss_causal"], rel=0.02)
     status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--data", str(text / "*.txt"))
     assert json.loads(output)["tokens"] > found["tokens"]
 

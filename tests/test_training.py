@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -246,6 +247,19 @@ def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus)
     without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_blocks=5)
     assert without.loss_causal == without.loss_top_k
     assert without.causal_routers == {}
+
+
+def test_evaluation_computes_4096_tokens_at_a_time_at_most(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MoDForCausalLM(config_for(corpus))
+    sizes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda _, __, given: sizes.append(given["input_ids"].shape), with_kwargs=True)
+    for length, batch_size in ((15, 16), (1000, 4), (5000, 1)):
+        monkeypatch.setattr(model.config, "max_position_embeddings", length)
+        blocks = datasets.Dataset.from_dict({"input_ids": [list(range(1, 6)) * (length // 5)] * 20})
+        sizes.clear()
+        evaluate(model, blocks, 0, 1.0, all_causal_routers=False)
+        assert max(sizes) == (batch_size, length)
+        assert sum(rows for rows, _ in sizes) == 2 * 20
 
 
 def test_resuming_a_finished_run_only_evaluates_it_again(corpus: Corpus, tmp_path: Path) -> None:

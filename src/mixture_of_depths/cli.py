@@ -84,6 +84,7 @@ def evaluate(
     text_column: str = "text",
     sequence_length: int | None = None,
     max_blocks: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     tasks: tuple[str, ...] = (),
     task_files: Path | None = None,
     limit: int | None = None,
@@ -99,10 +100,13 @@ def evaluate(
         text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
         sequence_length: Tokens per block; by default as in training.
         max_blocks: Use this many blocks, evenly spaced, instead of all.
+        precision: Precision of the computation; the weights stay as they are.
         tasks: Tasks or groups of lm-evaluation-harness.
         task_files: Folder of further tasks, as the harness' YAML.
         limit: Use this many examples of a task instead of all.
     """
+    from rich.console import Console
+
     from mixture_of_depths.evaluation import evaluate as run
     from mixture_of_depths.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
@@ -129,12 +133,13 @@ def evaluate(
     if tasks:
         from mixture_of_depths.harness import evaluate_tasks
 
-        results = evaluate_tasks(model, tokenizer, tasks, task_files, limit)
+        results = evaluate_tasks(model, tokenizer, tasks, task_files, limit, bf16=precision == "bf16")
         print(json.dumps({"tasks": results, **provenance()}, indent=2))
         return
     blocks, bytes_per_token, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
     model.config.check_length(length)
-    found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks=max_blocks)
+    console, bf16 = Console(stderr=True), precision == "bf16"
+    found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks, bf16=bf16, console=console)
     for name, loss in (("top-k", found.loss_top_k), ("causal", found.loss_causal)):
         if not loss < MAX_LOSS:
             raise ValueError(
@@ -146,6 +151,7 @@ def evaluate(
         "perplexity_top_k": math.exp(found.loss_top_k),
         "perplexity_causal": math.exp(found.loss_causal),
         "sequence_length": length,
+        "precision": precision,
         "parameters": model_parameters(model.config),
         "forward_flops_per_token": forward_flops_per_token(model.config, length),
         **provenance(),

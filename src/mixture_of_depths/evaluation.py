@@ -9,12 +9,17 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from mixture_of_depths.calibration import causal_routers, using_causal_router
 from mixture_of_depths.data import batches
 from mixture_of_depths.modeling import MoDForCausalLM
 from mixture_of_depths.routing import Routing
+
+# Tokens of a forward pass: with a vocabulary of 49,152, their logits are 0.8 GB.
+TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,10 @@ def evaluate(
     end_of_text: int,
     bytes_per_token: float,
     max_blocks: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     bf16: bool = False,
     all_causal_routers: bool = True,
+    console: Console | None = None,
 ) -> Evaluation:
     """Evaluates a model on packed blocks.
 
@@ -91,10 +97,12 @@ def evaluate(
         end_of_text: the token after which a new document begins.
         bytes_per_token: bytes of UTF-8 per token of this text.
         max_blocks: how many blocks to use, evenly spaced; None for all.
-        batch_size: blocks per forward pass.
+        batch_size: blocks per forward pass; None for 16, or fewer where those are more than 4,096 tokens.
         bf16: whether to compute under bf16 autocast.
         all_causal_routers: whether to try every causal router the model has, or only the configured one.
+        console: where progress is shown; None for nowhere.
     """
+    batch_size = batch_size or max(1, min(16, TOKENS // len(blocks[0]["input_ids"])))
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
     chosen = np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()
     given = list(batches(blocks, chosen, end_of_text, batch_size, model.device))
@@ -107,13 +115,13 @@ def evaluate(
     try:
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
-            causal = _run(model, given, "causal")
-            top_k = _run(model, given, "top_k") if model.config.looks_ahead else causal
+            causal = _run(model, given, "causal", console)
+            top_k = _run(model, given, "top_k", console) if model.config.looks_ahead else causal
             for name in names if all_causal_routers else names[:1]:
                 with using_causal_router(model, name):
                     # The configured one decided above.
-                    decided = causal if name == names[0] else _run(model, given, "causal")
-                    compared = top_k if name == names[0] else _run(model, given, "top_k")
+                    decided = causal if name == names[0] else _run(model, given, "causal", console)
+                    compared = top_k if name == names[0] else _run(model, given, "top_k", console)
                     found[name] = _compared(decided, compared)
     finally:
         model.train(was_training)
@@ -137,11 +145,11 @@ class _Pass:
     experts: dict[int, ExpertEvaluation]
 
 
-def _run(model: MoDForCausalLM, given: list[dict[str, Tensor]], routing: Routing) -> _Pass:
+def _run(model: MoDForCausalLM, given: list[dict[str, Tensor]], routing: Routing, console: Console | None) -> _Pass:
     total, tokens = 0.0, 0
     layers: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     experts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for batch in given:
+    for batch in track(given, f"{routing.replace('_', '-')} routing", console=console, disable=console is None):
         output = model(**batch, use_cache=False, routing=routing, output_routing=True)
         predicted = batch["labels"][:, 1:].numel()
         total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted

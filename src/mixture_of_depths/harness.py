@@ -18,6 +18,7 @@ def evaluate_tasks(
     task_files: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """The harness' figures for each task, under causal routing; groups of tasks are there as a whole, too.
 
@@ -28,6 +29,7 @@ def evaluate_tasks(
         task_files: folder of further tasks, as the harness' own YAML.
         limit: number of examples per task; None for all.
         batch_size: requests computed together.
+        bf16: whether to compute under bf16 autocast.
 
     Raises:
         ValueError: for a task that is not known, or whose files are damaged.
@@ -41,7 +43,10 @@ def evaluate_tasks(
     # Their decorators hide the arguments of both.
     wrap: Any = HFLM
     run: Any = simple_evaluate
-    harness_model = wrap(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    precision = "bfloat16" if bf16 else None
+    harness_model = wrap(
+        model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=precision
+    )
     settings = {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
     try:
         found = run(harness_model, tasks=list(tasks), task_manager=manager, **settings)
