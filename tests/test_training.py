@@ -367,15 +367,13 @@ def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: C
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
-def test_one_process_can_train_many_compiled_models(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_one_process_can_train_many_compiled_models(corpus: Corpus, tmp_path: Path) -> None:
     torch.compiler.reset()
     for width in (16, 24):
         config = config_for(corpus, hidden_size=width, num_hidden_layers=2)
         opts = TrainOptions(max_steps=1, batch_size=4, compile=True)
-        assert train(config, corpus, opts, tmp_path / str(width), console=QUIET)[1].finished
+        with torch._dynamo.config.patch(recompile_limit=2):
+            assert train(config, corpus, opts, tmp_path / str(width), console=QUIET)[1].finished
 
 
 def test_tensorboard_shows_losses_shares_weights_and_the_routing_map(corpus: Corpus, tmp_path: Path) -> None:
