@@ -1,5 +1,6 @@
 """Reading, splitting, tokenising, packing and caching text."""
 
+import copy
 import gzip
 import json
 import time
@@ -191,9 +192,10 @@ def test_a_tokenizer_learns_from_a_word_of_a_million_characters_at_once(word: st
 
 
 def _tokenizer(cache: list[Any] = []) -> Any:  # noqa: B006
+    """A tokenizer that a test may change."""
     if not cache:
         cache.append(train_tokenizer([SENTENCE * 50], 300))
-    return cache[0]
+    return copy.deepcopy(cache[0])
 
 
 def test_blocks_hold_the_documents_in_order_with_end_of_text_between(tmp_path: Path) -> None:
