@@ -2,9 +2,10 @@
 
     python benchmarks/conversations.py SmolLM2-135M-Instruct.Q4_1.gguf runs/retrofit --out results/retrofit
 
-The dense model answers 250 questions; nine tenths of these conversations are tuned on with trl's SFTTrainer, 50 steps of
-4 x 512 tokens, and some of them calibrated on. `--out`/conversations.json has for each state the loss on the last tenth
-in nats per token, under causal routing, and the greedy answers to questions that none of the 250 is about.
+The dense model answers 250 questions; nine tenths of these conversations are tuned on with trl's SFTTrainer, 50 steps
+of 4 x 512 tokens, and some of them calibrated on. `--out`/conversations.json has for each state the loss on the last
+tenth in nats per token, under causal routing, and the greedy answers to questions that none of the 250 is about.
+Needs trl.
 """
 
 import argparse
@@ -14,12 +15,13 @@ import tempfile
 import time
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.calibration import calibrate
@@ -37,12 +39,12 @@ FORMS = (
     "Give me three facts about {}.",
     "Why is {} important?",
 )
-TOPICS = (
-    "Paris, the moon, bread, photosynthesis, Python lists, football, the Roman Empire, cats, electricity, rain, the heart, "
-    "chess, Japan, volcanoes, music, democracy, the ocean, sleep, coffee, bicycles, Mozart, gravity, bees, the internet, "
-    "mountains, painting, trains, vitamins, dreams, glass, Brazil, dinosaurs, money, books, snow, sugar, robots, tea, "
-    "the sun, castles, a lost dog, courage, winter, gardens, maps, clocks, friendship, bridges, stars, salt"
-).split(", ")
+TOPICS = """
+Paris, the moon, bread, photosynthesis, Python lists, football, the Roman Empire, cats, electricity, rain, the heart,
+chess, Japan, volcanoes, music, democracy, the ocean, sleep, coffee, bicycles, Mozart, gravity, bees, the internet,
+mountains, painting, trains, vitamins, dreams, glass, Brazil, dinosaurs, money, books, snow, sugar, robots, tea,
+the sun, castles, a lost dog, courage, winter, gardens, maps, clocks, friendship, bridges, stars, salt
+"""
 UNSEEN = (
     "What is the capital of France?",
     "What is the capital of Italy?",
@@ -60,9 +62,10 @@ def answers(
 ) -> list[Conversation]:
     asked = [[{"role": "user", "content": question}] for question in questions]
     given: Any = tokenizer.apply_chat_template(
-        asked, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    found = cast(torch.Tensor, model.eval().generate(**given, **options))[:, given["input_ids"].shape[1] :]
+    sampler: Any = model.eval()
+    found = sampler.generate(**given, **options)[:, given["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     return [[*turns, {"role": "assistant", "content": text}] for turns, text in zip(asked, texts, strict=True)]
 
@@ -102,9 +105,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     dense, tokenizer = load_dense(arguments.source)
+    # The conversations are answered together, and end where sampling begins.
+    tokenizer.padding_side = "left"
     states: dict[str, dict[str, Any]] = {}
 
-    questions = [form.format(topic) for topic in TOPICS for form in FORMS]
+    questions = [form.format(topic.strip()) for topic in TOPICS.split(",") for form in FORMS]
     random.Random(0).shuffle(questions)
     torch.nn.Module.to(dense, torch.bfloat16)
     sampling = {"max_new_tokens": 180, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
