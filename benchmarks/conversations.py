@@ -90,6 +90,7 @@ def tune(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, conversation
             packing_strategy="wrapped",
             gradient_checkpointing=False,
             bf16=True,
+            use_cpu=not torch.cuda.is_available(),
             report_to=[],
             save_strategy="no",
         )
