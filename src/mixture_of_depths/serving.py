@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
@@ -214,6 +215,13 @@ class _Response(_Checked, ResponseHandler):
     pass
 
 
+async def _refusal(_request: Request, error: Exception) -> JSONResponse:
+    """The reason in OpenAI's form, of which its clients show the message, and in FastAPI's."""
+    assert isinstance(error, HTTPException)
+    told = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": told, "detail": error.detail}, error.status_code, error.headers)
+
+
 def application(
     model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, compiled: bool = False
 ) -> FastAPI:
@@ -235,6 +243,7 @@ def application(
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
+    app.add_exception_handler(HTTPException, _refusal)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     return app
 
