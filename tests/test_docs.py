@@ -20,8 +20,9 @@ import pytest
 import torch
 import yaml
 from test_harness import TASK
+from test_serving import make_checkpoint
 
-from mixture_of_depths import cli
+from mixture_of_depths import MoDForCausalLM, cli
 from mixture_of_depths.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,22 @@ def test_the_python_of_the_readme_runs() -> None:
     for block in blocks:
         exec(block.replace("compiled=True", "compiled=False"), names)
     assert names["output"].routing[1].entered.shape == (1, 16)
+
+
+@pytest.mark.slow
+def test_the_python_that_tunes_on_conversations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "runs" / "retrofit")
+    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "retrofit.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block.replace("max_steps=50", "max_steps=3"), names)
+    assert names["blocks"]
+    left, tuned = (MoDForCausalLM.from_pretrained(f"runs/{name}").state_dict() for name in ("retrofit", "chat"))
+    changed = {name for name, weight in left.items() if not torch.equal(weight, tuned[name])}
+    assert any("mlp" in name for name in changed)
+    assert any("router" in name for name in changed)
 
 
 def readers_folder(folder: Path) -> None:
