@@ -9,6 +9,7 @@ Needs trl.
 """
 
 import argparse
+import copy
 import json
 import random
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
@@ -26,6 +28,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.calibration import calibrate
 from mixture_of_depths.convert import load_dense
+from mixture_of_depths.data import pack
 from mixture_of_depths.evaluation import evaluate
 from mixture_of_depths.provenance import provenance
 
@@ -72,8 +75,7 @@ def answers(
 
 def packed(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
     rows: Any = tokenizer.apply_chat_template(conversations, return_dict=True)
-    ids = list(chain.from_iterable(rows["input_ids"]))
-    return datasets.Dataset.from_dict({"input_ids": [ids[i : i + LENGTH] for i in range(0, len(ids) - LENGTH, LENGTH)]})
+    return pack(np.array(list(chain.from_iterable(rows["input_ids"])), dtype=np.int32), LENGTH, "conversations")
 
 
 def tune(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> None:
@@ -112,11 +114,11 @@ def main() -> None:
 
     questions = [form.format(topic.strip()) for topic in TOPICS.split(",") for form in FORMS]
     random.Random(0).shuffle(questions)
-    torch.nn.Module.to(dense, torch.bfloat16)
+    rounded = copy.deepcopy(dense)
+    torch.nn.Module.to(rounded, torch.bfloat16)
     sampling = {"max_new_tokens": 180, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    given = [answers(dense, tokenizer, questions[i : i + 50], **sampling) for i in range(0, len(questions), 50)]
+    given = [answers(rounded, tokenizer, questions[i : i + 50], **sampling) for i in range(0, len(questions), 50)]
     conversations = list(chain.from_iterable(given))
-    torch.nn.Module.to(dense, torch.float32)
     share = len(conversations) // 10
     tuning, held_out = conversations[:-share], packed(conversations[-share:], tokenizer)
     calibration = packed(tuning[:80], tokenizer)

@@ -130,15 +130,16 @@ def evaluate(
     if tasks:
         _needs("eval", "lm_eval")
     model, tokenizer = _load(checkpoint)
+    bf16 = precision == "bf16"
     if tasks:
         from mixture_of_depths.harness import evaluate_tasks
 
-        results = evaluate_tasks(model, tokenizer, tasks, task_files, limit, bf16=precision == "bf16")
+        results = evaluate_tasks(model, tokenizer, tasks, task_files, limit, bf16=bf16)
         print(json.dumps({"tasks": results, **provenance()}, indent=2))
         return
     blocks, bytes_per_token, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
     model.config.check_length(length)
-    console, bf16 = Console(stderr=True), precision == "bf16"
+    console = Console(stderr=True)
     found = run(model, blocks, end_of_text(tokenizer), bytes_per_token, max_blocks, bf16=bf16, console=console)
     for name, loss in (("top-k", found.loss_top_k), ("causal", found.loss_causal)):
         if not loss < MAX_LOSS:
