@@ -25,11 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from mixture_of_depths import MoDForCausalLM
-from mixture_of_depths.calibration import calibrate
-from mixture_of_depths.convert import load_dense
-from mixture_of_depths.data import pack
-from mixture_of_depths.evaluation import evaluate
+from mixture_of_depths import MoDForCausalLM, calibrate, evaluate, load_dense, pack
 from mixture_of_depths.provenance import provenance
 
 LENGTH = 512
@@ -64,12 +60,12 @@ def answers(
     model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[str], **options: Any
 ) -> list[Conversation]:
     asked = [[{"role": "user", "content": question}] for question in questions]
-    given: Any = tokenizer.apply_chat_template(
+    prompts: Any = tokenizer.apply_chat_template(
         asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     sampler: Any = model.eval()
-    found = sampler.generate(**given, **options)[:, given["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    replies = sampler.generate(**prompts, **options)[:, prompts["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
     return [[*turns, {"role": "assistant", "content": text}] for turns, text in zip(asked, texts, strict=True)]
 
 
@@ -117,18 +113,18 @@ def main() -> None:
     rounded = copy.deepcopy(dense)
     torch.nn.Module.to(rounded, torch.bfloat16)
     sampling = {"max_new_tokens": 180, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    given = [answers(rounded, tokenizer, questions[i : i + 50], **sampling) for i in range(0, len(questions), 50)]
-    conversations = list(chain.from_iterable(given))
+    answered = [answers(rounded, tokenizer, questions[i : i + 50], **sampling) for i in range(0, len(questions), 50)]
+    conversations = list(chain.from_iterable(answered))
     share = len(conversations) // 10
     tuning, held_out = conversations[:-share], packed(conversations[-share:], tokenizer)
     calibration = packed(tuning[:80], tokenizer)
 
     def report(state: str, model: MoDForCausalLM) -> None:
-        found = evaluate(model, held_out, NO_END, 1.0, all_causal_routers=False)
+        evaluation = evaluate(model, held_out, NO_END, 1.0, all_causal_routers=False)
         said = answers(model, tokenizer, list(UNSEEN), max_new_tokens=50, do_sample=False)
         states[state] = {
-            "loss": found.loss_causal,
-            "share_entering": {name: router.share_entering for name, router in found.causal_routers.items()},
+            "loss": evaluation.loss_causal,
+            "share_entering": {name: router.share_entering for name, router in evaluation.causal_routers.items()},
             "answers": {question["content"]: answer["content"] for question, answer in said},
         }
         print(json.dumps({state: states[state]}, indent=2), flush=True)

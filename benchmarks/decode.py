@@ -37,8 +37,9 @@ import torch
 import xllamacpp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.bench import (
+from mixture_of_depths import MoDConfig, MoDForCausalLM, SamplingOptions, decode_bytes
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.sampling.bench import (
     BYTES,
     cache_of,
     decode_seconds,
@@ -46,9 +47,6 @@ from mixture_of_depths.bench import (
     prefill_seconds,
     read_gigabytes_per_second,
 )
-from mixture_of_depths.flops import decode_bytes
-from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.provenance import provenance
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
 SHAPES: dict[str, dict[str, Any]] = {
@@ -215,9 +213,9 @@ class LlamaCpp:
             assert self.pipe.recv(), "llama.cpp made another number of tokens"
 
         os.kill(self.process.pid, signal.SIGCONT)
-        found = decode_speed(run, input_ids.shape[0])
+        tokens_per_second = decode_speed(run, input_ids.shape[0])
         os.kill(self.process.pid, signal.SIGSTOP)
-        return found
+        return tokens_per_second
 
     def close(self) -> None:
         self.process.kill()
@@ -252,13 +250,13 @@ def measure(
         for turn in range(repeats + 1):
             order = list(sides)
             for side in order[turn % len(order) :] + order[: turn % len(order)]:
-                found = sides[side](texts[turn][:, :PROMPT].contiguous(), 1000 * turn)
+                speed = sides[side](texts[turn][:, :PROMPT].contiguous(), 1000 * turn)
                 if turn > 0:
-                    speeds[side].append(found)
+                    speeds[side].append(speed)
             for side, model in models.items():
-                found = prefill_seconds(model, long)
+                prefill = prefill_seconds(model, long)
                 if turn > 0:
-                    prefills[side].append(found)
+                    prefills[side].append(prefill)
             bandwidths.append(read_gigabytes_per_second())
     finally:
         if server is not None:
@@ -291,7 +289,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 64
+    torch.compiler.config.recompile_limit = 64
     record: dict[str, Any] = {"benchmark": "decode", "repeats": arguments.repeats}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
@@ -299,10 +297,10 @@ def main() -> None:
             calibrate(ours["mod"])
             for batch_size in arguments.batch_sizes:
                 for precision in arguments.precisions:
-                    found = measure(ours, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
-                    record[f"{name} {precision} batch {batch_size}"] = found
-                    print(f"{name} {precision} batch {batch_size}: {json.dumps(found)}", file=sys.stderr, flush=True)
-                    torch._dynamo.reset()
+                    figures = measure(ours, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
+                    record[f"{name} {precision} batch {batch_size}"] = figures
+                    print(f"{name} {precision} batch {batch_size}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+                    torch.compiler.reset()
     print(json.dumps({**record, **provenance()}))
 
 

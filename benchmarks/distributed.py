@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from mixture_of_depths.files import read_records
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import read_records
 
 MODEL = ["--hidden-size", "128", "--num-hidden-layers", "4", "--num-attention-heads", "4"]
 DATA = ["--max-characters", "1000000", "--vocab-size", "1024", "--sequence-length", "128"]
@@ -35,7 +35,7 @@ def train(folder: Path, way: str, steps: int) -> list[dict[str, Any]]:
     """Trains as `way` says and returns the run's records."""
     processes, settings = WAYS[way]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    program = [sys.executable, *(launcher if processes > 1 else []), "-m", "mixture_of_depths.cli", "train"]
+    program = [sys.executable, *(launcher if processes > 1 else []), "-m", "mixture_of_depths", "train"]
     run = ["--out", str(folder / way), "--cache-dir", str(folder / "cache"), "--max-steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     command = [*program, *run, *MODEL, *DATA, "--batch-size", "16"]
@@ -63,14 +63,14 @@ def main() -> None:
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         records = {way: train(Path(folder), way, steps) for way in WAYS}
-    found = {
+    figures = {
         "benchmark": "distributed",
         "steps": steps,
         "ddp_max_loss_difference": largest_difference(records["one"], records["ddp"]),
         "fsdp_max_loss_difference": largest_difference(records["one"], records["fsdp"]),
-        **{f"{way}_tokens_per_second": speed(found) for way, found in records.items()},
+        **{f"{way}_tokens_per_second": speed(records[way]) for way in WAYS},
     }
-    print(json.dumps({**found, **provenance()}))
+    print(json.dumps({**figures, **provenance()}))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ import torch
 from train_step import SHAPE, in_fresh_process, seconds
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.experts import ExpertMLP
-from mixture_of_depths.flops import training_flops_per_token
+from mixture_of_depths import MoDConfig, MoDForCausalLM, training_flops_per_token
+from mixture_of_depths.model.experts import ExpertMLP
 from mixture_of_depths.provenance import provenance
 
 BATCH, LENGTH, EXPERTS = 8, 512, 8
@@ -81,9 +80,9 @@ def make_mlps(bf16: bool, compiled: bool) -> dict[str, Callable[[], None]]:
     def timed(module: torch.nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
         def step() -> None:
             module.zero_grad(set_to_none=True)
-            given = hidden.clone().requires_grad_()
+            inputs = hidden.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = run(given)
+                out = run(inputs)
             out.backward(grad.to(out.dtype))
 
         return step
@@ -91,7 +90,7 @@ def make_mlps(bf16: bool, compiled: bool) -> dict[str, Callable[[], None]]:
     our_run: Any = torch.compile(ours, dynamic=False) if compiled else ours
     their_run: Any = torch.compile(theirs, dynamic=False) if compiled else theirs
     return {
-        "ours": timed(ours, lambda given: our_run(given, None, "top_k")[0]),
+        "ours": timed(ours, lambda inputs: our_run(inputs, None, "top_k")[0]),
         "mixtral": timed(theirs, their_run),
     }
 
@@ -114,11 +113,11 @@ def measure(bf16: bool, repeats: int, threads: int) -> dict[str, Any]:
 
     def ms(side: str, *parts: str) -> float:
         """The better of eager and compiled, over the parts' sum."""
-        found = []
+        medians = []
         for compiled in kinds:
             series = zip(*(times[side, part, compiled] for part in parts), strict=True)
-            found.append(median(sum(turn) for turn in series) * 1e3)
-        return min(found)
+            medians.append(median(sum(turn) for turn in series) * 1e3)
+        return min(medians)
 
     record = {
         **{f"{side}_ms": ms(side, "passes", "optimizer") for side in ("dense", "moe")},

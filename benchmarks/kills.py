@@ -30,10 +30,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mixture_of_depths import cli, data, training
-from mixture_of_depths.checkpoint import read_json
+from mixture_of_depths.cli.main import main as command_line
+from mixture_of_depths.files import read_json, read_records
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import read_records
+from mixture_of_depths.text import corpus
+from mixture_of_depths.training.trainer import MoDTrainer
 
 RESULTS = Path(__file__).parent.parent / "results" / "reliability"
 PHASES: tuple[str, ...] = ("preparation", "step", "save", "evaluation")
@@ -41,7 +42,7 @@ KILLS_A_RUN = 5
 OPTIONS = [
     *("--max-characters", "1000000", "--vocab-size", "512", "--sequence-length", "64"),
     *("--hidden-size", "32", "--num-hidden-layers", "4", "--num-attention-heads", "2"),
-    *("--max-steps", "60", "--batch-size", "8", "--save-every", "5", "--eval-every", "10", "--eval-blocks", "32"),
+    *("--max-steps", "60", "--batch-size", "8", "--save-every", "5", "--eval-every", "10", "--eval-sequences", "32"),
 ]
 OF_TIME = {"tokens_per_second", "flops_per_second", "train_seconds"}
 OF_TIME |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
@@ -86,12 +87,13 @@ def run_command_line(noted: str, arguments: list[str]) -> None:
     """What the killed process does: the command line, noting its phases."""
     phase = Phase(Path(noted))
     phase.note("other")
-    phase.wrap(data, "prepare_cache", "preparation")
-    phase.wrap(training.MoDTrainer, "training_step", "step")
-    phase.wrap(training.MoDTrainer, "_save_checkpoint", "save")
-    phase.wrap(training.MoDTrainer, "evaluate", "evaluation")
+    # The command imports it from there when it runs.
+    phase.wrap(corpus, "prepare_cache", "preparation")
+    phase.wrap(MoDTrainer, "training_step", "step")
+    phase.wrap(MoDTrainer, "_save_checkpoint", "save")
+    phase.wrap(MoDTrainer, "evaluate", "evaluation")
     sys.argv[1:] = arguments
-    cli.main()
+    command_line()
     Path(f"{noted}.seconds").write_text(json.dumps(phase.seconds))
 
 
@@ -166,8 +168,8 @@ def main() -> None:
             process, _ = start(folder)
             # One that ended by itself before its kill counts, too.
             ended = process.wait() == 0 and all(kill["status"] in (0, -signal.SIGKILL) for kill in here)
-            found = left_behind(folder) if ended else {}
-            differing = [name for name in whole if found.get(name) != whole[name]]
+            left = left_behind(folder) if ended else {}
+            differing = [name for name in whole if left.get(name) != whole[name]]
             exact = not differing
             counted = [kill for kill in here if kill.pop("status") == -signal.SIGKILL]
             kills += [{"run": number, **kill, "survived": ended, "exact": exact} for kill in counted]

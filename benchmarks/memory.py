@@ -35,12 +35,20 @@ from rich.console import Console
 from train_step import in_fresh_process
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.data import prepare
-from mixture_of_depths.generation import stream
-from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
+from mixture_of_depths import (
+    DataOptions,
+    MoDConfig,
+    ModelOptions,
+    MoDForCausalLM,
+    SamplingOptions,
+    TrainOptions,
+    Tuning,
+    model_config,
+    prepare,
+    stream,
+    train,
+)
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import Tuning, model_config, train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -142,7 +150,7 @@ def training(steps: int) -> list[float]:
         corpus = prepare(data)
         shape = ModelOptions(hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
         config = model_config(shape, corpus.tokenizer, data.sequence_length)
-        options = TrainOptions(max_steps=steps, batch_size=8, eval_every=50, eval_blocks=16, save_every=100)
+        options = TrainOptions(max_steps=steps, batch_size=8, eval_every=50, eval_sequences=16, save_every=100)
         tuning = Tuning(MoDForCausalLM(config), {}, callbacks=(CountSteps(meter),))
         train(config, corpus, options, Path(folder) / "run", console=Console(quiet=True), tuning=tuning)
     return meter.readings
@@ -158,12 +166,12 @@ def draw(readings: dict[str, list[float]], steps: dict[str, int], out: Path) -> 
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
     axes.axvspan(0, 0.2, color="0.93", label="warm-up")
     colours = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#009E73")
-    for (name, found), colour in zip(readings.items(), colours, strict=True):
-        tenth = len(found) // 10
-        start = median(found[2 * tenth : 3 * tenth])
-        share = [(number + 1) / len(found) for number in range(len(found))]
-        label = f"{name}, {steps[name]:,} steps: {growth_mb(found):+.1f} MB"
-        axes.plot(share, [value - start for value in found], color=colour, lw=1.2, label=label)
+    for (name, rss_mb), colour in zip(readings.items(), colours, strict=True):
+        tenth = len(rss_mb) // 10
+        start = median(rss_mb[2 * tenth : 3 * tenth])
+        share = [(number + 1) / len(rss_mb) for number in range(len(rss_mb))]
+        label = f"{name}, {steps[name]:,} steps: {growth_mb(rss_mb):+.1f} MB"
+        axes.plot(share, [value - start for value in rss_mb], color=colour, lw=1.2, label=label)
     axes.set_xlabel("share of the steps done")
     axes.set_ylabel("resident memory over that after the warm-up (MB)")
     axes.set_xlim(0, 1)
@@ -191,7 +199,7 @@ def main() -> None:
         "training": (arguments.training_steps, partial(training, arguments.training_steps)),
     }
     readings = {name: in_fresh_process(in_one_thread, case) for name, (_, case) in cases.items()}
-    found = {
+    by_case = {
         name: {
             "steps": cases[name][0],
             "rss_growth_mb": round(growth_mb(values), 2),
@@ -199,12 +207,12 @@ def main() -> None:
         }
         for name, values in readings.items()
     }
-    growth = max(case["rss_growth_mb"] for case in found.values())
+    growth = max(case["rss_growth_mb"] for case in by_case.values())
     out.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": "memory", "rss_growth_mb": growth, "cases": found, **provenance()}
+    record = {"benchmark": "memory", "rss_growth_mb": growth, "cases": by_case, **provenance()}
     (out / "memory.json").write_text(json.dumps(record) + "\n")
     draw(readings, {name: steps for name, (steps, _) in cases.items()}, out / "memory.png")
-    print(json.dumps({name: case["rss_growth_mb"] for name, case in found.items()}))
+    print(json.dumps({name: case["rss_growth_mb"] for name, case in by_case.items()}))
 
 
 if __name__ == "__main__":

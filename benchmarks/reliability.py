@@ -9,7 +9,7 @@ Reads what `kills.py`, `bad_inputs.py`, `distributed.py`, `memory.py` and `servi
 import json
 from pathlib import Path
 
-from mixture_of_depths.checkpoint import read_json
+from mixture_of_depths.files import read_json
 from mixture_of_depths.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "reliability"
@@ -30,14 +30,15 @@ SOURCES = {
 
 
 def main() -> None:
-    found, commands = {}, {}
+    summary, commands = {}, {}
     for name, (command, figures) in SOURCES.items():
         measured = read_json(RESULTS / f"{name}.json")
         for figure in figures:
-            found[figure] = measured[figure]
+            summary[figure] = measured[figure]
             commands[figure] = f"{command}  # at {measured['git_commit']}"
-    (RESULTS / "summary.json").write_text(json.dumps({**found, "commands": commands, **provenance()}, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    record = {**summary, "commands": commands, **provenance()}
+    (RESULTS / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ routed with learned routers, at the capacity that uses the share in full; `rando
 `dropped`, the blocks taken out that cost least to take out; all with the same tuning, and `tuned`, the dense model with
 that tuning, too. They are tuned on the files of `--tune` and as many characters of the built-in corpus' training part,
 and tested on the files of `--test` and the built-in corpus' held-out part (`code`): windows of 1,024 tokens, causal
-routing, bf16 autocast. Before each text the thresholds are calibrated on 128 blocks of the tuning text of its kind, as
-`mod calibrate --data` does.
+routing, bf16 autocast. Before each text the thresholds are calibrated on 128 sequences of the tuning text of its kind,
+as `mod calibrate --data` does.
 
 Every side is a folder in `--out`/runs and a line in `--out`/records.jsonl once it is done; run again, the script goes
 on where it stopped. `--out`/summary.json has per side `perplexity` and `perplexity_ratio` (to the dense model as it
@@ -35,27 +35,37 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.bench import decode_seconds, in_precision
-from mixture_of_depths.calibration import calibrate, causal_routers, spread
-from mixture_of_depths.checkpoint import read_json, write_aside
-from mixture_of_depths.convert import load_dense, to_llama
-from mixture_of_depths.data import Corpus, Skipped, batches, pack, prepare, read_documents, split_documents
-from mixture_of_depths.evaluation import evaluate
-from mixture_of_depths.flops import forward_flops_per_token
-from mixture_of_depths.options import DataOptions, RetrofitOptions, SamplingOptions, TrainOptions
-from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofit import (
-    BlockImportance,
-    DistillationTrainer,
-    choose_blocks,
-    fit_routers,
-    full_capacity,
-    measure_importance,
+from mixture_of_depths import (
+    Corpus,
+    DataOptions,
+    MoDConfig,
+    MoDForCausalLM,
+    RetrofitOptions,
+    SamplingOptions,
+    TrainOptions,
+    Tuning,
+    calibrate,
+    evaluate,
+    forward_flops_per_token,
+    load_dense,
+    pack,
+    prepare,
+    read_documents,
     retrofit,
+    to_llama,
+    tokenize,
+    train,
 )
-from mixture_of_depths.tokenizer import checked, end_of_text, tokenize
-from mixture_of_depths.training import MoDTrainer, Tuning, read_records, train
+from mixture_of_depths.files import read_json, read_records, write_aside
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.retrofitting.choose import choose_blocks, full_capacity
+from mixture_of_depths.retrofitting.measure import BlockImportance, fit_routers, measure_importance
+from mixture_of_depths.retrofitting.tune import DistillationTrainer
+from mixture_of_depths.sampling.bench import decode_seconds, in_precision
+from mixture_of_depths.text.batches import batches, spread
+from mixture_of_depths.text.documents import Skipped, split_documents
+from mixture_of_depths.text.tokenizer import checked, end_of_text
+from mixture_of_depths.training.trainer import MoDTrainer
 
 WINDOW = 1024
 # Turns of every side after each prompt.
@@ -85,10 +95,10 @@ def measured(
     """What skipping each block costs: measured once and kept in `--out`/importance.json."""
     path = out / "importance.json"
     if not path.exists():
-        end, blocks = corpus.end_of_text, spread(corpus.train, options.measure_blocks)
-        weights_LD = fit_routers(dense, spread(corpus.train, options.fit_blocks), end, bf16)
-        found = measure_importance(dense, weights_LD, options.capacity, blocks, end, bf16, Console(stderr=True))
-        write_aside(path, json.dumps([asdict(block) for block in found]))
+        end, sequences = corpus.end_of_text, spread(corpus.train, options.measure_sequences)
+        weights_LD = fit_routers(dense, spread(corpus.train, options.fit_sequences), end, bf16)
+        importance = measure_importance(dense, weights_LD, options.capacity, sequences, end, bf16, Console(stderr=True))
+        write_aside(path, json.dumps([asdict(block) for block in importance]))
     return [BlockImportance(**block) for block in read_json(path)]
 
 
@@ -104,15 +114,15 @@ def cheapest(importance: list[BlockImportance], dense: MoDConfig, share: float, 
 
 def tuning_texts(files: list[str]) -> tuple[list[str], list[str]]:
     """The given files, and as many characters of the built-in corpus' training part."""
-    given = list(read_documents(DataOptions(data=tuple(files)), Skipped()))
+    from_files = list(read_documents(DataOptions(data=tuple(files)), Skipped()))
     every, _, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
-    characters, code = sum(map(len, given)), []
+    characters, code = sum(map(len, from_files)), []
     for text in every:
         if characters <= 0:
             break
         code.append(text)
         characters -= len(text)
-    return given, code
+    return from_files, code
 
 
 def tuning_corpus(texts: list[str], out: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> Corpus:
@@ -128,10 +138,10 @@ def test_windows(files: dict[str, str], tokenizer: PreTrainedTokenizerFast, coun
     documents = {name: list(read_documents(DataOptions(data=(path,)), Skipped())) for name, path in files.items()}
     _, held_out, _ = split_documents(list(read_documents(DataOptions(), Skipped())), DataOptions().validation_fraction)
     documents["code"] = held_out
-    found = {}
+    windows = {}
     for name, texts in documents.items():
-        found[name] = spread(pack(tokenize(texts, tokenizer), WINDOW, name), count)
-    return found
+        windows[name] = spread(pack(tokenize(texts, tokenizer), WINDOW, name), count)
+    return windows
 
 
 def tested(
@@ -146,15 +156,15 @@ def tested(
         return {"perplexity": {}, "entering": {}}
 
     def test(name: str, into: dict[str, dict[str, float]]) -> None:
-        found = evaluate(model, windows[name], end, 1.0, batch_size=2, bf16=True, all_causal_routers=False)
-        into["perplexity"][name] = exp(found.loss_causal)
-        for causal in found.causal_routers.values():
+        evaluation = evaluate(model, windows[name], end, 1.0, batch_size=2, bf16=True, all_causal_routers=False)
+        into["perplexity"][name] = exp(evaluation.loss_causal)
+        for causal in evaluation.causal_routers.values():
             into["entering"][name] = mean(causal.share_entering.values())
 
     as_left, calibrated = results(), results()
     for name in windows:
         test(name, as_left)
-    if not causal_routers(model.config):
+    if not model.config.causal_routers:
         return as_left
     for name in windows:
         calibrate(model, kinds[name], end)
@@ -187,18 +197,18 @@ def main() -> None:
 
     dense, loaded = load_dense(arguments.source)
     tokenizer, length = checked(loaded, arguments.source), arguments.sequence_length
-    given, code = tuning_texts(arguments.tune)
-    corpus = tuning_corpus([*given, *code], arguments.out, tokenizer, length)
+    from_files, code = tuning_texts(arguments.tune)
+    corpus = tuning_corpus([*from_files, *code], arguments.out, tokenizer, length)
     end = end_of_text(tokenizer)
     windows = test_windows(dict(text.split("=", 1) for text in arguments.test), tokenizer, arguments.windows)
-    of_given, of_code = (pack(tokenize(texts, tokenizer), length, "tuning") for texts in (given, code))
-    kinds = {name: of_code if name == "code" else of_given for name in windows}
+    of_files, of_code = (pack(tokenize(texts, tokenizer), length, "tuning") for texts in (from_files, code))
+    kinds = {name: of_code if name == "code" else of_files for name in windows}
     training = TrainOptions(
         max_steps=arguments.max_steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         precision=arguments.precision,
-        eval_blocks=16,
+        eval_sequences=16,
         save_every=50,
     )
     chosen_once = {name: value for name, value in vars(arguments).items() if name not in FREE}
@@ -306,16 +316,16 @@ def decoding(
             model = MoDForCausalLM.from_pretrained(folder)
             calibrate(model, kinds[text], end_of_text)
             sides[side] = in_precision(model, "bf16")
-    blocks = windows[text]
-    given = batches(blocks, range(min(4, len(blocks))), end_of_text, 1, dense.device)
-    prompts = [batch["input_ids"][:, :128].contiguous() for batch in given]
+    first = range(min(4, len(windows[text])))
+    prompted = batches(windows[text], first, end_of_text, 1, dense.device)
+    prompts = [batch["input_ids"][:, :128].contiguous() for batch in prompted]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     vllm: list[float] = []
 
-    def keep(side: str, found: float) -> float:
+    def keep(side: str, step_seconds: float) -> float:
         with (arguments.out / "decoding.jsonl").open("a") as file:
-            file.write(json.dumps({"side": side, "prompt": number, "seconds": found, **provenance()}) + "\n")
-        return found
+            file.write(json.dumps({"side": side, "prompt": number, "seconds": step_seconds, **provenance()}) + "\n")
+        return step_seconds
 
     for model in sides.values():
         assert model.generation_config is not None
@@ -328,8 +338,8 @@ def decoding(
                 seconds[side].append(keep(side, decode_seconds(sides[side], prompt, options)))
         if arguments.vllm:
             vllm.append(keep("vllm", vllm_seconds(arguments.vllm, dense, prompt, arguments.out)))
-    found = {side: 1 / median(times) for side, times in seconds.items()}
-    return found | ({"vllm": 1 / median(vllm)} if vllm else {})
+    speeds = {side: 1 / median(times) for side, times in seconds.items()}
+    return speeds | ({"vllm": 1 / median(vllm)} if vllm else {})
 
 
 VLLM = """
@@ -357,8 +367,8 @@ def vllm_seconds(python: str, dense: MoDForCausalLM, prompt: torch.Tensor, out: 
     command = [python, "-c", VLLM, str(folder), json.dumps(prompt[0].tolist())]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     # It stands between what the library logs.
-    (found,) = (line for line in run.stdout.splitlines() if line.startswith("seconds a step:"))
-    return float(found.split(":")[1])
+    (timing,) = (line for line in run.stdout.splitlines() if line.startswith("seconds a step:"))
+    return float(timing.split(":")[1])
 
 
 def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict[str, Any]:
@@ -381,9 +391,9 @@ def summarise(done: dict[str, Any], speeds: dict[str, float], out: Path) -> dict
         }
         for side, record in done.items()
     }
-    found = {"sides": sides, "tokens_per_s": speeds, **provenance()}
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+    summary = {"sides": sides, "tokens_per_s": speeds, **provenance()}
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 if __name__ == "__main__":

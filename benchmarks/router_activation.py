@@ -11,14 +11,15 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import get_args
 
 from rich.console import Console
 
-from mixture_of_depths.configuration import ROUTER_ACTIVATIONS
-from mixture_of_depths.data import prepare
-from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
+from mixture_of_depths import DataOptions, ModelOptions, TrainOptions, model_config, prepare, train
+from mixture_of_depths.options import RouterActivation
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import model_config, train
+
+ACTIVATIONS: tuple[RouterActivation, ...] = get_args(RouterActivation)
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     records = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = {(r["router_activation"], r["seed"], r["max_flops"]) for r in records}
     for seed in arguments.seeds:
-        for activation in ROUTER_ACTIVATIONS:
+        for activation in ACTIVATIONS:
             if (activation, seed, arguments.max_flops) in done:
                 continue
             config = model_config(replace(base, router_activation=activation), corpus.tokenizer, 256)
@@ -54,7 +55,7 @@ def main() -> None:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             records.append(record)
-    for activation in ROUTER_ACTIVATIONS:
+    for activation in ACTIVATIONS:
         runs = [r for r in records if r["router_activation"] == activation and r["max_flops"] == arguments.max_flops]
         top_k, causal = mean(r["loss_top_k"] for r in runs), mean(r["loss_causal"] for r in runs)
         print(f"{activation:8} {len(runs)} seeds  top-k {top_k:.4f}  causal {causal:.4f}")

@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py
 
-Operations are those of `mixture_of_depths.flops`. A GPU reaches `EFFICIENCY` of its peak in products, whatever their
-size, and collectives `BANDWIDTH_SHARE` of the links; latency is left out. Every step trains on the same global batch.
+Operations are those of `mixture_of_depths.model.flops`. A GPU reaches `EFFICIENCY` of its peak in products, whatever
+their size, and collectives `BANDWIDTH_SHARE` of the links; latency is left out. Every step trains on the same global
+batch.
 
 FSDP (`fully_shard` per block): a block's weights are gathered in the forward and in the backward pass of every part of
 the batch, one block ahead of the compute; gradients are scattered once, in the last part's backward pass. The larger of
@@ -16,15 +17,8 @@ two activations over the node, while the compute waits; FSDP moves an eighth of 
 from dataclasses import dataclass
 from typing import Any
 
-from mixture_of_depths import MoDConfig
-from mixture_of_depths.flops import (
-    block_flops,
-    block_parameters,
-    model_parameters,
-    router_flops,
-    router_parameters,
-    training_flops_per_token,
-)
+from mixture_of_depths import MoDConfig, model_parameters, training_flops_per_token
+from mixture_of_depths.model.flops import block_flops, block_parameters, router_flops, router_parameters
 
 # H100 SXM: NVIDIA's data sheet gives 1,979 TFLOPS in bf16 with sparsity, half of that without, and 900 GB/s of NVLink
 # both ways; a DGX H100 has 8 of them and 8 network ports of 400 Gb/s.
@@ -73,16 +67,16 @@ class Unit:
 
 def units(config: MoDConfig) -> list[Unit]:
     """Blocks and head in the order of the forward pass; the embedding, which computes nothing, lies with the head."""
-    found = []
+    blocks = []
     for layer_idx in range(config.num_hidden_layers):
         is_routed = layer_idx in (config.routed_layers or [])
         tokens = config.capacity_tokens(layer_idx, SEQUENCE_LENGTH) if is_routed else SEQUENCE_LENGTH
         flops = block_flops(config, tokens, tokens * (tokens + 1) / 2, 0).total
         router = router_flops(config, SEQUENCE_LENGTH).total if is_routed else 0.0
         weights = block_parameters(config) + (router_parameters(config) if is_routed else 0)
-        found.append(Unit(weights, flops, router, tokens))
+        blocks.append(Unit(weights, flops, router, tokens))
     ends = config.vocab_size * config.hidden_size
-    return [*found, Unit(2 * ends + config.hidden_size, 2.0 * ends * SEQUENCE_LENGTH, 0.0, 0)]
+    return [*blocks, Unit(2 * ends + config.hidden_size, 2.0 * ends * SEQUENCE_LENGTH, 0.0, 0)]
 
 
 def step_seconds(config: MoDConfig, gpus: int, network: float, tensor_parallel: int = 1) -> float:
@@ -121,14 +115,14 @@ def activation_bytes(config: MoDConfig) -> float:
     # Two norms with their inputs, queries, keys, values, attention's result; gate, up, their activation and product.
     per_token = 4 * width + 2 * config.num_attention_heads * config.head_dim + 2 * key_size
     per_token += 4 * config.intermediate_size
-    found = 0.0
+    in_blocks = 0.0
     for layer_idx, unit in enumerate(units(config)[:-1]):
-        found += unit.tokens * per_token * MOVED
+        in_blocks += unit.tokens * per_token * MOVED
         if layer_idx in (config.routed_layers or []):
             # The residual stream that the router reads, the delta that the gate scales.
-            found += (SEQUENCE_LENGTH + unit.tokens) * width * MOVED
+            in_blocks += (SEQUENCE_LENGTH + unit.tokens) * width * MOVED
     # Logits and their softmax in float32.
-    return PART * (found + SEQUENCE_LENGTH * config.vocab_size * 2 * 4)
+    return PART * (in_blocks + SEQUENCE_LENGTH * config.vocab_size * 2 * 4)
 
 
 def memory_gb(config: MoDConfig, gpus: int) -> tuple[float, float, float, float]:
@@ -169,8 +163,8 @@ def memory() -> str:
     for size in SIZES:
         for gpus in (8, 64, 512):
             for name, routed in (("dense", False), ("MoD", True)):
-                found = memory_gb(config_of(size, routed), gpus)
-                rows.append([f"{size} {name}", str(gpus), *(f"{gb:.1f}" for gb in found), f"{sum(found):.1f}"])
+                gigabytes = memory_gb(config_of(size, routed), gpus)
+                rows.append([f"{size} {name}", str(gpus), *(f"{gb:.1f}" for gb in gigabytes), f"{sum(gigabytes):.1f}"])
     header = ["GB", "GPUs", "weights, gradients, Adam", "gradients of parts", "two blocks", "activations", "together"]
     return table(header, rows)
 

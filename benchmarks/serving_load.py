@@ -29,8 +29,8 @@ import psutil
 from memory import growth_mb, tiny_model
 from serving_client import REQUESTS, ask
 
+from mixture_of_depths import train_tokenizer
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "reliability"
@@ -48,7 +48,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300)
     tokenizer.save_pretrained(str(folder))
     model.save_pretrained(folder)
-    command = [sys.executable, "-m", "mixture_of_depths.cli", "serve", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "mixture_of_depths", "serve", str(folder), "--port", str(port)]
     with (folder / "server.txt").open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while ask(port, str(folder), 0, False)["status"] != 200:
@@ -110,17 +110,17 @@ def main() -> None:
         served = server.poll() is None and answers(folder, port) == alone
         server.terminate()
         server.wait()
-        found = [line for number in range(1, started + 1) for line in lines(folder / f"client{number}.jsonl")]
+        received = [line for number in range(1, started + 1) for line in lines(folder / f"client{number}.jsonl")]
         tracebacks = (folder / "server.txt").read_text().count("Traceback")
-    seconds = sorted(line["seconds"] for line in found if line["number"] >= 0)
+    seconds = sorted(line["seconds"] for line in received if line["number"] >= 0)
     record = {
         "benchmark": "serving_load",
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "clients_killed": kills,
-        "answers": len(found),
-        "wrong_answers": sum(said(line) != alone[line["number"]] for line in found if line["status"]),
-        "unanswered": sum(line["status"] == 0 for line in found),
+        "answers": len(received),
+        "wrong_answers": sum(said(line) != alone[line["number"]] for line in received if line["status"]),
+        "unanswered": sum(line["status"] == 0 for line in received),
         "tracebacks": tracebacks,
         "serves_afterwards": served,
         "median_seconds": round(median(seconds), 3),

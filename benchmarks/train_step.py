@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --precision fp32 --repeats 11
     python benchmarks/train_step.py --profile       # where a compiled step's time goes
 
-d 512, 8 layers, 8 heads, S 512, B 4, SwiGLU 1408, vocabulary 4,096; forward and backward pass, no optimiser. All sides
+d 512, 8 blocks, 8 heads, S 512, B 4, SwiGLU 1408, vocabulary 4,096; forward and backward pass, no optimiser. All sides
 are timed in turns in this process. Prints one JSON line.
 
 Per precision: `dense_ms`, `mod_ms`, `hf_llama_ms` are the better of eager and compiled, each a median; `speedup` =
@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.flops import training_flops_per_token
+from mixture_of_depths import MoDConfig, MoDForCausalLM, training_flops_per_token
 from mixture_of_depths.provenance import provenance
 
 BATCH, LENGTH = 4, 512

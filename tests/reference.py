@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mixture_of_depths import MoDConfig
-from mixture_of_depths.experts import ExpertMLP
-from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
+from mixture_of_depths.model.experts import ExpertMLP
+from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 
 
 class Reference(NamedTuple):

@@ -24,11 +24,11 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import make_checkpoint
 from safetensors.torch import load_file, save_file
-from test_serving import make_checkpoint
 
 from mixture_of_depths import MoDConfig
-from mixture_of_depths.cli import main
+from mixture_of_depths.cli.main import main
 
 TRIED: Counter[str] = Counter()
 CASES = int(os.environ.get("BAD_INPUT_CASES", "12"))
@@ -121,7 +121,7 @@ def options_of(command: list[str]) -> list[str]:
 
 COMMANDS = {
     "train": ["train", "--out", "OUT", *TEXT, *TRAIN],
-    "evaluate": ["evaluate", "TRAINED", "--data", "FILE", "--max-blocks", "2"],
+    "evaluate": ["evaluate", "TRAINED", "--data", "FILE", "--max-sequences", "2"],
     "generate": ["generate", "TRAINED", "--prompt", "the", "--max-new-tokens", "2"],
     "calibrate": ["calibrate", "TRAINED", "--out", "OUT"],
     "inspect": ["inspect", "TRAINED", "--text", "the", "--out", "OUT.html"],
@@ -129,7 +129,7 @@ COMMANDS = {
     "isoflop plan": ["isoflop", "plan", "STUDY"],
     "isoflop fit": ["isoflop", "fit", "STUDY", "--out", "STUDIED"],
 }
-COMMANDS["retrofit"] += ["--max-steps", "1", "--measure-blocks", "1", "--fit-blocks", "1"]
+COMMANDS["retrofit"] += ["--max-steps", "1", "--measure-sequences", "1", "--fit-sequences", "1"]
 
 
 @FEW
@@ -196,7 +196,7 @@ def test_a_file_of_text_is_read_or_refused(
             written[flipped % len(written)] ^= 1 << flipped % 8
         file.write_bytes(written)
         length = ["--sequence-length", "16"]
-        status, said = status_of("evaluate", str(checkpoint), "--data", str(file), "--max-blocks", "1", *length)
+        status, said = status_of("evaluate", str(checkpoint), "--data", str(file), "--max-sequences", "1", *length)
         assert status == 0 or "error: " in said, said
 
 
@@ -287,7 +287,7 @@ def test_a_run_with_a_damaged_description_is_taken_or_refused(places: dict[str, 
         damage = data.draw(st.sampled_from([damaged_json, damaged_bytes]))
         path.write_bytes(damage(path.read_bytes(), data))
         commands = [
-            ["evaluate", "RUN", "--max-blocks", "1"],
+            ["evaluate", "RUN", "--max-sequences", "1"],
             ["calibrate", "RUN", "--out", f"{place}/calibrated"],
             ["train", "--out", "RUN", *TEXT, *TRAIN, "--resume"],
             ["retrofit", "DENSE", "--out", "RUN", *TEXT, "--sequence-length", "16", "--max-steps", "1", "--resume"],

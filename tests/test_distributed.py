@@ -12,10 +12,11 @@ import distributed_worker
 import pytest
 import torch
 import yaml
+from models import SENTENCE
 from safetensors.torch import load_file
-from test_data import SENTENCE
 
-from mixture_of_depths.checkpoint import is_whole, latest_checkpoint
+from mixture_of_depths.files import is_whole
+from mixture_of_depths.training.checkpoint import latest_checkpoint
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 RECIPE = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "fsdp.yaml").read_text())
@@ -36,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(text: Path, out: Path, *arguments: str, env: dict[str, str] | None = None, **injected: Any) -> dict[str, Any]:
     data = ["--data", str(text / "*.txt"), "--vocab-size", "300", "--sequence-length", "16"]
-    cache = ["--cache-dir", str(out.parent / "cache"), "--eval-blocks", "8"]
+    cache = ["--cache-dir", str(out.parent / "cache"), "--eval-sequences", "8"]
     argv = ["train", "--out", str(out), *data, *cache, *SIZE, "--batch-size", "8", *arguments]
     return {"argv": argv, "env": env or {}, **injected}
 
@@ -77,11 +78,11 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(differences)
 
 
-def blocks(out: Path, processes: int) -> dict[int, list[list[list[int]]]]:
-    """The blocks that each process trained on, by step."""
+def sequences(out: Path, processes: int) -> dict[int, list[list[list[int]]]]:
+    """The sequences that each process trained on, by step."""
     found: dict[int, list[list[list[int]]]] = {}
     for rank in range(processes):
-        for line in Path(f"{out}.blocks-{rank}").read_text().splitlines():
+        for line in Path(f"{out}.sequences-{rank}").read_text().splitlines():
             step, rows = json.loads(line)
             found.setdefault(step, []).append(rows)
     return found
@@ -92,11 +93,11 @@ def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, 
     one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
     launch(tmp_path, 2, job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP))
     launch(tmp_path, 1, job(text, one, *steps))
-    whole = blocks(one, 1)
+    whole = sequences(one, 1)
     for several in (ddp, fsdp):
         assert statuses(several, 2) == ["0", "0"]
         assert largest_difference(one, several) < 1e-5
-        for step, parts in blocks(several, 2).items():
+        for step, parts in sequences(several, 2).items():
             assert [len(rows) for rows in parts] == [4, 4]
             assert sorted(row for rows in parts for row in rows) == sorted(whole[step][0])
         # Only the first reads the text, however often it is streamed.
@@ -151,7 +152,7 @@ def test_a_run_goes_on_in_any_number_of_processes_sharded_or_not(text: Path, tmp
     launch(tmp_path, 1, job(text, parts, *resumed))
     assert statuses(parts, 1) == ["0"]
     assert largest_difference(whole, parts) < 1e-5
-    assert len(blocks(whole, 1)) == 20
+    assert len(sequences(whole, 1)) == 20
 
 
 @pytest.mark.slow
@@ -204,8 +205,8 @@ def test_a_loss_that_is_no_number_in_one_process_names_the_batch_of_all(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def named(said: str) -> list[set[str]]:
-        message = r"loss=nan at step 4 is no number; its batch was blocks ([\d, ]+) of"
-        return [set(blocks.split(", ")) for blocks in re.findall(message, " ".join(said.split()))]
+        message = r"loss=nan at step 4 is no number; its batch was sequences ([\d, ]+) of"
+        return [set(sequences.split(", ")) for sequences in re.findall(message, " ".join(said.split()))]
 
     steps = ("--max-steps", "6", "--save-every", "2")
     one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
@@ -215,7 +216,7 @@ def test_a_loss_that_is_no_number_in_one_process_names_the_batch_of_all(
     jobs = [job(text, out, *steps, env=env, poison=[1, 3]) for out, env in ((ddp, {}), (fsdp, FSDP))]
     said = named(launch(tmp_path, 2, *jobs))
     assert len(said) >= len(jobs)
-    assert all(blocks == batch for blocks in said)
+    assert all(sequences == batch for sequences in said)
     for out, processes in ((one, 1), (ddp, 2), (fsdp, 2)):
         assert statuses(out, processes) == ["2"] * processes
         assert latest_checkpoint(out) == (out / "checkpoint-2", 2)

@@ -19,11 +19,11 @@ import gguf
 import pytest
 import torch
 import yaml
-from test_harness import TASK
-from test_serving import make_checkpoint
+from models import TASK, make_checkpoint
 
-from mixture_of_depths import MoDForCausalLM, cli
-from mixture_of_depths.tokenizer import train_tokenizer
+from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths.cli import isoflop, main
+from mixture_of_depths.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -47,7 +47,7 @@ SERVERS = ("serve", "playground")
 def commands(text: str) -> list[str]:
     """The lines that call `mod`, also under a launcher, in shell blocks or indented, without comments."""
     lines = [line.split(" #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
-    lines = [re.sub(r"^.*(torchrun|accelerate launch) .*-m mixture_of_depths.cli ", "mod ", line) for line in lines]
+    lines = [re.sub(r"^.*(torchrun|accelerate launch) .*-m mixture_of_depths ", "mod ", line) for line in lines]
     return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?mod [a-z-]+ ", f"{line} ")]
 
 
@@ -67,20 +67,20 @@ def test_the_tables_of_several_gpus_are_what_the_script_prints(capsys: pytest.Ca
 @pytest.mark.parametrize(("page", "line"), ALL)
 def test_a_command_in_the_docs_is_one_that_is_taken(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name, function in list(vars(cli).items()):
-        if (
-            callable(function)
-            and getattr(function, "__module__", "") == cli.__name__
-            and name[0] != "_"
-            and name != "main"
-        ):
+    for module in (main, isoflop):
+        for name, function in list(vars(module).items()):
+            home = getattr(function, "__module__", "")
+            if not callable(function) or not home.startswith("mixture_of_depths.cli.") or name[0] == "_":
+                continue
+            if name in ("main", "commands") or home == "mixture_of_depths.cli.common":
+                continue
 
             def stub(*args: Any, function: Any = function, **kwargs: Any) -> None:
                 called.append(function)
 
-            monkeypatch.setattr(cli, name, functools.wraps(function)(stub))
+            monkeypatch.setattr(module, name, functools.wraps(function)(stub))
     monkeypatch.setattr(sys, "argv", shlex.split(line))
-    cli.main()
+    main.main()
     assert len(called) == 1
 
 
@@ -106,7 +106,7 @@ def test_the_python_that_tunes_on_conversations_runs(tmp_path: Path, monkeypatch
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "retrofit.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block.replace("max_steps=50", "max_steps=3"), names)
-    assert names["blocks"]
+    assert names["sequences"]
     left, tuned = (MoDForCausalLM.from_pretrained(f"runs/{name}").state_dict() for name in ("retrofit", "chat"))
     changed = {name for name, weight in left.items() if not torch.equal(weight, tuned[name])}
     assert any("mlp" in name for name in changed)
@@ -184,7 +184,7 @@ def shorter(line: str) -> list[str]:
         (r"--port \S+", ""),
     ):
         line = re.sub(pattern, small, line)
-    return [sys.executable, "-m", "mixture_of_depths.cli", *shlex.split(line)[1:]]
+    return [sys.executable, "-m", "mixture_of_depths", *shlex.split(line)[1:]]
 
 
 def answers(program: list[str], folder: Path) -> None:

@@ -1,22 +1,14 @@
 """Mixture-of-Depths transformers (arXiv:2404.02258) for PyTorch and the Hugging Face ecosystem.
 
-The names below are imported when first used, so that the command line answers at once. Using any of the model classes
-also registers them with transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+The public names, listed in `__init__.pyi`, are imported when first used, so that the command line answers at once. The
+model is registered with transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` as soon as these are there.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from mixture_of_depths.cache import MoDCache
-    from mixture_of_depths.configuration import MoDConfig
-    from mixture_of_depths.modeling import MoDForCausalLM, MoDModel
+from mixture_of_depths.registration import register_with_transformers
 
 __version__ = "0.1.0"
-__all__ = ["MoDCache", "MoDConfig", "MoDForCausalLM", "MoDModel", "__version__"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("MoDCache", "MoDConfig", "MoDForCausalLM", "MoDModel"):
-        return getattr(import_module("mixture_of_depths.modeling"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+register_with_transformers()

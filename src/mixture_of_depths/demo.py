@@ -10,15 +10,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mixture_of_depths import plots
-from mixture_of_depths.data import Corpus, prepare
-from mixture_of_depths.flops import forward_flops_per_token
+from mixture_of_depths.inspect.curves import training_curve
+from mixture_of_depths.inspect.depth import coloured
 from mixture_of_depths.inspect.report import held_out_report
-from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.model.flops import forward_flops_per_token
+from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import DataOptions, ModelOptions, SamplingOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.sampling import begin, coloured, sample_texts, tokens_per_second
-from mixture_of_depths.training import TrainResult, model_config, train
+from mixture_of_depths.sampling.bench import generate_tokens_per_second
+from mixture_of_depths.sampling.texts import begin, sample_texts
+from mixture_of_depths.text.corpus import Corpus, prepare
+from mixture_of_depths.training.run import TrainResult, train
+from mixture_of_depths.training.settings import model_config
 
 PROMPT = "def read_file(path, encoding=None):\n    "
 SAMPLED = 96
@@ -26,7 +29,7 @@ SAMPLED = 96
 # A routed block costs about an eighth of a dense one; the paper finds that the saving is best spent on depth.
 SIZES = {
     "baseline": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=6, routed=False),
-    "MoD": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=8, capacity=(0.125,), every=2),
+    "MoD": ModelOptions(hidden_size=128, num_attention_heads=4, num_hidden_layers=8, capacity=(0.125,), route_every=2),
 }
 
 
@@ -61,7 +64,7 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
         options = SamplingOptions(max_new_tokens=SAMPLED, seed=seed)
         (sample,) = sample_texts(model.eval(), corpus.tokenizer, [PROMPT], options)
         console.print(coloured(model, corpus.tokenizer, sample.tokens))
-    plots.training_curve({name: out / name / "metrics.jsonl" for name in models}, out / "curves.png")
+    training_curve({name: out / name / "metrics.jsonl" for name in models}, out / "curves.png")
     (out / "demo.json").write_text(json.dumps({"max_flops": max_flops, "models": rows, **provenance()}, indent=2))
     held_out_report(models["MoD"], corpus, out / "report.html")
     console.print(f"\ncurves: {out / 'curves.png'}   figures: {out / 'demo.json'}   routing: {out / 'report.html'}")
@@ -69,15 +72,15 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
 
 def _speeds(models: dict[str, MoDForCausalLM], corpus: Corpus, repeats: int = 3) -> dict[str, float]:
     """Tokens per second of each model, taken in turns after a warm-up; the median."""
-    found: dict[str, list[float]] = {name: [] for name in models}
+    speeds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             model.eval()
             input_ids = torch.tensor([begin(corpus.tokenizer, [PROMPT])[0].tokens], device=model.device)
-            speed = tokens_per_second(model, input_ids, SAMPLED)
+            speed = generate_tokens_per_second(model, input_ids, SAMPLED)
             if repeat > 0:
-                found[name].append(speed)
-    return {name: median(speeds) for name, speeds in found.items()}
+                speeds[name].append(speed)
+    return {name: median(turns) for name, turns in speeds.items()}
 
 
 def _row(model: MoDForCausalLM, result: TrainResult, speed: float, sequence_length: int) -> dict[str, Any]:

@@ -57,22 +57,22 @@ def failing_together() -> Iterator[None]:
 
 def from_main(work: Callable[[], T]) -> T:
     """What `work` returns in process 0, in all processes; it runs there only, and its errors are raised everywhere."""
-    found: list[Any] = [None]
+    returned: list[Any] = [None]
     with failing_together():
         if is_main():
-            found[0] = work()
+            returned[0] = work()
     if processes().num_processes > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        dist.broadcast_object_list(returned, src=0)
+    return returned[0]
 
 
 def anywhere(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     if processes().num_processes == 1:
         return flag
-    found = torch.tensor(int(flag), device=processes().device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    set_anywhere = torch.tensor(int(flag), device=processes().device)
+    dist.all_reduce(set_anywhere, dist.ReduceOp.MAX)
+    return bool(set_anywhere)
 
 
 def average_(tensors: list[Tensor]) -> None:

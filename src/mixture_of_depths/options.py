@@ -5,14 +5,30 @@ This file imports nothing heavy, so that the command line can describe itself at
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+
+from mixture_of_depths.fields import validate_fields
 
 BUILTIN = "builtin"
+
+Positive = Annotated[int, Ge(1)]
+NotNegative = Annotated[int, Ge(0)]
+Fraction = Annotated[float, Gt(0), Lt(1)]
+Below1 = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+
+RouterType = Literal["learned", "random"]
+RouterActivation = Literal["none", "sigmoid", "tanh", "straight_through"]
+CausalRouter = Literal["predictor", "auxiliary_loss", "threshold"]
+ExpertRoutingType = Literal["token_choice", "expert_choice"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the text comes from and how it is cut into blocks."""
+    """Where the text comes from and how it is cut into sequences."""
 
     data: tuple[str, ...] = (BUILTIN,)
     """Text to train on: "builtin" (the Python standard library's own source), files, folders or globs of .txt, .md,
@@ -21,15 +37,15 @@ class DataOptions:
     """Field or column that holds the text in .jsonl, .parquet and hub data."""
     split: str = "train"
     """Split of a hub data set."""
-    max_characters: int | None = None
+    max_characters: Positive | None = None
     """Stop reading after this many characters; needed for a hub data set that is larger than the disk."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use; by default a byte-level BPE is trained on the text."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Lt(2**31)] = 4096
     """Entries of the tokenizer that is trained."""
-    sequence_length: int = 256
-    """Tokens per block."""
-    validation_fraction: float = 0.04
+    sequence_length: Annotated[int, Ge(2)] = 256
+    """Tokens per sequence."""
+    validation_fraction: Fraction = 0.04
     """Share of the documents that is held out; which ones is decided by their content."""
     cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "mixture_of_depths")
     """Where prepared text is kept, under a name made from its content."""
@@ -56,18 +72,18 @@ class ModelOptions:
     routed: bool = True
     """Whether any block is routed; --no-routed gives the baseline."""
     routed_layers: tuple[int, ...] | None = None
-    """Indices of the routed blocks, instead of every and offset."""
-    every: int | None = None
+    """Indices of the routed blocks, instead of route_every and route_from."""
+    route_every: int | None = None
     """Route one block in this many; by default 2."""
-    offset: int | None = None
-    """Index of the first routed block; by default every - 1."""
+    route_from: int | None = None
+    """Index of the first routed block; by default route_every - 1."""
     capacity: tuple[float, ...] = (0.125,)
     """Fraction of the tokens that enters a routed block; one number, or one per routed block."""
-    router_type: Literal["learned", "random"] = "learned"
+    router_type: RouterType = "learned"
     """Learned routing, or the stochastic control."""
-    router_activation: Literal["none", "sigmoid", "tanh", "straight_through"] = "sigmoid"
+    router_activation: RouterActivation = "sigmoid"
     """What is applied to the router's output before it scales the block's delta."""
-    causal_router: Literal["predictor", "auxiliary_loss", "threshold"] = "predictor"
+    causal_router: CausalRouter = "predictor"
     """How a token decides in sampling whether it enters."""
     predictor_hidden_size: int | None = None
     """Width of the predictor's MLP; by default an eighth of the hidden size."""
@@ -75,7 +91,7 @@ class ModelOptions:
     """Experts of every block's MLP, each of the MLP's width; 1 is the dense MLP."""
     num_experts_per_tok: int = 1
     """Experts that a token asks for."""
-    expert_routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    expert_routing: ExpertRoutingType = "token_choice"
     """Whether tokens choose experts or experts tokens."""
     expert_capacity: float | None = None
     """Most tokens that an expert takes, as a multiple of an even share; by default no limit, 1 under expert choice."""
@@ -93,37 +109,37 @@ class ModelOptions:
 class TrainOptions:
     """How a model is trained. Give exactly one of max_steps, max_tokens and max_flops."""
 
-    max_steps: int | None = None
+    max_steps: Annotated[int, Ge(1), Lt(10**30)] | None = None
     """Length of the run in optimiser steps."""
-    max_tokens: float | None = None
+    max_tokens: Annotated[float, Gt(0), Lt(1e30)] | None = None
     """Length of the run in tokens; rounded down to whole steps."""
-    max_flops: float | None = None
+    max_flops: Annotated[float, Gt(0), Lt(1e30)] | None = None
     """Length of the run in training FLOPs, such as 1e13; rounded down to whole steps."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Sequences per optimiser step, of all processes together."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Positive = 1
     """Number of parts each process computes its share of a batch in; must divide it."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
     """Highest learning rate, after the warm-up; it then falls along a cosine to a tenth."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: Below1 = 0.05
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """Weight decay; never applied to routers, norms and biases."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast with fp32 weights."""
+    precision: Precision = "fp32"
+    """Precision of the matrix products: fp32, or bf16; the weights that are trained stay in fp32."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a C++ compiler on the CPU and half a minute."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory."""
-    eval_every: int | None = None
+    eval_every: Positive | None = None
     """Steps between evaluations; by default a fifth of the run."""
-    eval_blocks: int = 64
-    """Blocks of validation text per evaluation."""
-    save_every: int | None = None
+    eval_sequences: Positive = 64
+    """Sequences of validation text per evaluation."""
+    save_every: Positive | None = None
     """Steps between checkpoints; by default a fifth of the run."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of initialisation, data order and random routing."""
 
 
@@ -131,47 +147,36 @@ class TrainOptions:
 class RetrofitOptions:
     """How a pretrained dense model is made to skip."""
 
-    flops_share: float = 0.8
+    flops_share: Fraction = 0.8
     """FLOPs per token over the dense model's, at sequence_length; as many blocks are routed as that takes."""
-    capacity: float = 0.125
+    capacity: Fraction = 0.125
     """Least fraction of the tokens that enters a routed block; it is raised until flops_share is used in full."""
-    routed_layers: tuple[int, ...] | None = None
+    routed_layers: Annotated[tuple[int, ...], Len(1)] | None = None
     """Blocks to route, instead of those that measuring finds; capacity is then kept and flops_share not looked at."""
-    router_type: Literal["learned", "random"] = "learned"
+    router_type: RouterType = "learned"
     """Learned routing, or the stochastic control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"
     """How a token decides in sampling whether it enters; a predictor needs longer tuning than a threshold."""
-    part: Literal["routers", "lora", "all"] = "all"
+    tune: Literal["routers", "lora", "all"] = "all"
     """What is tuned: routers; these and low-rank adapters of all projections; or everything."""
-    lora_rank: int = 16
+    lora_rank: Positive = 16
     """Rank of the adapters."""
-    distillation: float = 0.0
+    distillation: Share = 0.0
     """Share of the loss that is the divergence from the dense model's predictions; the rest is that of the text."""
-    lowering_fraction: float = 0.1
+    lowering_fraction: Below1 = 0.1
     """Share of the steps in which the capacity falls from 1 to its own."""
-    measure_blocks: int = 8
-    """Blocks of training text on which the importance of the model's blocks is measured."""
-    fit_blocks: int = 64
-    """Blocks of training text to which the routers' initial weights are fitted."""
+    measure_sequences: Positive = 8
+    """Sequences of training text on which the importance of the model's blocks is measured."""
+    fit_sequences: Positive = 64
+    """Sequences of training text to which the routers' initial weights are fitted."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an option that is out of its range."""
-        for name, valid, range_ in (
-            ("flops_share", 0 < self.flops_share < 1, "between 0 and 1"),
-            ("capacity", 0 < self.capacity < 1, "between 0 and 1"),
-            ("routed_layers", self.routed_layers is None or len(self.routed_layers) > 0, "of at least one block"),
-            ("lora_rank", self.lora_rank >= 1, "at least 1"),
-            ("distillation", 0 <= self.distillation <= 1, "between 0 and 1"),
-            ("lowering_fraction", 0 <= self.lowering_fraction < 1, "at least 0 and below 1"),
-            ("measure_blocks", self.measure_blocks >= 1, "at least 1"),
-            ("fit_blocks", self.fit_blocks >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {range_}")
-        if self.part == "routers" and self.router_type == "random":
+        """Raises ValueError for an option that is out of its range, or contradicts another."""
+        validate_fields(self)
+        if self.tune == "routers" and self.router_type == "random":
             raise ValueError(
-                "part=routers leaves nothing to tune with router_type=random, whose routers have no weights; give "
-                "part=lora or part=all"
+                "tune=routers leaves nothing to tune with router_type=random, whose routers have no weights; give "
+                "tune=lora or tune=all"
             )
 
 
@@ -179,34 +184,25 @@ class RetrofitOptions:
 class SamplingOptions:
     """How tokens are drawn. The settings apply in the order of the fields, as in transformers' `generate()`."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: Positive = 128
     """Most tokens to sample after a prompt; fewer when it ends by itself or by a stop string."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.0
     """Divides the positive logits of tokens already there, and multiplies the negative ones; 1 for none."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Ge(0)] = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 50
+    top_k: NotNegative = 50
     """Sample from this many likeliest tokens; 0 for all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Sample from the likeliest tokens that hold this much probability."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Len(1)], ...] = ()
     """Texts that end the sample; they are not part of it."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the sampling; the n-th prompt of several draws with seed + n, by itself."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting that is out of its range."""
-        for name, valid, range_ in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
-            ("temperature", self.temperature == 0 or 0.01 <= self.temperature < float("inf"), "0, or at least 0.01"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63"),
-            ("stop", all(self.stop), "of texts that are not empty"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {range_}")
+        validate_fields(self)
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature={self.temperature} is out of range: it must be 0, or at least 0.01")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from matplotlib import image
 from matplotlib import pyplot as plt
+from models import TEXT, TOKENIZER, model_with
 from scipy.stats import spearmanr
-from test_trace import TEXT, TOKENIZER, model_with
 
 from mixture_of_depths import MoDCache
 from mixture_of_depths.inspect.figures import (
@@ -73,7 +73,12 @@ def test_right_and_wrong_decisions_are_all_decisions() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"router_type": "random"}, {"router_activation": "straight_through"}, {"num_hidden_layers": 1, "every": 1}],
+    [
+        {},
+        {"router_type": "random"},
+        {"router_activation": "straight_through"},
+        {"num_hidden_layers": 1, "route_every": 1},
+    ],
 )
 @pytest.mark.parametrize("text", [TEXT, "a"])
 def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_the_same_trace_draws_the_same_picture() -> None:
         assert figures == {}
 
 
-@pytest.mark.parametrize("changes", [{}, {"every": 1, "offset": 0}])
+@pytest.mark.parametrize("changes", [{}, {"route_every": 1, "route_from": 0}])
 def test_the_map_colours_as_many_entries_per_block_as_the_cache_stored(changes: dict[str, Any], tmp_path: Path) -> None:
     # More tokens than the picture has columns of pixels.
     model = model_with(max_position_embeddings=4096, **changes)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from browser import watched
+from models import TOKENIZER, model_with
 from playwright.sync_api import Page, sync_playwright
-from test_trace import TOKENIZER, model_with
 
 from mixture_of_depths.inspect.figures import drawn
 from mixture_of_depths.inspect.report import report

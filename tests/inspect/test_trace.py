@@ -10,27 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import TEXT, TOKENIZER, model_with
 
-from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
-from mixture_of_depths.flops import block_flops, forward_flops, router_flops
+from mixture_of_depths import MoDCache
 from mixture_of_depths.inspect.trace import Trace, trace, trace_tokens
-from mixture_of_depths.sampling import pieces
-from mixture_of_depths.tokenizer import train_tokenizer
-
-TEXT = "the quick brown fox jumps over the lazy dog\n    <script>é😀</script> שלום" * 3
-TOKENIZER = train_tokenizer([TEXT * 10], 300)
-
-
-def model_with(**changes: Any) -> MoDForCausalLM:
-    fields: dict[str, Any] = {
-        "vocab_size": len(TOKENIZER),
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "capacity": 0.25,
-        "initializer_range": 0.3,
-    }
-    return MoDForCausalLM(MoDConfig(**{**fields, **changes})).eval()
+from mixture_of_depths.model.flops import block_flops, forward_flops, router_flops
+from mixture_of_depths.text.pieces import pieces
 
 
 def test_the_entries_of_each_block_are_those_the_cache_stored() -> None:

@@ -7,14 +7,14 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
-from test_plan import study_file
+from studies import study_file
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.data import Corpus, prepare
+from mixture_of_depths.files import read_records
 from mixture_of_depths.isoflop.measure import gain_from_later_tokens, measure
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.run import RECORDS, run_here
-from mixture_of_depths.training import read_records
+from mixture_of_depths.text.corpus import Corpus, prepare
 
 END_OF_TEXT = 0
 
@@ -29,7 +29,7 @@ def model(**changes: object) -> MoDForCausalLM:
     return found
 
 
-def blocks(count: int = 5, length: int = 24) -> datasets.Dataset:
+def sequences(count: int = 5, length: int = 24) -> datasets.Dataset:
     tokens = torch.randint(1, 50, (count, length), generator=torch.Generator().manual_seed(0))
     return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
 
@@ -42,14 +42,14 @@ def finished_study(folder: Path) -> tuple[Corpus, Path, list[dict[str, Any]]]:
 
 
 def test_only_routing_that_looks_ahead_depends_on_later_tokens() -> None:
-    assert abs(gain_from_later_tokens(model(), blocks(), END_OF_TEXT, "top_k", stride=5)) > 1e-4
-    assert gain_from_later_tokens(model(), blocks(), END_OF_TEXT, "causal", stride=5) == pytest.approx(0, abs=1e-12)
+    assert abs(gain_from_later_tokens(model(), sequences(), END_OF_TEXT, "top_k", stride=5)) > 1e-4
+    assert gain_from_later_tokens(model(), sequences(), END_OF_TEXT, "causal", stride=5) == pytest.approx(0, abs=1e-12)
     dense = model(routed_layers=[], capacity=1.0)
-    assert gain_from_later_tokens(dense, blocks(), END_OF_TEXT, "top_k", stride=5) == pytest.approx(0, abs=1e-12)
+    assert gain_from_later_tokens(dense, sequences(), END_OF_TEXT, "top_k", stride=5) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_gain_is_that_of_cutting_every_block_by_hand() -> None:
-    routed, given, stride = model(), blocks(count=2, length=12), 4
+    routed, given, stride = model(), sequences(count=2, length=12), 4
     tokens = torch.tensor(given["input_ids"])
     own = cut = 0.0
     for row in range(2):

@@ -4,34 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from studies import RECIPE, study_file
 
-from mixture_of_depths.data import prepare
 from mixture_of_depths.isoflop.plan import Ladder, capacities, load_study, plan, runs
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "isoflop-cpu.yaml"
-
-
-def study_file(folder: Path, **changes: Any) -> Path:
-    """A tiny study of two runs, as a file; `changes` replace its top-level fields."""
-    text = folder / "text.txt"
-    if not text.exists():
-        text.write_text("\n\n".join(f"{i} {i * i} the quick brown fox jumps over {i} lazy dogs" for i in range(400)))
-        for i in range(30):
-            (folder / f"part-{i}.txt").write_text(text.read_text()[i * 300 : i * 300 + 900])
-    small = {"vocab_size": 300, "sequence_length": 16, "cache_dir": str(folder / "cache")}
-    content: dict[str, Any] = {
-        "data": {"data": [str(folder / "part-*.txt")], **small},
-        "training": {"batch_size": 4},
-        "ladder": {"width_per_block": 8, "width_offset": 0, "head_dim": 8},
-        "families": {"baseline": {"routed": False}, "mod": {"capacity": [0.25], "every": 2}},
-        "learning_rates": {"baseline": 1e-2, "mod": 1e-2},
-        "sweeps": [{"budgets": [3e7], "families": ["baseline", "mod"], "depths": [2]}],
-        **changes,
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+from mixture_of_depths.text.corpus import prepare
 
 
 def test_the_whole_study_of_the_recipe_can_be_planned() -> None:
@@ -80,10 +56,10 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
 
     first = definitions()
     assert definitions() == first
-    changed = definitions(families={"baseline": {"routed": False}, "mod": {"capacity": [0.5], "every": 2}})
+    changed = definitions(families={"baseline": {"routed": False}, "mod": {"capacity": [0.5], "route_every": 2}})
     assert [old == new for old, new in zip(first, changed, strict=True)] == [True, False]
     assert not set(definitions(learning_rates={"baseline": 2e-2, "mod": 2e-2})) & set(first)
-    assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_blocks": 3}) == first
+    assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_sequences": 3}) == first
 
 
 def test_a_model_is_as_wide_as_its_whole_heads() -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_plan import study_file
+from studies import study_file
 
-from mixture_of_depths.data import prepare
+from mixture_of_depths.files import read_records
 from mixture_of_depths.isoflop import run as module
 from mixture_of_depths.isoflop.fit import summarise
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.plot import draw
 from mixture_of_depths.isoflop.run import add_record, open_records, run_here, run_on_ray
-from mixture_of_depths.training import read_records
+from mixture_of_depths.text.corpus import prepare
 
 
 def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

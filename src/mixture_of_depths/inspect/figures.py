@@ -45,9 +45,9 @@ def engagement_against_entropy(trace: Trace) -> Correlation | None:
     if len(used) < 4 or len(np.unique(used)) < 2 or len(np.unique(entropy)) < 2:
         return None
     # Its result is a tuple with more to it, which type checkers do not see.
-    found: Any = pearsonr(rankdata(used), rankdata(entropy))
-    interval = found.confidence_interval(0.95)
-    return Correlation(float(found.statistic), float(interval.low), float(interval.high), len(used))
+    correlation: Any = pearsonr(rankdata(used), rankdata(entropy))
+    interval = correlation.confidence_interval(0.95)
+    return Correlation(float(correlation.statistic), float(interval.low), float(interval.high), len(used))
 
 
 def engagement_name(trace: Trace) -> str:
@@ -70,23 +70,23 @@ def kind_of(piece: str) -> str:
 def engagement_by_kind(trace: Trace) -> dict[str, tuple[int, float, float]]:
     """Per kind that occurs: number of tokens, mean engagement, and half the width of its 95 % interval."""
     kinds = np.array([kind_of(piece) for piece in trace.pieces])
-    found = {}
+    by_kind = {}
     for kind in KINDS:
         used = trace.engagement[kinds == kind]
         if len(used):
             half = 1.96 * used.std(ddof=1) / np.sqrt(len(used)) if len(used) > 1 else float("nan")
-            found[kind] = (len(used), float(used.mean()), float(half))
-    return found
+            by_kind[kind] = (len(used), float(used.mean()), float(half))
+    return by_kind
 
 
 def accuracy(top_k: Trace) -> list[tuple[float, float, float]]:
     """Per routed block: share of causal decisions that agree with top-k, that only let in, and that only keep out."""
-    found = []
+    by_block = []
     for decided, chosen in zip(top_k.enters_by_itself, top_k.entered, strict=True):
-        found.append(
+        by_block.append(
             (float((decided == chosen).mean()), float((decided & ~chosen).mean()), float((~decided & chosen).mean()))
         )
-    return found
+    return by_block
 
 
 def _axes(height: float = 3.2) -> tuple[Figure, Axes]:
@@ -195,13 +195,13 @@ def experts_figure(trace: Trace) -> Figure:
 def causal_decisions(top_k: Trace) -> Figure:
     """Where the causal decision differs from the top-k choice, per routed block; from a trace under top-k routing."""
     figure, axes = _axes()
-    found = np.array(accuracy(top_k)).reshape(-1, 3)
-    places = np.arange(len(found))
-    axes.bar(places, found[:, 1], color=ORANGE, label="let in, top-k keeps out")
-    axes.bar(places, found[:, 2], bottom=found[:, 1], color=PINK, label="kept out, top-k lets in")
+    agreeing, let_in, kept_out = np.array(accuracy(top_k)).reshape(-1, 3).T
+    places = np.arange(len(agreeing))
+    axes.bar(places, let_in, color=ORANGE, label="let in, top-k keeps out")
+    axes.bar(places, kept_out, bottom=let_in, color=PINK, label="kept out, top-k lets in")
     _block_ticks(axes, top_k)
     axes.set_ylabel("share of the decisions")
-    axes.set_title(f"{found[:, 0].mean():.1%} of the decisions agree", fontsize="medium", loc="left")
+    axes.set_title(f"{agreeing.mean():.1%} of the decisions agree", fontsize="medium", loc="left")
     _legend(figure)
     return figure
 
@@ -215,21 +215,21 @@ def entropy_figure(trace: Trace) -> Figure:
     axes.set_xticks(counts, [f"{count}\n({len(group)})" for count, group in zip(counts, groups, strict=True)])
     axes.set_xlabel(f"{engagement_name(trace)} (tokens)")
     axes.set_ylabel("entropy of the prediction (nats)")
-    found = engagement_against_entropy(trace)
-    if found is not None:
-        label = f"rank correlation {found.rho:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f}"
-        axes.set_title(label, fontsize="medium", loc="left")
+    correlation = engagement_against_entropy(trace)
+    if correlation is not None:
+        interval = f"95 % interval {correlation.low:+.3f} to {correlation.high:+.3f}"
+        axes.set_title(f"rank correlation {correlation.rho:+.3f}, {interval}", fontsize="medium", loc="left")
     return figure
 
 
 def kinds_figure(trace: Trace) -> Figure:
     """Mean engagement by kind of token, with 95 % intervals."""
     figure, axes = _axes()
-    found = engagement_by_kind(trace)
-    places = np.arange(len(found))
-    half = [0.0 if np.isnan(width) else width for _, _, width in found.values()]
-    axes.bar(places, [mean for _, mean, _ in found.values()], yerr=half, color=GREEN, ecolor="black", capsize=3)
-    axes.set_xticks(places, [f"{kind}\n({count})" for kind, (count, _, _) in found.items()])
+    by_kind = engagement_by_kind(trace)
+    places = np.arange(len(by_kind))
+    half = [0.0 if np.isnan(width) else width for _, _, width in by_kind.values()]
+    axes.bar(places, [mean for _, mean, _ in by_kind.values()], yerr=half, color=GREEN, ecolor="black", capsize=3)
+    axes.set_xticks(places, [f"{kind}\n({count})" for kind, (count, _, _) in by_kind.items()])
     axes.axhline(trace.engagement.mean(), color="black", ls="--", label="mean of all tokens")
     axes.set_ylabel(engagement_name(trace))
     _legend(figure)
@@ -244,21 +244,21 @@ def drawn(trace: Trace, top_k: Trace | None) -> Iterator[dict[str, Figure]]:
         trace: the text's trace.
         top_k: its trace under top-k routing, for the causal decisions; None leaves them out.
     """
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     if trace.routed_layers or trace.experts_met is not None:
-        found |= {"routing-map": routing_map(trace)}
+        figures |= {"routing-map": routing_map(trace)}
     if trace.routed_layers:
-        found |= {"router-weights": weight_histogram(trace), "shares": shares(trace)}
+        figures |= {"router-weights": weight_histogram(trace), "shares": shares(trace)}
     if trace.experts_met is not None:
-        found |= {"experts": experts_figure(trace)}
-    if found:
-        found |= {"entropy": entropy_figure(trace), "kinds": kinds_figure(trace)}
+        figures |= {"experts": experts_figure(trace)}
+    if figures:
+        figures |= {"entropy": entropy_figure(trace), "kinds": kinds_figure(trace)}
     if top_k is not None:
-        found["causal-decisions"] = causal_decisions(top_k)
+        figures["causal-decisions"] = causal_decisions(top_k)
     try:
-        yield found
+        yield figures
     finally:
-        for figure in found.values():
+        for figure in figures.values():
             plt.close(figure)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mixture_of_depths.data import Corpus
 from mixture_of_depths.distributed import failing_together, is_main
 from mixture_of_depths.inspect import figures
 from mixture_of_depths.inspect.trace import Trace, trace_tokens, under_top_k
-from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.text.corpus import Corpus
 
 CAPTIONS = {
     "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block, "
@@ -147,18 +147,18 @@ def _as_itself(piece: str) -> str:
 
 
 def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
-    """Writes the page of the first block of held-out text, under causal routing.
+    """Writes the page of the first sequence of held-out text, under causal routing.
 
     Of several processes all must call it, for the model may be spread over them; the first writes.
     """
     model.eval()
     tokens: Any = corpus.validation[0]["input_ids"]
-    found = trace_tokens(model, corpus.tokenizer, tokens)
-    top_k = under_top_k(model, corpus.tokenizer, found)
+    trace = trace_tokens(model, corpus.tokenizer, tokens)
+    top_k = under_top_k(model, corpus.tokenizer, trace)
     with failing_together():
         if is_main():
-            with figures.drawn(found, top_k) as drawn:
-                page = report(found, drawn, "Where the compute goes on held-out text")
+            with figures.drawn(trace, top_k) as drawn:
+                page = report(trace, drawn, "Where the compute goes on held-out text")
             path.write_text(page, encoding="utf-8")
 
 
@@ -166,7 +166,7 @@ def _facts(trace: Trace) -> dict[str, str]:
     routing = "causal: each token decides by itself" if trace.routing == "causal" else "top-k, which looks ahead"
     saved = 1 - trace.flops.sum() / trace.dense_flops.sum()
     most = "entered every block" if trace.experts_met is None else "met an expert with every choice in every block"
-    found = {
+    facts = {
         "tokens": f"{len(trace.pieces):,}",
         "routing": routing,
         "blocks": f"{trace.num_hidden_layers}, of them routed {len(trace.routed_layers)}",
@@ -176,10 +176,10 @@ def _facts(trace: Trace) -> dict[str, str]:
     }
     correlation = figures.engagement_against_entropy(trace)
     if correlation is not None:
-        found[f"{figures.engagement_name(trace)}, against entropy"] = (
+        facts[f"{figures.engagement_name(trace)}, against entropy"] = (
             f"rank correlation {correlation.rho:+.3f}, 95 % interval {correlation.low:+.3f} to {correlation.high:+.3f}"
         )
-    return found
+    return facts
 
 
 def _rounded(value: Any) -> Any:

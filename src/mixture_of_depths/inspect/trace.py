@@ -15,13 +15,12 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from mixture_of_depths.calibration import causal_routers
-from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.experts import ExpertRouting
-from mixture_of_depths.flops import block_flops, expert_rows_per_token, router_flops
-from mixture_of_depths.modeling import DecoderLayer, MoDForCausalLM
-from mixture_of_depths.routing import Routing
-from mixture_of_depths.sampling import pieces, tokenized
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.experts import ExpertRouting
+from mixture_of_depths.model.flops import block_flops, expert_rows_per_token, router_flops
+from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
+from mixture_of_depths.model.routing import Routing
+from mixture_of_depths.text.pieces import pieces, tokenized
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,15 @@ class Trace:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as lists and numbers; what is not a number is None."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for name, value in self.__dict__.items():
             if isinstance(value, np.ndarray):
                 plain = value.astype(object)
                 if value.dtype.kind == "f":
                     plain[~np.isfinite(value)] = None
                 value = plain.tolist()
-            found[name] = value
-        return found
+            fields[name] = value
+        return fields
 
     def write_json(self, path: Path) -> None:
         """Writes all fields as one JSON object."""
@@ -154,7 +153,7 @@ def trace_tokens(
     log_p = output.logits[0].float().log_softmax(dim=-1)
     loss = F.nll_loss(log_p[:-1], input_ids[0, 1:], reduction="none")
     routed = [(i, decided) for i, decided in enumerate(output.routing) if decided is not None]
-    predicts = bool(routed) and causal_routers(config)[:1] == ("predictor",)
+    predicts = bool(routed) and config.causal_routers[:1] == ("predictor",)
 
     def rows(values: list[torch.Tensor], dtype: Any) -> np.ndarray:
         kept = [value[0].float().cpu().numpy() for value in values]
@@ -189,11 +188,11 @@ def trace_tokens(
     )
 
 
-def under_top_k(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, found: Trace) -> Trace | None:
+def under_top_k(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, traced: Trace) -> Trace | None:
     """The same text's trace under top-k, which causal decisions are held against; None if the model makes none."""
-    if not causal_routers(model.config):
+    if not model.config.causal_routers:
         return None
-    return found if found.routing == "top_k" else trace_tokens(model, tokenizer, found.token_ids.tolist(), "top_k")
+    return traced if traced.routing == "top_k" else trace_tokens(model, tokenizer, traced.token_ids.tolist(), "top_k")
 
 
 def _gate(layer: DecoderLayer, router_logits: torch.Tensor) -> torch.Tensor:

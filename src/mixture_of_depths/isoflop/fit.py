@@ -34,8 +34,8 @@ def curve(records: Records, loss: str) -> Curve:
     """The curve through the records of one family and budget, by `loss_causal` or `loss_top_k`."""
     return curve_through(
         sorted(
-            (found[0]["parameters"], found[0]["flops_per_token"], fmean(record["evaluation"][loss] for record in found))
-            for found in by_size(records)
+            (runs[0]["parameters"], runs[0]["flops_per_token"], fmean(run["evaluation"][loss] for run in runs))
+            for runs in by_size(records)
         )
     )
 
@@ -87,18 +87,18 @@ def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | No
     return min((point for point in mod.points if point[2] <= loss), key=lambda point: point[1], default=None)
 
 
-def _loss_at(found: Curve, parameters: float) -> float:
+def _loss_at(family_curve: Curve, parameters: float) -> float:
     """The loss of the size with that many parameters."""
-    return next(point[2] for point in found.points if point[0] == parameters)
+    return next(point[2] for point in family_curve.points if point[0] == parameters)
 
 
 def group(records: Records) -> dict[float, dict[str, Records]]:
     """Records by budget and family, without those of runs that diverged."""
-    found: dict[float, dict[str, Records]] = defaultdict(lambda: defaultdict(list))
+    by_budget: dict[float, dict[str, Records]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["evaluation"] is not None:
-            found[record["budget"]][record["family"]].append(record)
-    return found
+            by_budget[record["budget"]][record["family"]].append(record)
+    return by_budget
 
 
 def run_of(records: Records, parameters: float) -> dict[str, Any]:
@@ -117,15 +117,15 @@ def ratio_interval(
     both families have such a size. A handful of seeds gives few deviations to draw from: the interval is a rough one.
     """
     generator = np.random.default_rng(seed)
-    found = [_drawn_curves(records, loss, draws, generator) for records in (mod, baseline)]
-    if found[0] is None or found[1] is None:
+    ours, theirs = (_drawn_curves(records, loss, draws, generator) for records in (mod, baseline))
+    if ours is None or theirs is None:
         return None
-    low, high = np.quantile([ratio(one, other) for one, other in zip(*found, strict=True)], [0.025, 0.975])
+    low, high = np.quantile([ratio(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
     return float(low), float(high)
 
 
 def _drawn_curves(records: Records, loss: str, draws: int, generator: np.random.Generator) -> list[Curve] | None:
-    sizes = [(found, np.array([record["evaluation"][loss] for record in found])) for found in by_size(records)]
+    sizes = [(runs, np.array([run["evaluation"][loss] for run in runs])) for runs in by_size(records)]
     noise = [
         (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 for _, losses in sizes if len(losses) > 1
     ]
@@ -133,7 +133,7 @@ def _drawn_curves(records: Records, loss: str, draws: int, generator: np.random.
         return None
     pool = np.concatenate(noise)
     drawn = [losses.mean() + generator.choice(pool, (draws, len(losses))).mean(axis=1) for _, losses in sizes]
-    shapes = [(found[0]["parameters"], found[0]["flops_per_token"]) for found, _ in sizes]
+    shapes = [(runs[0]["parameters"], runs[0]["flops_per_token"]) for runs, _ in sizes]
     return [
         curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, means, strict=True)))
         for means in zip(*drawn, strict=True)
@@ -160,20 +160,20 @@ class Comparison:
 
 def comparisons(records: Records, baseline: str, mod: str) -> dict[str, Comparison]:
     """Per budget at which both families have runs, what is compared under causal routing."""
-    found = {}
+    by_budget = {}
     for budget, families in sorted(group(records).items()):
         if baseline not in families or mod not in families:
             continue
         curves = {name: {loss: curve(runs, loss) for loss in LOSSES} for name, runs in families.items()}
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
         equal = smallest_as_good(ours, theirs.best[2])
-        found[budget_name(budget)] = Comparison(
+        by_budget[budget_name(budget)] = Comparison(
             curves=curves,
             baseline=run_of(families[baseline], theirs.best[0]),
             mod=run_of(families[mod], ours.best[0]),
             equal=None if equal is None else run_of(families[mod], equal[0]),
         )
-    return found
+    return by_budget
 
 
 def summarise(
@@ -216,19 +216,19 @@ def summarise(
             "stochastic_loss_ratio": None if random is None else ratio(random["loss_causal"], theirs),
             "families": {
                 name: {
-                    "best_loss": found["loss_causal"].best[2],
-                    "best_loss_top_k": found["loss_top_k"].best[2],
-                    "ratio_to_baseline": ratio(found["loss_causal"], theirs),
+                    "best_loss": by_loss["loss_causal"].best[2],
+                    "best_loss_top_k": by_loss["loss_top_k"].best[2],
+                    "ratio_to_baseline": ratio(by_loss["loss_causal"], theirs),
                     "ratio_interval": None
                     if name == baseline
                     else ratio_interval(families[name], families[baseline], "loss_causal"),
-                    "flops_per_token": found["loss_causal"].best[1],
-                    "parameters": found["loss_causal"].best[0],
-                    "optimum_parameters": found["loss_causal"].optimum and found["loss_causal"].optimum[0],
-                    "optimum_loss": found["loss_causal"].optimum and found["loss_causal"].optimum[1],
+                    "flops_per_token": by_loss["loss_causal"].best[1],
+                    "parameters": by_loss["loss_causal"].best[0],
+                    "optimum_parameters": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[0],
+                    "optimum_loss": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[1],
                     "runs": len(families[name]),
                 }
-                for name, found in curves.items()
+                for name, by_loss in curves.items()
             },
             "diverged": [r["name"] for r in records if r["evaluation"] is None and budget_name(r["budget"]) == budget],
         }

@@ -11,42 +11,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_depths.bench import decode_seconds, in_precision
-from mixture_of_depths.checkpoint import read_json
-from mixture_of_depths.data import Corpus, batches
+from mixture_of_depths.files import read_json
 from mixture_of_depths.isoflop.fit import Records, comparisons, measured_on, models_of
-from mixture_of_depths.modeling import MoDForCausalLM
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.options import SamplingOptions, TrainOptions
-from mixture_of_depths.routing import Routing
+from mixture_of_depths.sampling.bench import decode_seconds, in_precision
+from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.corpus import Corpus
 
 
 @torch.no_grad()
 def gain_from_later_tokens(
     model: MoDForCausalLM,
-    blocks: datasets.Dataset,
+    sequences: datasets.Dataset,
     end_of_text: int,
     routing: Routing = "top_k",
     stride: int = 16,
-    max_blocks: int = 64,
+    max_sequences: int = 64,
 ) -> float:
     """By which share a model's loss rises when the text that follows is taken from elsewhere.
 
-    Every block is cut at each multiple of `stride`, and from the cut on replaced by another block's tokens. Compared is
-    the loss of the `stride` predictions before the cut, whose own inputs stay. Only routing that looks ahead can tell
-    the two apart: under causal routing the result is 0.
+    Every sequence is cut at each multiple of `stride`, and from the cut on replaced by another sequence's tokens.
+    Compared is the loss of the `stride` predictions before the cut, whose own inputs stay. Only routing that looks
+    ahead can tell the two apart: under causal routing the result is 0.
 
     Args:
         model: the model, in evaluation mode.
-        blocks: data set with the column `input_ids`, of at least two blocks.
+        sequences: data set with the column `input_ids`, of at least two sequences.
         end_of_text: the token after which a new document begins.
         routing: "top_k" or "causal".
-        stride: tokens between cuts, at least 1 and less than the blocks' length.
-        max_blocks: how many blocks to use.
+        stride: tokens between cuts, at least 1 and less than the sequences' length.
+        max_sequences: how many sequences to use.
     """
     own = cut = 0.0
-    # An even number: no batch is then a single block, which would be its own replacement.
-    count = min(max_blocks, len(blocks)) // 2 * 2
-    for batch in batches(blocks, range(count), end_of_text, 16, model.device):
+    # An even number: no batch is then a single sequence, which would be its own replacement.
+    count = min(max_sequences, len(sequences)) // 2 * 2
+    for batch in batches(sequences, range(count), end_of_text, 16, model.device):
         input_BT, position_BT = batch["input_ids"], batch["position_ids"]
         length = input_BT.shape[1]
         loss_BT = _losses(model, input_BT, position_BT, input_BT, routing)
@@ -123,16 +124,16 @@ def measure(
     """Per budget: sampling speed at equal loss, training time, and the best model's gain from later tokens.
 
     Training times are those of all steps of both best models, and of one step. Prompts are the first halves of held-out
-    blocks; as long again is sampled, by the model that is at least as good as the best baseline with the fewest FLOPs,
-    and by that baseline. Budgets that are in `measured` with the models compared now are left out.
+    sequences; as long again is sampled, by the model that is at least as good as the best baseline with the fewest
+    FLOPs, and by that baseline. Budgets that are in `measured` with the models compared now are left out.
 
     Raises:
         ValueError: when a model is not in the folder `out` any more.
     """
     half = corpus.options.sequence_length // 2
     first = range(min(8, len(corpus.validation)))
-    given = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
-    prompts = [batch["input_ids"][:, :half].contiguous() for batch in given]
+    held_out = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
+    prompts = [batch["input_ids"][:, :half].contiguous() for batch in held_out]
     for budget, compared in comparisons(records, baseline, mod).items():
         if measured_on(compared, measured.get(budget, {})):
             continue
@@ -145,14 +146,14 @@ def measure(
             "sampling_speedup": None,
         }
         options = TrainOptions(**read_json(out / "runs" / compared.mod["name"] / "run.json")["train"])
-        torch._dynamo.reset()
+        torch.compiler.reset()
         trained = {"mod": best, "baseline": _load(out, compared.baseline)}
         seconds = seconds_per_step(trained, _batch(corpus, options.batch_size), options)
         steps = {"mod": compared.mod["steps"], "baseline": compared.baseline["steps"]}
         whole = {side: seconds[side] * steps[side] for side in steps}
         row |= {"seconds_per_step": seconds, "train_wall_ratio": whole["mod"] / whole["baseline"]}
         if compared.equal is not None:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             sides = {"mod": _load(out, compared.equal), "baseline": _load(out, compared.baseline)}
             speeds = tokens_per_second(sides, prompts, half)
             row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}

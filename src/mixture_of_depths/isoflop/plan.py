@@ -16,17 +16,18 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mixture_of_depths.configuration import MoDConfig
-from mixture_of_depths.data import Corpus
-from mixture_of_depths.flops import forward_flops_per_token, model_parameters
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
 from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
-from mixture_of_depths.training import Horizon, check_options, horizon, model_config
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.horizon import Horizon, horizon
+from mixture_of_depths.training.settings import check_options, model_config
 
 # What the study itself sets.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 HORIZON_FIELDS = ("max_steps", "max_tokens", "max_flops", "seed", "learning_rate")
 # When a run is looked at and saved decides nothing.
-WATCHING_FIELDS = ("eval_every", "eval_blocks", "save_every")
+WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,17 @@ def load_study(path: Path) -> Study:
         ValueError: naming the field, for one that is unknown, missing, of a wrong type or contradicts another.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw_study = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"study={path} is no YAML: {error}") from error
-    _known(given, Study, str(path))
+    _known(raw_study, Study, str(path))
     for name, kind in (("ladder", Ladder), ("data", DataOptions), ("training", TrainOptions)):
-        _known(given.get(name, {}), kind, f"{path}: {name}")
-    sweeps = given.get("sweeps")
+        _known(raw_study.get(name, {}), kind, f"{path}: {name}")
+    sweeps = raw_study.get("sweeps")
     for number, sweep in enumerate(sweeps if isinstance(sweeps, list) else []):
         _known(sweep, Sweep, f"{path}: sweeps[{number}]")
     try:
-        study = TypeAdapter(Study).validate_python(given)
+        study = TypeAdapter(Study).validate_python(raw_study)
         for name, changes in study.families.items():
             _known(changes, ModelOptions, f"{path}: families.{name}")
             TypeAdapter(ModelOptions).validate_python(changes)
@@ -167,11 +168,11 @@ def load_study(path: Path) -> Study:
     return study
 
 
-def _known(given: Any, kind: type, place: str) -> None:
-    if not isinstance(given, dict):
-        raise ValueError(f"study={place}: {given!r} must be a mapping of fields")
+def _known(mapping: Any, kind: type, place: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"study={place}: {mapping!r} must be a mapping of fields")
     names = [part.name for part in fields(kind)]
-    for name in given:
+    for name in mapping:
         if name not in names:
             raise ValueError(f"study={place}: {name} is no field; there are {', '.join(names)}")
 
@@ -210,7 +211,7 @@ def _check(study: Study, path: Path) -> None:
 
 def runs(study: Study) -> list[Run]:
     """Every run of a study, once, cheapest budgets first."""
-    found: dict[str, Run] = {}
+    runs_by_name: dict[str, Run] = {}
     for sweep in study.sweeps:
         for budget in sweep.budgets:
             for family in sweep.families:
@@ -221,9 +222,9 @@ def runs(study: Study) -> list[Run]:
                         changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
                         training = replace(study.training, max_flops=budget, seed=seed, learning_rate=rate)
                         run = Run(family, depth, budget, seed, changes, training)
-                        if found.setdefault(run.name, run) != run:
+                        if runs_by_name.setdefault(run.name, run) != run:
                             raise ValueError(f"two runs are called {run.name}: budgets differ too little; round them")
-    return sorted(found.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
+    return sorted(runs_by_name.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
 
 
 def capacities(study: Study, mod: str) -> dict[str, float]:
@@ -233,8 +234,10 @@ def capacities(study: Study, mod: str) -> dict[str, float]:
         return {field: value for field, value in study.families[name].items() if field != "capacity"}
 
     default = ModelOptions().capacity
-    given = {name: study.families[name].get("capacity", default) for name in study.families if rest(name) == rest(mod)}
-    return {name: capacity[0] for name, capacity in given.items() if len(capacity) == 1}
+    by_family = {
+        name: study.families[name].get("capacity", default) for name in study.families if rest(name) == rest(mod)
+    }
+    return {name: capacity[0] for name, capacity in by_family.items() if len(capacity) == 1}
 
 
 def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from mixture_of_depths.files import read_records
 from mixture_of_depths.isoflop.fit import Records, curve, group, run_of
-from mixture_of_depths.training import read_records
 
 # Each family keeps its colour and mark in all figures.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -77,11 +77,11 @@ def _panels(
 
 
 def _isoflop(panel: Axes, families: dict[str, Records], baseline: str, styles: Styles) -> None:
-    for name, found in families.items():
-        points = curve(found, "loss_causal")
-        panel.plot([p[0] for p in points.points], [p[2] for p in points.points], label=name, **styles[name])
-        if points.optimum:
-            panel.plot(*points.optimum, "*", color=styles[name]["color"], markersize=12)
+    for name, runs in families.items():
+        fitted = curve(runs, "loss_causal")
+        panel.plot([p[0] for p in fitted.points], [p[2] for p in fitted.points], label=name, **styles[name])
+        if fitted.optimum:
+            panel.plot(*fitted.optimum, "*", color=styles[name]["color"], markersize=12)
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -94,8 +94,8 @@ def _relative(panel: Axes, families: dict[str, Records], baseline: str, styles: 
     if baseline not in families:
         return
     best = curve(families[baseline], "loss_causal").best
-    for name, found in families.items():
-        points = curve(found, "loss_causal").points
+    for name, runs in families.items():
+        points = curve(runs, "loss_causal").points
         panel.plot([p[1] / best[1] for p in points], [p[2] / best[2] for p in points], label=name, **styles[name])
     panel.axhline(1, color="grey", lw=0.8)
     panel.axvline(1, color="grey", lw=0.8)
@@ -109,8 +109,8 @@ def _routing(records: Records, styles: Styles) -> Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(5, 4.2))
     for name in sorted({record["family"] for record in routed}):
-        found = [record["evaluation"] for record in routed if record["family"] == name]
-        top_k, causal = [e["loss_top_k"] for e in found], [e["loss_causal"] for e in found]
+        evaluations = [record["evaluation"] for record in routed if record["family"] == name]
+        top_k, causal = [e["loss_top_k"] for e in evaluations], [e["loss_causal"] for e in evaluations]
         axes.plot(top_k, causal, linestyle="none", label=name, **styles[name])
     low = axes.get_xlim()[0]
     axes.axline((low, low), slope=1, color="grey", lw=0.8)
@@ -127,16 +127,18 @@ def _capacity(records: Records, baseline: str, capacities: dict[str, float]) -> 
         if record["family"] in capacities or record["family"] == baseline:
             losses = sizes[record["budget"], record["depth"]][record["family"]]
             losses.append(record["evaluation"]["loss_causal"])
-    swept = {size: found for size, found in sorted(sizes.items()) if len(found.keys() & capacities.keys()) > 2}
+    swept = {
+        size: by_family for size, by_family in sorted(sizes.items()) if len(by_family.keys() & capacities.keys()) > 2
+    }
     if not swept:
         return None
     figure, axes = plt.subplots(figsize=(5, 4.2))
-    for (budget, depth), found in swept.items():
-        points = sorted((capacities[name], fmean(losses)) for name, losses in found.items() if name in capacities)
+    for (budget, depth), by_family in swept.items():
+        points = sorted((capacities[name], fmean(losses)) for name, losses in by_family.items() if name in capacities)
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{budget:g} FLOPs, {depth} blocks")
-        if baseline in found:
+        if baseline in by_family:
             axes.axhline(
-                fmean(found[baseline]), color=line.get_color(), linestyle="--", label=f"{baseline}, {depth} blocks"
+                fmean(by_family[baseline]), color=line.get_color(), linestyle="--", label=f"{baseline}, {depth} blocks"
             )
     axes.set_xlabel("capacity")
     axes.set_ylabel("held-out loss, causal routing (nats per token)")
@@ -149,11 +151,11 @@ def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path)
     families = group(records)[max(record["budget"] for record in records)]
     figure, axes = plt.subplots(figsize=(6, 4.2))
     for name in names:
-        found = families.get(name, [])
-        if not found:
+        runs = families.get(name, [])
+        if not runs:
             continue
-        size = curve(found, "loss_causal").best[0]
-        run = run_of(found, size)
+        size = curve(runs, "loss_causal").best[0]
+        run = run_of(runs, size)
         lines = read_records(out / "runs" / run["name"] / "metrics.jsonl")
         flops = {line["step"]: line["flops"] for line in lines if "flops" in line}
         held_out = [line for line in lines if "eval_loss_causal" in line and line["step"] in flops]

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mixture_of_depths.checkpoint import locked, write_aside
-from mixture_of_depths.data import Corpus
+from mixture_of_depths.files import locked, read_records, write_aside
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.training import DivergenceError, read_records, train
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.run import train
+from mixture_of_depths.training.trainer import DivergenceError
 
 RECORDS = "records.jsonl"
 

@@ -1,0 +1,77 @@
+"""What commands share: kinds of arguments, loading a checkpoint, and what must be there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mixture_of_depths.options import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mixture_of_depths.model.modeling import MoDForCausalLM
+
+Checkpoint = Annotated[Path, tyro.conf.Positional]
+Study = Annotated[Path, tyro.conf.Positional]
+Source = Annotated[str, tyro.conf.Positional]
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Refuses with the name of the extra that brings a missing module."""
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            raise ValueError(f'{module} is not installed; run: pip install "mixture-of-depths[{extra}]"')
+
+
+def quiet_libraries() -> None:
+    """Stops the libraries' own progress bars, which would tear ours apart."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def load_checkpoint(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+    """The model and the tokenizer in a folder.
+
+    Raises:
+        ValueError: when there is none, or its weights are damaged or do not fit its configuration.
+    """
+    from transformers import AutoConfig
+
+    from mixture_of_depths.model.modeling import MoDForCausalLM
+    from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
+
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        if config.model_type != "mixture_of_depths":
+            raise ValueError(f"it is a {config.model_type} model, not mixture_of_depths")
+        # The library annotates the model alone; asked for it, it returns what it found beside the model.
+        loaded: Any = MoDForCausalLM.from_pretrained(checkpoint, output_loading_info=True, use_safetensors=True)
+        model, loading_info = loaded
+    except Exception as error:
+        # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
+        raise ValueError(f"checkpoint={checkpoint} cannot be read: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading_info[kind]:
+            names = ", ".join(sorted(map(str, loading_info[kind]))[:3])
+            raise ValueError(f"checkpoint={checkpoint} does not fit its config.json: {kind}: {names}")
+    tokenizer = load_tokenizer(str(checkpoint))
+    check_vocabulary(tokenizer, config.vocab_size, f"checkpoint={checkpoint}")
+    return model.eval(), tokenizer
+
+
+def load_to_sample(checkpoint: Path, precision: Precision) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+    """As `load_checkpoint`, with the weights in the precision of the products, in which each step reads them."""
+    import torch
+
+    model, tokenizer = load_checkpoint(checkpoint)
+    if precision == "bf16":
+        torch.nn.Module.to(model, torch.bfloat16)
+    return model, tokenizer

@@ -1,0 +1,177 @@
+"""The commands of isoFLOP studies: plan, run, measure, fit and plot."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixture_of_depths.cli.common import Study, quiet_libraries
+
+if TYPE_CHECKING:
+    from mixture_of_depths.isoflop.plan import PlannedRun
+    from mixture_of_depths.text.corpus import Corpus
+
+
+def plan(study: Study) -> None:
+    """Print every run of a study: parameters, steps, tokens, FLOPs per token of a forward pass and estimated time.
+
+    Args:
+        study: Study file, YAML.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixture_of_depths.isoflop.plan import flops_per_second
+
+    planned, _ = _planned(study)
+    speed = flops_per_second()
+    table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    for name in ("parameters", "steps", "tokens", "FLOPs/token", "minutes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in planned:
+        length, minutes = item.length, item.length.flops / speed / 60
+        parameters, tokens = f"{item.parameters / 1e6:.3f} M", f"{length.tokens / 1e6:.1f} M"
+        sizes = (parameters, f"{length.steps:,}", tokens, f"{item.flops_per_token:.3g}")
+        table.add_row(item.run.name, *sizes, f"{minutes:.1f}")
+    console = Console()
+    console.print(table)
+    total = sum(item.length.flops for item in planned)
+    console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
+
+
+def run(study: Study, out: Path, ray: str | None = None, cpus: int = 2) -> None:
+    """Carry out the runs of a study that have no record yet, and resume what broke.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study: records.jsonl, and a folder for each run.
+        ray: Address of a Ray cluster, or "auto"; by default the runs go one after another here.
+        cpus: Cores of each run on a Ray cluster.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.isoflop.run import run_here, run_on_ray
+
+    planned, corpus = _planned(study)
+    console = Console()
+    if ray is None:
+        finished = run_here(planned, corpus, out, console)
+    else:
+        finished = run_on_ray(planned, corpus, out, ray, cpus, console)
+    if not finished:
+        console.print("stopped; go on with the same command")
+        raise SystemExit(130)
+
+
+def measure(study: Study, out: Path, family: str = "mod") -> None:
+    """Measure on a study's trained models what their records do not tell; writes measurements.json and prints it.
+
+    That is, per budget, the sampling speed of the smallest model that is as good as the best baseline against that
+    baseline's, the training times of both best models, and what top-k routing gains by looking ahead. A budget whose
+    models are in measurements.json already is not measured again.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study, with its runs.
+        family: The family that is compared with the baseline.
+    """
+    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.files import read_json, write_aside
+    from mixture_of_depths.isoflop.measure import measure
+    from mixture_of_depths.isoflop.plan import load_study
+    from mixture_of_depths.provenance import provenance
+    from mixture_of_depths.text.corpus import prepare
+
+    quiet_libraries()
+    records, baseline = _records(study, out, family)
+    if not can_compile():
+        raise ValueError("a C++ compiler is needed to measure sampling; install one, such as g++")
+    corpus = prepare(load_study(study).data)
+    path = out / "measurements.json"
+    measured = read_json(path) if path.exists() else {}
+    for budget, row in measure(records, baseline, family, corpus, out, measured):
+        measured[budget] = {**row, **provenance()}
+        write_aside(path, json.dumps(measured, indent=2) + "\n")
+    print(json.dumps(measured, indent=2))
+
+
+def fit(study: Study, out: Path, family: str = "mod", stochastic: str = "stochastic-12") -> None:
+    """Find every curve's optimum and compare the families; writes summary.json and prints it.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study.
+        family: The family that is compared with the baseline.
+        stochastic: The family of the stochastic control, if there is one.
+    """
+    from mixture_of_depths.files import read_json
+    from mixture_of_depths.isoflop.fit import summarise
+    from mixture_of_depths.provenance import provenance
+
+    records, baseline = _records(study, out, family)
+    path = out / "measurements.json"
+    measured = read_json(path) if path.exists() else {}
+    figures = summarise(records, baseline, family, stochastic, measured)
+    summary = json.dumps({**figures, **provenance()}, indent=2, allow_nan=False)
+    (out / "summary.json").write_text(summary + "\n")
+    print(summary)
+
+
+def plot(study: Study, out: Path, family: str = "mod") -> None:
+    """Draw a study's figures from its records.
+
+    Args:
+        study: Study file, YAML.
+        out: Folder of the study.
+        family: The family that is compared with the baseline.
+    """
+    from mixture_of_depths.isoflop.plan import capacities, load_study
+    from mixture_of_depths.isoflop.plot import draw
+
+    records, baseline = _records(study, out, family)
+    for path in draw(records, baseline, family, capacities(load_study(study), family), out):
+        print(path)
+
+
+def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
+    from mixture_of_depths.isoflop.plan import load_study, plan
+    from mixture_of_depths.text.corpus import prepare
+
+    quiet_libraries()
+    loaded = load_study(study)
+    corpus = prepare(loaded.data)
+    return plan(loaded, corpus), corpus
+
+
+def _records(study: Path, out: Path, family: str) -> tuple[list[dict[str, Any]], str]:
+    """The records of a study's runs, and the name of its baseline.
+
+    Raises:
+        ValueError: when there are none, or none of the family `family`, or one differs from the study in size or rate.
+    """
+    from mixture_of_depths.files import read_records
+    from mixture_of_depths.isoflop.plan import load_study, runs
+    from mixture_of_depths.isoflop.run import RECORDS
+
+    loaded = load_study(study)
+    planned = {run.name: run for run in runs(loaded)}
+    records = [record for record in read_records(out / RECORDS) if record["name"] in planned]
+    if not records:
+        raise ValueError(f"out={out} holds no record of this study; run it first")
+    for record in records:
+        run = planned[record["name"]]
+        was = record["hidden_size"], record["learning_rate"]
+        if was != (run.model.hidden_size, run.training.learning_rate):
+            now = f"{run.model.hidden_size} and {run.training.learning_rate:g}"
+            raise ValueError(
+                f"out={out} holds a record of {run.name} of another study: its hidden_size and learning_rate were "
+                f"{was[0]} and {was[1]:g}, and the study says {now}"
+            )
+    if missing := planned.keys() - {record["name"] for record in records}:
+        print(f"{len(missing)} of {len(planned)} runs have no record yet, {min(missing)} first", file=sys.stderr)
+    families = sorted({record["family"] for record in records if record["evaluation"] is not None})
+    if family not in families:
+        raise ValueError(f"family={family} has no records; there are some of {', '.join(families)}")
+    return records, loaded.baseline

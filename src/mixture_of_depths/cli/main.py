@@ -1,0 +1,70 @@
+"""The command `mod`. Heavy imports happen inside the commands, so that `mod --help` answers at once."""
+
+import os
+import sys
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from mixture_of_depths import __version__
+from mixture_of_depths.cli import isoflop
+from mixture_of_depths.cli.evaluation import calibrate, evaluate
+from mixture_of_depths.cli.inspect import inspect
+from mixture_of_depths.cli.sampling import bench, generate
+from mixture_of_depths.cli.serving import playground, serve
+from mixture_of_depths.cli.training import demo, retrofit, train
+
+# How PyTorch says so, on an accelerator and on the CPU.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def commands() -> SubcommandApp:
+    """All commands, those of studies as a group of their own."""
+    study = SubcommandApp()
+    for command in (isoflop.plan, isoflop.run, isoflop.measure, isoflop.fit, isoflop.plot):
+        study.command(command)
+    app = SubcommandApp()
+    for command in (train, evaluate, calibrate, retrofit, generate, bench, inspect, playground, serve):
+        app.command(command)
+    app.command(study, name="isoflop", help="Plan, run, measure, fit and plot an isoFLOP study.")
+    app.command(demo)
+    return app
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend ends with status 2 and one line, never a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(__version__)
+        return
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[:1] != ["train"]:
+            raise ValueError(
+                "only mod train shares its work among several processes; start this command without torchrun"
+            )
+        try:
+            commands().cli(
+                prog="mod",
+                description="Mixture-of-Depths transformers. `mod --version` prints the version.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        finally:
+            # At the interpreter's end it would be too late to see that the reader has left.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        print(f"error: not enough memory; lower the sizes of model, batch or text: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,152 @@
+"""The commands that sample: generate and bench."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from mixture_of_depths.cli.common import Checkpoint, load_checkpoint, load_to_sample, quiet_libraries
+from mixture_of_depths.options import Precision, SamplingOptions
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    batch_size: int = 16,
+    sampling: SamplingOptions = SamplingOptions(),
+    precision: Precision = "fp32",
+    stream: bool = False,
+    show_depth: bool = False,
+    compile: bool = False,
+) -> None:
+    """Sample from a model, after one prompt or after every prompt of a file.
+
+    Args:
+        checkpoint: Folder of a trained model.
+        prompt: Text to go on from; names of special tokens, such as a chat template's, stand for them.
+        prompts: File of prompts: a .jsonl with the field "prompt", or text with one prompt a line. Prints JSON lines.
+        out: File to write the JSON lines to, instead of printing them.
+        batch_size: Prompts of the file that are sampled together.
+        sampling: How tokens are drawn.
+        precision: Precision of the matrix products: fp32, or bf16.
+        stream: Print text as it is sampled.
+        show_depth: Colour every token by the number of blocks it used.
+        compile: Compile the sampling step: many times faster, after seconds a block the first time, one in later calls.
+    """
+    import torch
+
+    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.inspect.depth import coloured
+    from mixture_of_depths.sampling.stream import check_prompts
+    from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
+
+    quiet_libraries()
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give exactly one of prompt and prompts")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if out is not None and (prompts is None or out.exists()):
+        raise ValueError(f"out={out} {'needs prompts' if prompts is None else 'exists; name another file'}")
+    if prompts is not None and (stream or show_depth):
+        raise ValueError("stream and show_depth need prompt; prompts of a file give JSON lines")
+    texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    model, tokenizer = load_to_sample(checkpoint, precision)
+    samples = begin(tokenizer, texts)
+    for sample in samples:
+        # All of them before the first is written.
+        tokens = torch.tensor([sample.tokens])
+        check_prompts(model, tokens, torch.ones_like(tokens), sampling.max_new_tokens)
+    compiled = compile and can_compile()
+    if compiled:
+        print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
+    elif compile:
+        print("no C++ compiler found: sampling without compilation", file=sys.stderr, flush=True)
+    if prompts is not None:
+        with out.open("x") if out is not None else nullcontext(sys.stdout) as file:
+            for start in range(0, len(texts), batch_size):
+                seeds = range(sampling.seed + start, sampling.seed + min(start + batch_size, len(texts)))
+                done = sample_texts(model, tokenizer, texts[start : start + batch_size], sampling, seeds, compiled)
+                for sample in done:
+                    record = {"prompt": sample.prompt, "text": sample.text, "ended": sample.ended}
+                    print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+        return
+    if stream:
+        print(texts[0], end="", flush=True)
+    for _, text in stream_texts(model, tokenizer, samples, sampling, compiled=compiled):
+        if stream:
+            print(text, end="", flush=True)
+    if stream:
+        print()
+    elif not show_depth:
+        print(texts[0] + samples[0].text)
+    if show_depth:
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(coloured(model, tokenizer, samples[0].tokens))
+
+
+def bench(
+    checkpoint: Checkpoint,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    batch_sizes: tuple[int, ...] = (1,),
+) -> None:
+    """Print how fast a model samples on this machine, and what it holds in memory, as JSON.
+
+    Args:
+        checkpoint: Folder of a trained model.
+        prompt_tokens: Random tokens before.
+        new_tokens: Tokens to sample.
+        batch_sizes: Numbers of prompts sampled together.
+    """
+    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.provenance import provenance
+    from mixture_of_depths.sampling.bench import bench as run
+
+    quiet_libraries()
+    if prompt_tokens < 1 or new_tokens < 5 or min(batch_sizes, default=0) < 1:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and batch_sizes={batch_sizes} must be at least 1, "
+            f"new_tokens={new_tokens} at least 5"
+        )
+    model, _ = load_checkpoint(checkpoint)
+    longest = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > longest:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the model's "
+            f"max_position_embeddings={longest}; lower one of them"
+        )
+    if not can_compile():
+        raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
+    print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance()}, indent=2))
+
+
+def _read_prompts(path: "Path | None") -> list[str]:
+    """The prompts in a file.
+
+    Raises:
+        ValueError: when it holds none, or a line of a .jsonl has no text "prompt".
+    """
+    assert path is not None
+    try:
+        # Not splitlines: a line of JSON may hold other separators.
+        numbered = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={path} is not UTF-8: {error}") from error
+    lines = [(number, line.removesuffix("\r")) for number, line in numbered if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts={path} holds no prompt; give one a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    texts = []
+    for number, line in lines:
+        try:
+            text = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f'prompts={path}, line {number}: needs an object with the field "prompt"') from error
+        if not isinstance(text, str):
+            raise ValueError(f'prompts={path}, line {number}: "prompt" must be a text')
+        texts.append(text)
+    return texts

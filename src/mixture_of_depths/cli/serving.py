@@ -1,0 +1,74 @@
+"""The commands that answer others: serve and playground."""
+
+from pathlib import Path
+
+from mixture_of_depths.cli.common import Checkpoint, load_to_sample, quiet_libraries, require_extra
+from mixture_of_depths.options import Precision
+
+
+def playground(
+    checkpoint: Checkpoint,
+    baseline: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    precision: Precision = "fp32",
+    compile: bool = False,
+) -> None:
+    """Open a page to sample from a model, its tokens coloured by the blocks they used. Needs the extra "playground".
+
+    Args:
+        checkpoint: Folder of a model.
+        baseline: Folder of a model to sample from beside it.
+        host: Address to listen on; by default only this machine can ask.
+        port: Port to listen on.
+        precision: Precision of the matrix products: fp32, or bf16.
+        compile: Compile the sampling steps before the page opens: many times faster afterwards.
+    """
+    from mixture_of_depths.compiler import can_compile
+
+    quiet_libraries()
+    _check_port(port)
+    require_extra("playground", "gradio")
+    if compile and not can_compile():
+        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    models = {str(path): load_to_sample(path, precision) for path in (checkpoint, baseline) if path is not None}
+    from mixture_of_depths.serving.playground import page
+    from mixture_of_depths.serving.playground import serve as run
+
+    run(page(models, compile), host, port)
+
+
+def serve(
+    checkpoint: Checkpoint,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: Precision = "fp32",
+    compile: bool = False,
+) -> None:
+    """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
+
+    The model is called by the name of its folder, as given here. Needs the extra "serve".
+
+    Args:
+        checkpoint: Folder of a model.
+        host: Address to listen on; by default only this machine can ask.
+        port: Port to listen on.
+        precision: Precision of the matrix products: fp32, or bf16.
+        compile: Compile the sampling step before the first request: many times faster afterwards.
+    """
+    from mixture_of_depths.compiler import can_compile
+
+    quiet_libraries()
+    _check_port(port)
+    require_extra("serve", "fastapi", "uvicorn", "openai")
+    if compile and not can_compile():
+        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    model, tokenizer = load_to_sample(checkpoint, precision)
+    from mixture_of_depths.serving.openai import serve as run
+
+    run(model, tokenizer, str(checkpoint), host, port, compile)
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port={port} must lie between 1 and 65535")

@@ -1,0 +1,116 @@
+"""The commands that train: train, retrofit and demo."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mixture_of_depths.cli.common import Source, quiet_libraries
+from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
+
+
+def train(
+    out: Path,
+    data: DataOptions = DataOptions(),
+    model: ModelOptions = ModelOptions(),
+    training: TrainOptions = TrainOptions(),
+    resume: bool = False,
+) -> None:
+    """Train a Mixture-of-Depths model, or with --no-routed its baseline.
+
+    Args:
+        out: Folder for the model, its checkpoints, metrics.jsonl, TensorBoard records, curve.png and report.html.
+        data: Text and tokens.
+        model: The model.
+        training: The run.
+        resume: Go on with the run in the folder from its newest checkpoint.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.distributed import from_main, is_main, leave
+    from mixture_of_depths.inspect.report import held_out_report
+    from mixture_of_depths.text.corpus import load_prepared, prepare_cache
+    from mixture_of_depths.training.horizon import horizon
+    from mixture_of_depths.training.run import train as run
+    from mixture_of_depths.training.settings import model_config
+
+    quiet_libraries()
+    console = Console(quiet=not is_main())
+    corpus = load_prepared(data, from_main(lambda: prepare_cache(data)))
+    facts = corpus.facts
+    console.print(
+        f"{facts.train_documents} documents, {facts.train_tokens:,} tokens to train on; held out "
+        f"{facts.validation_documents} ({facts.split}), {facts.validation_tokens:,} tokens; skipped: {facts.skipped}"
+    )
+    config = model_config(model, corpus.tokenizer, data.sequence_length)
+    length = horizon(training, config, data.sequence_length)
+    console.print(f"{length.steps:,} steps, {length.tokens:,} tokens, {length.flops:.3g} training FLOPs")
+    trained, result = run(config, corpus, training, out, resume=resume, console=console)
+    if result.finished:
+        held_out_report(trained, corpus, out / "report.html")
+    leave()
+    if not result.finished:
+        console.print(f"stopped at step {result.steps} of {length.steps}; go on with the same command and --resume")
+        raise SystemExit(130)
+    console.print_json(data=asdict(result))
+
+
+def retrofit(
+    source: Source,
+    out: Path,
+    data: DataOptions = DataOptions(sequence_length=512),
+    routing: RetrofitOptions = RetrofitOptions(),
+    training: TrainOptions = TrainOptions(batch_size=4, learning_rate=1e-4, precision="bf16"),
+    resume: bool = False,
+) -> None:
+    """Make a pretrained Llama-family model skip: measure which blocks to route, tune, and compare with the dense model.
+
+    Half of the held-out sequences calibrate the causal routers, up to 128; the comparison is made on the other half.
+
+    Args:
+        source: Folder, GGUF file or hub name of a Llama, Mistral, Qwen2, Qwen3 or SmolLM model.
+        out: Folder for the model, its checkpoints, metrics.jsonl and retrofit.json.
+        data: Text to tune on, cut with the model's own tokenizer.
+        routing: What is routed, and which parts are tuned.
+        training: The tuning.
+        resume: Go on with the run in the folder from its newest checkpoint.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.model.convert import load_dense
+    from mixture_of_depths.retrofitting.tune import retrofit as run
+    from mixture_of_depths.text.corpus import prepare
+    from mixture_of_depths.text.tokenizer import check_vocabulary, checked
+
+    quiet_libraries()
+    console = Console()
+    if data.tokenizer is not None:
+        raise ValueError(f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own")
+    dense, tokenizer = load_dense(source)
+    check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
+    corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
+    _, result = run(dense, source, corpus, routing, training, out, resume, console)
+    if not result.finished:
+        console.print("stopped; go on with the same command and --resume")
+        raise SystemExit(130)
+    console.print_json(data=asdict(result))
+
+
+def demo(
+    out: Path = Path("demo"),
+    max_flops: float = 1e13,
+    data: DataOptions = DataOptions(),
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train a baseline and a Mixture-of-Depths model to the same training FLOPs, and compare them.
+
+    Args:
+        out: Folder for both runs, curves.png and demo.json.
+        max_flops: Training FLOPs of each run.
+        data: Text and tokens.
+        seed: Seed of both runs.
+        resume: Go on with a demo that was stopped.
+    """
+    from mixture_of_depths.demo import run
+
+    quiet_libraries()
+    run(out, max_flops, data, seed, resume)

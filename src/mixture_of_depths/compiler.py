@@ -1,0 +1,32 @@
+"""What of PyTorch's compiler has no public name, in one place: these may change with every release of torch."""
+
+from contextlib import AbstractContextManager
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+
+def can_compile() -> bool:
+    """Whether there is the C++ compiler that compiling for the CPU needs."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def any_length(tensor: Tensor, dim: int) -> None:
+    """Has one graph serve every length of a dimension.
+
+    Of one that was only dynamic the compiler would note on which side of a few thousand it is, and it would compile
+    anew in the middle of a text.
+    """
+    torch._dynamo.decorators.mark_unbacked(tensor, dim)
+
+
+def graphs_per_block(count: int) -> AbstractContextManager[None]:
+    """Lets the compiler keep so many graphs of a block, inside."""
+    return torch._dynamo.config.patch(recompile_limit=count)

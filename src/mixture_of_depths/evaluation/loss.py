@@ -1,0 +1,183 @@
+"""Held-out loss under top-k and under causal routing, and what the routers do there."""
+
+import math
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from mixture_of_depths.evaluation.calibration import using_causal_router
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.model.routing import Routing
+from mixture_of_depths.text.batches import batches
+
+# Tokens of a forward pass: with a vocabulary of 49,152, their logits are 0.8 GB.
+TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class CausalEvaluation:
+    """What one causal router did.
+
+    Attributes:
+        loss: in nats per token, when it decides.
+        accuracy: share of the decisions in which it agrees with top-k, under top-k routing.
+        share_entering: share of the tokens that enter each routed block when it decides, by block index.
+    """
+
+    loss: float
+    accuracy: float
+    share_entering: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ExpertEvaluation:
+    """What became of the tokens that entered one block with experts; means over the batches.
+
+    Attributes:
+        share: tokens that each expert took and, at the end, each no-op got, over the choices.
+        dropped: share of the choices, or under expert choice of the tokens, that found no place.
+    """
+
+    share: list[float]
+    dropped: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over held-out sequences found; losses in nats per token.
+
+    Attributes:
+        loss_top_k: loss when the k largest router weights of the sequence decide, which looks ahead.
+        loss_causal: loss when every token decides by itself, as in sampling; equal to the above where nothing looks
+            ahead.
+        bits_per_byte: of the causal loss.
+        causal_routers: figures of each causal router that was asked for, the configured one first; empty without
+            routed blocks.
+        experts: figures of each block with experts that any token entered, by its index, under "top_k" and under
+            "causal" routing; empty without experts.
+        tokens: number of tokens that were predicted.
+    """
+
+    loss_top_k: float
+    loss_causal: float
+    bits_per_byte: float
+    causal_routers: dict[str, CausalEvaluation]
+    experts: dict[Routing, dict[int, ExpertEvaluation]]
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: MoDForCausalLM,
+    sequences: datasets.Dataset,
+    end_of_text: int,
+    bytes_per_token: float,
+    max_sequences: int | None = None,
+    batch_size: int | None = None,
+    bf16: bool = False,
+    all_causal_routers: bool = True,
+    console: Console | None = None,
+) -> Evaluation:
+    """Evaluates a model on packed sequences.
+
+    Args:
+        model: the model; it is left in the mode it came in.
+        sequences: data set with the column `input_ids`.
+        end_of_text: the token after which a new document begins.
+        bytes_per_token: bytes of UTF-8 per token of this text.
+        max_sequences: how many sequences to use, evenly spaced; None for all.
+        batch_size: sequences per forward pass; None for 16, or fewer where those are more than 4,096 tokens.
+        bf16: whether to compute under bf16 autocast.
+        all_causal_routers: whether to try every causal router the model has, or only the configured one.
+        console: where progress is shown; None for nowhere.
+    """
+    batch_size = batch_size or max(1, min(16, TOKENS // len(sequences[0]["input_ids"])))
+    count = len(sequences) if max_sequences is None else min(max_sequences, len(sequences))
+    chosen = np.linspace(0, len(sequences) - 1, count).round().astype(int).tolist()
+    batches_of_text = list(batches(sequences, chosen, end_of_text, batch_size, model.device))
+
+    was_training = model.training
+    model.eval()
+    precision = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
+    names = model.config.causal_routers
+    by_router: dict[str, CausalEvaluation] = {}
+    try:
+        # The causal pass has shapes that depend on the data, which a compiled block would not accept.
+        with precision, torch.compiler.set_stance("force_eager"):
+            causal = _run(model, batches_of_text, "causal", console)
+            top_k = _run(model, batches_of_text, "top_k", console) if model.config.looks_ahead else causal
+            for name in names if all_causal_routers else names[:1]:
+                with using_causal_router(model, name):
+                    # The configured one decided above.
+                    decided = causal if name == names[0] else _run(model, batches_of_text, "causal", console)
+                    compared = top_k if name == names[0] else _run(model, batches_of_text, "top_k", console)
+                    by_router[name] = _compared(decided, compared)
+    finally:
+        model.train(was_training)
+    passes: dict[Routing, _Pass] = {"top_k": top_k, "causal": causal}
+    return Evaluation(
+        loss_top_k=top_k.loss,
+        loss_causal=causal.loss,
+        bits_per_byte=causal.loss / math.log(2) / bytes_per_token,
+        causal_routers=by_router,
+        experts={name: seen.experts for name, seen in passes.items()} if model.config.has_experts else {},
+        tokens=sum(batch["labels"][:, 1:].numel() for batch in batches_of_text),
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The mean loss; per routed block which tokens entered and the causal logits, of shape [N, T]; and the experts."""
+
+    loss: float
+    routed: dict[int, tuple[Tensor, Tensor]]
+    experts: dict[int, ExpertEvaluation]
+
+
+def _run(
+    model: MoDForCausalLM, batches_of_text: list[dict[str, Tensor]], routing: Routing, console: Console | None
+) -> _Pass:
+    total, tokens = 0.0, 0
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    experts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for batch in track(
+        batches_of_text, f"{routing.replace('_', '-')} routing", console=console, disable=console is None
+    ):
+        output = model(**batch, use_cache=False, routing=routing, output_routing=True)
+        predicted = batch["labels"][:, 1:].numel()
+        total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted
+        for layer_idx, layer in enumerate(output.routing):
+            if layer is not None:
+                layers[layer_idx].append((layer.entered, layer.causal_logits))
+        for layer_idx, layer in enumerate(output.expert_routing):
+            if layer is not None:
+                experts[layer_idx].append((layer.share, layer.dropped))
+    routed = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
+    means = {
+        layer: [torch.stack(parts).mean(dim=0) for parts in zip(*seen, strict=True)] for layer, seen in experts.items()
+    }
+    return _Pass(
+        loss=total / tokens,
+        routed=cast(dict[int, tuple[Tensor, Tensor]], routed),
+        experts={layer: ExpertEvaluation(share.tolist(), dropped.item()) for layer, (share, dropped) in means.items()},
+    )
+
+
+def _compared(causal: _Pass, top_k: _Pass) -> CausalEvaluation:
+    agreed = [((logits > 0) == entered).float().mean().item() for entered, logits in top_k.routed.values()]
+    return CausalEvaluation(
+        loss=causal.loss,
+        accuracy=sum(agreed) / len(agreed),
+        share_entering={layer: entered.float().mean().item() for layer, (entered, _) in causal.routed.items()},
+    )

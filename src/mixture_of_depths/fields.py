@@ -1,0 +1,39 @@
+"""Fields of a dataclass held against the types and ranges that their annotations state, by pydantic."""
+
+from dataclasses import fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+
+def validate_fields(instance: Any) -> None:
+    """Holds every field that the instance's own class annotates against its annotation; one at its default is right.
+
+    Raises:
+        ValueError: naming the field, its value and what is expected.
+    """
+    kind = type(instance)
+    for field in fields(kind):
+        value = getattr(instance, field.name)
+        if field.name in kind.__annotations__ and not (type(value) is type(field.default) and value == field.default):
+            _validate(kind, field.name, value)
+
+
+def _validate(kind: type, name: str, value: Any) -> None:
+    from pydantic import ValidationError
+
+    try:
+        _adapter(kind, name).validate_python(value)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].replace("Input should be", "it must be")
+        raise ValueError(f"{name}={value!r} is out of range: {expected}") from error
+
+
+@cache
+def _adapter(kind: type, name: str) -> "TypeAdapter[Any]":
+    # Loaded when it is needed: it would take a third of the time in which the command line answers.
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind.__annotations__[name], config=ConfigDict(strict=True, allow_inf_nan=False))

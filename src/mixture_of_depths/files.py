@@ -1,0 +1,105 @@
+"""Files that are whole or not there: JSON and records, written aside, sealed with checksums, locked."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS = "checksums.json"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: naming the file, when it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: aside first, to the disk, and then renamed."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes to the disk which names a folder holds: a renaming, before anything that relies on it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} is damaged in line {number}: {error}") from error
+    return records
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files in a folder into it, last, and everything to the disk."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sums[str(path.relative_to(folder))] = _checksum(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    write_aside(folder / CHECKSUMS, json.dumps(sums, indent=2))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a sealed folder holds what it held when it was sealed.
+
+    Raises:
+        OSError: when that cannot be told, because a file that is there cannot be read.
+    """
+    try:
+        sums = read_json(folder / CHECKSUMS)
+        return bool(sums) and all(_checksum(folder / name) == value for name, value in sums.items())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Only one process at a time holds a file; a killed one lets go of it. Yields whether it is this one.
+
+    Args:
+        path: the file, made if it is not there.
+        wait: whether to wait for others, and not to go on without it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,133 @@
+"""Keys and values of past tokens. A routed block stores only the tokens that entered it, per row of the batch.
+
+A *slot* is a token's place in the padded row, counted from 0; left padding has slots too. A routed block's storage is
+a rectangle as wide as its fullest row, and the unused entries of other rows hold the slot `EMPTY`, which lies behind
+every token, so causal attention never sees them.
+
+Shapes: B batch, H key-value heads, K stored tokens, N new tokens, h head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from mixture_of_depths.model.configuration import MoDConfig
+
+EMPTY = torch.iinfo(torch.int64).max
+
+
+class RoutedCacheLayer(DynamicLayer):
+    """The cache of one routed block. `generate()` builds it from the configuration's `layer_types`."""
+
+    _layer_type = "mixture_of_depths_routed"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.slots_BK: Tensor | None = None
+        self.num_tokens_seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the tokens that entered.
+
+        Args:
+            key_states (torch.Tensor): of shape [B, H, N, h].
+            value_states (torch.Tensor): of shape [B, H, N, h].
+            slots (torch.Tensor): keyword; the slots of the new tokens, `EMPTY` where a row has fewer than N; [B, N].
+            num_tokens (int): keyword; how many tokens the model was given in this pass, those that skipped included.
+
+        Returns:
+            The keys and values of all stored tokens, each of shape [B, H, K, h]; `slots_BK` tells where they stand.
+        """
+        new_slots_BN: Tensor = kwargs["slots"]
+        if self.slots_BK is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.slots_BK = key_states, value_states, new_slots_BN
+        else:
+            assert self.keys is not None and self.values is not None
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+            self.slots_BK = torch.cat([self.slots_BK, new_slots_BN], dim=1)
+        self.num_tokens_seen += kwargs["num_tokens"]
+        self._compact()
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def skip(self, num_tokens: int) -> None:
+        """Counts tokens of which none entered the block."""
+        self.num_tokens_seen += num_tokens
+
+    def _compact(self) -> None:
+        """Sorts each row by slot, so that empty entries come last, and cuts the rectangle to the fullest row."""
+        assert self.keys is not None and self.values is not None and self.slots_BK is not None
+        if self.slots_BK.shape[0] == 1 and not bool((self.slots_BK == EMPTY).any()):
+            return
+        self.slots_BK, order_BK = self.slots_BK.sort(dim=1, stable=True)
+        width = int((self.slots_BK != EMPTY).sum(dim=1).max())
+        self.slots_BK = self.slots_BK[:, :width]
+        index_BHKh = order_BK[:, None, :width, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, index_BHKh), self.values.gather(2, index_BHKh)
+
+    def get_seq_length(self) -> int:
+        """The number of tokens the model was given, those that skipped this block included."""
+        return self.num_tokens_seen
+
+    def num_stored(self) -> Tensor:
+        """The number of tokens that entered the block, per row; of shape [B]."""
+        if self.slots_BK is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return (self.slots_BK != EMPTY).sum(dim=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens of the sequence, of which this block stored only some."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: the number of tokens to forget")
+        self.num_tokens_seen += tokens_to_remove
+        if tokens_to_remove == 0 or self.slots_BK is None:
+            return
+        self.slots_BK = self.slots_BK.masked_fill(self.slots_BK >= self.num_tokens_seen, EMPTY)
+        self._compact()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.slots_BK, self.num_tokens_seen = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        if self.slots_BK is not None:
+            rows = torch.arange(self.slots_BK.shape[0], device=self.slots_BK.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices`, in that order."""
+        if self.slots_BK is not None:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.slots_BK = self.slots_BK[indices]
+            self._compact()
+
+
+class MoDCache(DynamicCache):
+    """The cache of a Mixture-of-Depths model: every token in a dense block, those that entered in a routed one."""
+
+    def __init__(self, config: MoDConfig) -> None:
+        super().__init__(config=config)
+
+    def num_bytes(self) -> int:
+        """Bytes of the stored keys and values; entries that only fill a routed block's rectangle are not counted."""
+        total = 0
+        for layer in self.layers:
+            if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+                continue
+            size = layer.keys.nbytes + layer.values.nbytes
+            if isinstance(layer, RoutedCacheLayer):
+                stored, slots = int(layer.num_stored().sum()), layer.slots_BK
+                size = size * stored // max(1, slots.numel() if slots is not None else 0)
+            total += size
+        return total

@@ -1,0 +1,230 @@
+"""Analytic floating-point operations and bytes of a Mixture-of-Depths model and of its baseline.
+
+Counted are matrix products, two operations a multiply-add: projections, attention scores and their use, MLP or
+experts, routers, predictor and head. Norms, RoPE, softmax, activations and the embedding's look-up are not. Attention
+is counted at its causal half: a token attends to itself and the tokens before it, S (S + 1) / 2 pairs for a sequence of
+S tokens. A backward pass costs twice its forward pass, so training is three times the forward count.
+
+A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2). Experts
+work for the tokens that ask for them, up to their capacity; no-ops are taken to get the share that is their target.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from mixture_of_depths.model.configuration import MoDConfig
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Floating-point operations by the part of the model that spends them."""
+
+    projections: float = 0
+    attention: float = 0
+    mlp: float = 0
+    router: float = 0
+    predictor: float = 0
+    head: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.projections + self.attention + self.mlp + self.router + self.predictor + self.head
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def scaled(self, factor: float) -> "FlopCount":
+        """Every part times `factor`."""
+        return FlopCount(*(getattr(self, name) * factor for name in self.__dataclass_fields__))
+
+
+def _projection_sizes(config: MoDConfig) -> tuple[int, int]:
+    """Widths of all queries and of all keys (or values) of a token."""
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
+def block_flops(config: MoDConfig, tokens: float, pairs: float, expert_rows: float) -> FlopCount:
+    """Forward operations of one block, its router left out.
+
+    Args:
+        config: the model.
+        tokens: number of tokens.
+        pairs: number of query-key pairs.
+        expert_rows: number of products of an expert and a token; not looked at without experts.
+    """
+    assert config.intermediate_size is not None
+    query_size, key_size = _projection_sizes(config)
+    rows = expert_rows if config.has_experts else tokens
+    return FlopCount(
+        projections=tokens * 2 * config.hidden_size * (2 * query_size + 2 * key_size),
+        attention=pairs * 2 * 2 * query_size,
+        mlp=rows * 2 * config.hidden_size * 3 * config.intermediate_size,
+        router=tokens * 2 * config.hidden_size * _expert_choices(config),
+    )
+
+
+def _expert_choices(config: MoDConfig) -> int:
+    """Number of experts and no-ops that an expert router chooses from; 0 without one."""
+    return config.num_experts + config.num_noop_experts if config.has_experts else 0
+
+
+def expert_rows(config: MoDConfig, tokens: int) -> float:
+    """Products of an expert and a token that `tokens` tokens of a sequence are expected to need under top-k routing.
+
+    A capacity may leave places empty where the experts' shares are uneven; they count as taken.
+    """
+    asked = tokens * config.most_experts_per_token * (1 - config.target_noop_share)
+    return min(asked, config.expert_rows(tokens))
+
+
+def expert_rows_per_token(config: MoDConfig) -> float:
+    """Experts that a token is expected to meet in sampling."""
+    asked = config.most_experts_per_token * (1 - config.target_noop_share)
+    if config.expert_capacity is None:
+        return asked
+    return min(asked, config.expert_capacity * config.num_experts_per_tok)
+
+
+def router_flops(config: MoDConfig, tokens: float) -> FlopCount:
+    """Forward operations of a routed block's router and predictor, which see every token."""
+    if config.router_type == "random":
+        return FlopCount()
+    predictor = 0.0
+    if config.causal_router == "predictor":
+        assert config.predictor_hidden_size is not None
+        predictor = tokens * 2 * (config.hidden_size + 1) * config.predictor_hidden_size
+    return FlopCount(router=tokens * 2 * config.hidden_size, predictor=predictor)
+
+
+def _pairs(tokens: float, attention: Literal["causal", "full"]) -> float:
+    return tokens * tokens if attention == "full" else tokens * (tokens + 1) / 2
+
+
+def forward_flops(
+    config: MoDConfig, sequence_length: int, attention: Literal["causal", "full"] = "causal"
+) -> FlopCount:
+    """Operations of a forward pass over one sequence, as in training and in prefill.
+
+    Args:
+        config: the model.
+        sequence_length: number of tokens S.
+        attention: "causal" counts the pairs a causal mask lets through; "full" all S * S, as kernels that mask
+            afterwards compute.
+    """
+    total = FlopCount(head=sequence_length * 2 * config.hidden_size * config.vocab_size)
+    for layer_idx in range(config.num_hidden_layers):
+        tokens = sequence_length
+        if layer_idx in (config.routed_layers or []):
+            tokens = config.capacity_tokens(layer_idx, sequence_length)
+            total += router_flops(config, sequence_length)
+        total += block_flops(config, tokens, _pairs(tokens, attention), expert_rows(config, tokens))
+    return total
+
+
+def forward_flops_per_token(config: MoDConfig, sequence_length: int) -> float:
+    """Forward operations per token of a sequence of `sequence_length` tokens, attention at its causal half."""
+    return forward_flops(config, sequence_length).total / sequence_length
+
+
+def training_flops_per_token(config: MoDConfig, sequence_length: int) -> float:
+    """Operations per token of a forward and backward pass: three times the forward count."""
+    return 3 * forward_flops_per_token(config, sequence_length)
+
+
+def decode_flops(config: MoDConfig, context_length: int) -> FlopCount:
+    """Expected operations of one sampling step: one token, attending to `context_length` tokens, itself included.
+
+    A routed block is entered with the probability of its capacity, and then finds that fraction of the context.
+    """
+    total = FlopCount(head=2 * config.hidden_size * config.vocab_size)
+    for layer_idx in range(config.num_hidden_layers):
+        fraction = config.capacity_fraction(layer_idx)
+        per_token = expert_rows_per_token(config)
+        total += block_flops(config, 1, fraction * context_length, per_token).scaled(fraction)
+        if layer_idx in (config.routed_layers or []):
+            total += router_flops(config, 1)
+    return total
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes one sampling step reads, expected over the tokens that skip."""
+
+    weights: float
+    cache: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache
+
+
+def block_parameters(config: MoDConfig) -> int:
+    """Number of weights of one block, its router left out."""
+    query_size, key_size = _projection_sizes(config)
+    projections = config.hidden_size * (2 * query_size + 2 * key_size)
+    biases = (query_size + 2 * key_size + config.hidden_size) if config.attention_bias else 0
+    norms = 2 * config.hidden_size + (2 * cast(int, config.head_dim) if config.query_key_norm else 0)
+    expert_router = config.hidden_size * _expert_choices(config)
+    return projections + biases + norms + expert_router + config.num_experts * expert_parameters(config)
+
+
+def expert_parameters(config: MoDConfig) -> int:
+    """Number of weights of one expert, or of the dense MLP."""
+    assert config.intermediate_size is not None
+    return 3 * config.hidden_size * config.intermediate_size
+
+
+def router_parameters(config: MoDConfig) -> int:
+    """Number of weights of a routed block's router and predictor."""
+    if config.router_type == "random":
+        return 0
+    predictor = 0
+    if config.causal_router == "predictor":
+        assert config.predictor_hidden_size is not None
+        predictor = (config.hidden_size + 2) * config.predictor_hidden_size + 2
+    return config.hidden_size + predictor
+
+
+def model_parameters(config: MoDConfig) -> int:
+    """Number of weights of the whole model; a shared embedding counts once."""
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    blocks = config.num_hidden_layers * block_parameters(config)
+    return embeddings + blocks + len(config.routed_layers or []) * router_parameters(config) + config.hidden_size
+
+
+def cache_bytes(config: MoDConfig, context_length: int, bytes_per_element: float = 4) -> float:
+    """Expected bytes of the keys and values that one sequence of `context_length` tokens leaves in the cache."""
+    per_token = 2 * _projection_sizes(config)[1] * bytes_per_element
+    fractions = sum(config.capacity_fraction(layer_idx) for layer_idx in range(config.num_hidden_layers))
+    return per_token * context_length * fractions
+
+
+def decode_bytes(
+    config: MoDConfig, context_length: int, batch_size: int = 1, bytes_per_element: float = 4
+) -> DecodeBytes:
+    """Expected bytes that one sampling step reads for `batch_size` sequences.
+
+    The weights of a routed block are read when any row of the batch enters it, those of an expert when any row goes to
+    it, and the cache for the rows that enter; rows are taken to decide independently, and experts to be as likely as
+    one another. Of the embedding one entry per row is read.
+    """
+    key_size = _projection_sizes(config)[1]
+    weights = float(config.hidden_size * (config.vocab_size + batch_size + 1))
+    cache = 0.0
+    experts = config.num_experts * expert_parameters(config)
+    chosen = expert_rows_per_token(config) / config.num_experts if config.has_experts else 1.0
+    for layer_idx in range(config.num_hidden_layers):
+        fraction = config.capacity_fraction(layer_idx)
+        weights += _chance_of_any(fraction, batch_size) * (block_parameters(config) - experts)
+        weights += _chance_of_any(fraction * chosen, batch_size) * experts
+        if layer_idx in (config.routed_layers or []):
+            weights += router_parameters(config)
+        stored = fraction * context_length
+        cache += fraction * batch_size * stored * 2 * key_size
+    return DecodeBytes(weights * bytes_per_element, cache * bytes_per_element)
+
+
+def _chance_of_any(chance: float, rows: int) -> float:
+    """The probability that at least one of `rows` independent rows does what each does with probability `chance`."""
+    return 1 - (1 - chance) ** rows

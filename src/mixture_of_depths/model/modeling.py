@@ -1,0 +1,551 @@
+"""The Mixture-of-Depths transformer: a Llama-style decoder in which some blocks are routed.
+
+The baseline is the same model with `routed_layers=[]`, and its parameters carry Llama's names. Training, evaluation
+and sampling all run this file; `routing.py` holds the choice of tokens, `experts.py` that of experts, `cache.py` the
+keys and values of the past.
+
+Shapes: B batch, T tokens given, S tokens known (past and given), K chosen tokens per row, Q queries, D hidden size,
+H heads, h head width, V vocabulary. A slot is a token's place in the padded row (see `cache.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import can_return_tuple
+
+from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
+from mixture_of_depths.model.routing import (
+    LayerRouting,
+    Predictor,
+    Router,
+    Routing,
+    Selection,
+    add_weighted,
+    gather_tokens,
+)
+
+
+@dataclass
+class Placement:
+    """Where the tokens of a block stand in their rows, and what they may attend to.
+
+    Attributes:
+        cos, sin (torch.Tensor): RoPE's factors at the original positions; of shape [B, T, h] or [1, T, h].
+        slots (torch.Tensor): slots, `EMPTY` for padding; of shape [B, T] or [1, T].
+        documents (torch.Tensor | None): which of the documents packed in the row a token belongs to; of shape [B, T].
+        mask (torch.Tensor | None): True where a query may attend to a key; of shape [B, 1, Q, S]. None when every
+            token attends to all tokens up to itself.
+        real (torch.Tensor | None): False for padding; of shape [B, T]. None when there is none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    documents: Tensor | None
+    mask: Tensor | None
+    real: Tensor | None
+
+    def of(self, selection: Selection) -> "Placement":
+        """The placement of the chosen tokens, which attend to one another only."""
+        index_BK, valid_BK = selection
+        batch_size = index_BK.shape[0]
+
+        def chosen(values: Tensor) -> Tensor:
+            return gather_tokens(values.expand(batch_size, *values.shape[1:]), selection)
+
+        slots_BK = chosen(self.slots)
+        if valid_BK is not None:
+            slots_BK = slots_BK.masked_fill(~valid_BK, EMPTY)
+        documents_BK = None if self.documents is None else chosen(self.documents)
+        mask = None
+        if self.mask is not None or valid_BK is not None:
+            mask = visible(slots_BK, slots_BK, documents_BK)
+        return Placement(chosen(self.cos), chosen(self.sin), slots_BK, documents_BK, mask, valid_BK)
+
+
+def visible(query_slots_BQ: Tensor, key_slots_BS: Tensor, documents_BT: Tensor | None) -> Tensor:
+    """True where a query may attend to a key: at or before it, and of the same document; of shape [B, 1, Q, S]."""
+    mask_BQS = key_slots_BS[:, None, :] <= query_slots_BQ[:, :, None]
+    if documents_BT is not None:
+        mask_BQS = mask_BQS & (documents_BT[:, None, :] == documents_BT[:, :, None])
+    return mask_BQS[:, None]
+
+
+def rotary_factors(config: MoDConfig, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RoPE's cosines and sines, each of shape [B, T, h]; computed in float32, or float64 for a float64 model."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    assert config.rope_parameters is not None and config.head_dim is not None
+    rope_type, scaling = config.rope_parameters["rope_type"], 1.0
+    if rope_type == "default":
+        exponent = torch.arange(0, config.head_dim, 2, dtype=precise, device=position_BT.device) / config.head_dim
+        frequency = 1.0 / (config.rope_parameters["rope_theta"] ** exponent)
+    else:
+        frequency, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, position_BT.device)
+    angle = position_BT[..., None].to(precise) * frequency.to(precise)
+    angle = torch.cat([angle, angle], dim=-1)
+    return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
+
+
+def rotate(states_BTHh: Tensor, cos_BTh: Tensor, sin_BTh: Tensor) -> Tensor:
+    """Applies RoPE, rotating the first half of a head against the second as Llama does."""
+    first, second = states_BTHh.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return states_BTHh * cos_BTh[:, :, None] + turned * sin_BTh[:, :, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: MoDConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_key_value_heads != config.num_attention_heads
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
+
+    def forward(self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int) -> Tensor:
+        head_shape = (*hidden_BTD.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_BTD).view(head_shape))
+        key = self.k_norm(self.k_proj(hidden_BTD).view(head_shape))
+        value = self.v_proj(hidden_BTD).view(head_shape).transpose(1, 2)
+        query = rotate(query, placement.cos, placement.sin).transpose(1, 2)
+        key = rotate(key, placement.cos, placement.sin).transpose(1, 2)
+
+        mask = placement.mask
+        is_causal = mask is None and query.shape[2] > 1
+        if past is not None:
+            layer = past.layers[self.layer_idx]
+            key, value = past.update(key, value, self.layer_idx, slots=placement.slots, num_tokens=num_tokens)
+            if isinstance(layer, RoutedCacheLayer):
+                assert layer.slots_BK is not None
+                is_causal, mask = False, visible(placement.slots, layer.slots_BK, None)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: MoDConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """One block, attention and MLP with their norms; routed when the configuration lists it in `routed_layers`."""
+
+    def __init__(self, config: MoDConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.routed_layers is not None
+        self.layer_idx = layer_idx
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = ExpertMLP(config) if config.has_experts else MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.router = Router(config, layer_idx) if layer_idx in config.routed_layers else None
+
+    def delta(
+        self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int, routing: Routing
+    ) -> tuple[Tensor, ExpertRouting | None]:
+        """What the block adds to the residual stream of the tokens it is given: f(X) of the paper's equation 1."""
+        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past, num_tokens)
+        normed_BTD = self.post_attention_layernorm(hidden_BTD + attended_BTD)
+        if isinstance(self.mlp, ExpertMLP):
+            mlp_BTD, expert_routing = self.mlp(normed_BTD, placement.real, routing)
+            return attended_BTD + mlp_BTD, expert_routing
+        return attended_BTD + self.mlp(normed_BTD), None
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        placement: Placement,
+        position_BT: Tensor,
+        routing: Routing,
+        cache: Cache | None,
+    ) -> tuple[Tensor, LayerRouting | None, ExpertRouting | None]:
+        num_tokens = hidden_BTD.shape[1]
+        if self.router is None:
+            delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
+            return hidden_BTD + delta_BTD, None, expert_routing
+
+        selection, layer_routing = self.router.select(hidden_BTD, position_BT, placement.real, routing)
+        if selection.index_BK.shape[1] == 0:
+            if cache is not None:
+                cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
+            return hidden_BTD, layer_routing, None
+        chosen_BKD = gather_tokens(hidden_BTD, selection)
+        delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
+        weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
+        return add_weighted(hidden_BTD, selection, delta_BKD, weight_BK), layer_routing, expert_routing
+
+
+@dataclass
+class MoDModelOutput(BaseModelOutputWithPast):
+    """Output of `MoDModel`: the base model's fields, and what the routers decided.
+
+    Attributes:
+        routing: one `LayerRouting` a block, None for dense ones.
+        expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
+    """
+
+    routing: tuple[LayerRouting | None, ...] | None = None
+    expert_routing: tuple[ExpertRouting | None, ...] | None = None
+
+
+@dataclass
+class MoDCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `MoDForCausalLM`.
+
+    Attributes:
+        loss (torch.Tensor): the language model's loss plus the weighted losses of the routers; given with labels.
+        lm_loss (torch.Tensor): mean cross-entropy of the next token, in nats.
+        router_loss (torch.Tensor): the blocks' mean cross-entropy of the causal decision against the top-k choice,
+            unweighted; given with labels under top-k routing.
+        balance_loss, expert_z_loss (torch.Tensor): the blocks' mean losses of the expert routers, unweighted; given
+            with labels under top-k routing.
+        routing: one `LayerRouting` a block, None for dense ones; given with `output_routing=True`.
+        expert_routing: one `ExpertRouting` a block, None where there is none; given with `output_routing=True`.
+    """
+
+    lm_loss: Tensor | None = None
+    router_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    expert_z_loss: Tensor | None = None
+    routing: tuple[LayerRouting | None, ...] | None = None
+    expert_routing: tuple[ExpertRouting | None, ...] | None = None
+
+
+class MoDPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, by transformers."""
+
+    config: MoDConfig
+    config_class = MoDConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["cache"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Predictor):
+            init.ones_(module.router_scale)
+        if isinstance(module, Router) and not module.is_random:
+            init.zeros_(module.threshold)
+        if isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, ExpertRouter) and module.threshold is not None:
+            init.zeros_(module.threshold)
+
+
+class MoDModel(MoDPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: MoDConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        routing: Routing | None = None,
+    ) -> MoDModelOutput:
+        """Runs all blocks; see `MoDForCausalLM.forward` for the arguments."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions=True is not supported: attention weights are never materialised")
+        routing = self._resolve_routing(routing)
+        documents_BT = self._documents(attention_mask, position_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and routing == "causal" and not self.training and documents_BT is None
+        if routing == "top_k" and (use_cache or cache is not None):
+            raise ValueError(
+                "routing='top_k' looks ahead and cannot be used with a cache; use routing='causal', or use_cache=False"
+            )
+        if documents_BT is not None and (use_cache or cache is not None):
+            raise ValueError(
+                "position_ids start again within the row: documents packed in one row cannot be used with a cache; "
+                "give use_cache=False, or one document a row"
+            )
+        if cache is None and use_cache:
+            cache = MoDCache(config=self.config)
+        self._check_cache(cache)
+
+        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_length = cache.get_seq_length() if cache is not None else 0
+        position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
+        layer_routings, expert_routings, hidden_states = [], [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(hidden_BTD)
+            hidden_BTD, layer_routing, expert_routing = layer(
+                hidden_BTD, placement=placement, position_BT=position_BT, routing=routing, cache=cache
+            )
+            layer_routings.append(layer_routing)
+            expert_routings.append(expert_routing)
+            # Outside the block, which gradient checkpointing may run twice.
+            self._follow(cast(DecoderLayer, layer), layer_routing, expert_routing)
+        hidden_BTD = self.norm(hidden_BTD)
+        if output_hidden_states:
+            hidden_states.append(hidden_BTD)
+        return MoDModelOutput(
+            last_hidden_state=hidden_BTD,
+            cache=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            routing=tuple(layer_routings),
+            expert_routing=tuple(expert_routings),
+        )
+
+    @torch.no_grad()
+    def _follow(
+        self, layer: DecoderLayer, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None
+    ) -> None:
+        """Moves the running averages of the thresholds towards where top-k and the experts' capacity cut."""
+        moved = []
+        if layer_routing is not None and layer_routing.boundary is not None:
+            assert layer.router is not None
+            moved.append((layer.router.threshold, layer_routing.boundary))
+        if expert_routing is not None and expert_routing.boundary is not None:
+            assert isinstance(layer.mlp, ExpertMLP)
+            moved.append((layer.mlp.router.threshold, expert_routing.boundary))
+        for threshold, boundary in moved:
+            threshold.lerp_(boundary.to(threshold.dtype), 1 - self.config.threshold_decay)
+
+    def _resolve_routing(self, routing: str | None) -> Routing:
+        if routing is None:
+            return "top_k" if self.training else "causal"
+        if routing not in ("top_k", "causal"):
+            raise ValueError(f"routing={routing!r} is unknown; choose 'top_k' or 'causal'")
+        return cast(Routing, routing)
+
+    def _check_cache(self, past: Cache | None) -> None:
+        if past is None or not self.config.routed_layers:
+            return
+        layers = past.layers
+        routed = {i for i, layer in enumerate(layers) if isinstance(layer, RoutedCacheLayer)}
+        if routed != set(self.config.routed_layers) or len(layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"cache={type(past).__name__} has routed layers {sorted(routed)} where this model has "
+                f"{self.config.routed_layers}; build it with MoDCache(config=model.config)"
+            )
+
+    def _documents(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        """Which of the documents packed in a row each token belongs to, [B, T]; None when no row holds several.
+
+        With an attention mask positions start again for padding, too, so that documents are told apart without one.
+        """
+        if attention_mask is not None or position_ids is None or position_ids.shape[-1] == 1:
+            return None
+        is_start = position_ids.diff(dim=-1) != 1
+        # A compiled graph cannot look at the data.
+        if not torch.compiler.is_compiling() and not bool(is_start.any()):
+            return None
+        return F.pad(is_start.cumsum(dim=-1), (1, 0))
+
+    def _place(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        documents_BT: Tensor | None,
+        past_length: int,
+    ) -> tuple[Tensor, Placement]:
+        """Positions and the placement of the given tokens."""
+        num_tokens, device = hidden_BTD.shape[1], hidden_BTD.device
+        known_BS = None
+        if attention_mask is not None:
+            expected = (hidden_BTD.shape[0], past_length + num_tokens)
+            if attention_mask.shape != expected:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}: batch size, and the "
+                    "tokens in the cache plus those given"
+                )
+            known_BS = attention_mask.bool()
+            # Without padding the fused causal attention serves; a compiled graph cannot look at the data.
+            if not torch.compiler.is_compiling() and bool(known_BS.all()):
+                known_BS = None
+
+        slots_1S = torch.arange(past_length + num_tokens, device=device)[None]
+        if position_ids is not None:
+            if position_ids.shape not in ((hidden_BTD.shape[0], num_tokens), (1, num_tokens)):
+                raise ValueError(
+                    f"position_ids has shape {tuple(position_ids.shape)}; expected {(hidden_BTD.shape[0], num_tokens)}"
+                )
+            position_BT = position_ids
+        elif known_BS is not None:
+            position_BT = (known_BS.cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
+        else:
+            position_BT = slots_1S[:, past_length:]
+        key_slots_BS = slots_1S if known_BS is None else slots_1S.masked_fill(~known_BS, EMPTY)
+        slots_BT = key_slots_BS[:, past_length:]
+        mask = None
+        if known_BS is not None or documents_BT is not None or (past_length > 0 and num_tokens > 1):
+            mask = visible(slots_BT, key_slots_BS, documents_BT)
+        cos_BTh, sin_BTh = rotary_factors(self.config, position_BT, hidden_BTD.dtype)
+        real_BT = None if known_BS is None else known_BS[:, past_length:]
+        return position_BT, Placement(cos_BTh, sin_BTh, slots_BT, documents_BT, mask, real_BT)
+
+
+class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
+    """The language model: `MoDModel` and a head over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MoDConfig) -> None:
+        super().__init__(config)
+        self.model = MoDModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        routing: Routing | None = None,
+        output_routing: bool = False,
+    ) -> MoDCausalLMOutput:
+        """Predicts the next token at every position.
+
+        Args:
+            input_ids (torch.Tensor): of shape [B, T].
+            attention_mask (torch.Tensor): 0 for padding; of shape [B, S], past tokens included.
+            position_ids (torch.Tensor): of shape [B, T]. Without an attention mask, documents packed in one row are
+                told apart by their positions: wherever a position is not the one before plus one, a new document
+                starts, and attention stops there.
+            cache (Cache): keys and values of past tokens, as returned by an earlier call.
+            inputs_embeds (torch.Tensor): instead of `input_ids`; of shape [B, T, D].
+            labels (torch.Tensor): the tokens themselves, -100 where no loss is wanted; of shape [B, T].
+            use_cache: whether to return a cache; by default only under causal routing outside training.
+            output_attentions: not supported; must be false.
+            output_hidden_states: whether to return the residual stream before each block and after the final norm.
+            logits_to_keep: how many last positions to compute logits for, 0 for all; or the positions, of shape [N].
+            num_items_in_batch: number of labels the loss is averaged over, when a batch is given in several parts; the
+                routers' losses then count by this part's share of them.
+            routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
+            output_routing: whether to return each block's routing.
+
+        Raises:
+            ValueError: for arguments that contradict one another or a mask of another shape.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            routing=routing,
+            return_dict=True,
+        )
+        hidden_BTD = outputs.last_hidden_state
+        logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
+        loss = lm_loss = router_loss = balance_loss = z_loss = None
+        if labels is not None:
+            lm_loss = self.loss_function(
+                logits=logits_BTV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = lm_loss
+            share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+            router_loss = _mean_over_blocks([layer.loss for layer in outputs.routing if layer is not None])
+            experts = [layer for layer in outputs.expert_routing if layer is not None]
+            balance_loss = _mean_over_blocks([layer.balance_loss for layer in experts])
+            z_loss = _mean_over_blocks([layer.z_loss for layer in experts])
+            is_predicted = self.config.causal_router == "predictor"
+            for weight, part in (
+                (self.config.predictor_loss_weight if is_predicted else self.config.auxiliary_loss_weight, router_loss),
+                (self.config.load_balance_loss_weight, balance_loss),
+                (self.config.expert_z_loss_weight, z_loss),
+            ):
+                if part is not None:
+                    loss = loss + weight * share * part
+        return MoDCausalLMOutput(
+            loss=loss,
+            logits=logits_BTV,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            lm_loss=lm_loss,
+            router_loss=router_loss,
+            balance_loss=balance_loss,
+            expert_z_loss=z_loss,
+            routing=outputs.routing if output_routing else None,
+            expert_routing=outputs.expert_routing if output_routing else None,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Sampling never looks ahead, whatever mode the module is in."""
+        # The mixin annotates itself with a private protocol that no public class satisfies.
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return {"routing": "causal", **inputs}
+
+
+def _mean_over_blocks(losses: list[Tensor | None]) -> Tensor | None:
+    present = [loss for loss in losses if loss is not None]
+    return torch.stack(present).mean() if present else None
+
+
+AutoModel.register(MoDConfig, MoDModel)
+AutoModelForCausalLM.register(MoDConfig, MoDForCausalLM)

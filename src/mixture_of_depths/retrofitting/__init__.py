@@ -1,0 +1,1 @@
+"""Making a pretrained model skip: what skipping costs, who skips where, and the tuning."""

@@ -1,0 +1,57 @@
+"""Weights of 8 bits: a quarter of float32's bytes for a step that is bound by reading them.
+
+Shapes: E experts, M rows, I inputs, O outputs.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixture_of_depths.model.experts import GroupedLinear, grouped_mm
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, and what to multiply those of each output by; [..., O, I] and [..., O]."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=-1).clamp(min=1e-12) / 127
+    return (weight / scale[..., None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear map whose weights are whole numbers from -127 to 127, times a scale for each output."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OI, scale_O = _rounded(linear.weight)
+        self.weight, self.scale = nn.Buffer(weight_OI), nn.Buffer(scale_O)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_OI = (self.weight.float() * self.scale[:, None]).to(x.dtype)
+        return F.linear(x, weight_OI, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Int8GroupedLinear(nn.Module):
+    """A linear map for each expert with such weights."""
+
+    def __init__(self, linear: GroupedLinear) -> None:
+        super().__init__()
+        weight_EOI, scale_EO = _rounded(linear.weight)
+        self.weight, self.scale = nn.Buffer(weight_EOI), nn.Buffer(scale_EO)
+
+    def forward(self, rows_MI: Tensor, ends_E: Tensor) -> Tensor:
+        weight_EOI = (self.weight.float() * self.scale[..., None]).to(rows_MI.dtype)
+        return grouped_mm(rows_MI, weight_EOI, ends_E)
+
+
+def quantize(model: nn.Module) -> None:
+    """Rounds the weights of every block and of the head to 8 bits, in place. Routers, norms and embeddings stay.
+
+    A head that shares its weights with the embedding gets its own.
+    """
+    for name, module in list(model.named_modules()):
+        if ".router." in name or not isinstance(module, nn.Linear | GroupedLinear):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        rounded = Int8Linear(module) if isinstance(module, nn.Linear) else Int8GroupedLinear(module)
+        setattr(model.get_submodule(parent), leaf, rounded)

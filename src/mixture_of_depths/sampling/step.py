@@ -1,0 +1,319 @@
+"""The fast decode step: an eager prefill, then one graph a token with static buffers and real branches.
+
+The prefill is the model's own causal pass. A decode step is a single function over static buffers that
+`torch.compile` turns into one graph: no Python per block, and a routed block inside `torch.cond`, so that one that no
+row enters reads none of its weights.
+
+Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots of a buffer,
+E experts, F width of an expert, O outputs, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixture_of_depths.compiler import any_length
+from mixture_of_depths.model.cache import RoutedCacheLayer
+from mixture_of_depths.model.experts import ExpertMLP, GroupedLinear
+from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM, rotary_factors, rotate
+from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
+
+# Buffers grow by this many slots.
+GROWTH = 64
+# Parts of a weight that are read at once; a single stream does not get the memory's speed.
+STREAMS = 4
+
+
+@dataclass
+class LayerState:
+    """Keys and values of one block, each of shape [B, H, S, h]; of which each row uses the first `length_B`."""
+
+    keys: Tensor
+    values: Tensor
+    length_B: Tensor
+
+
+@dataclass
+class State:
+    """All that a decode step reads and writes.
+
+    Attributes:
+        layers: one state a block.
+        position_B (torch.Tensor): position of the next token, padding not counted; of shape [B].
+        real_BS (torch.Tensor): False for the slots of padding, in the dense blocks' buffers; of shape [B, S].
+    """
+
+    layers: list[LayerState]
+    position_B: Tensor
+    real_BS: Tensor
+
+
+def settled(values: Tensor) -> Tensor:
+    """The same values, computed before they are used, and side by side in memory.
+
+    The compiler would otherwise repeat an elementwise expression, such as the SwiGLU's exponentials, for every output
+    of the reduction that reads it. `as_strided` makes it write its operand to memory first.
+    """
+    values = values.contiguous()
+    return values.as_strided(values.shape, values.stride())
+
+
+def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
+    """`layer(x_BD)` in float32, of shape [B, O]."""
+    out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
+    return out_BO if layer.bias is None else out_BO + layer.bias.float()
+
+
+def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
+    """Rows times the transposed weight in float32, of shape [B, O]; a weight of 8 bits comes with its scale.
+
+    For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
+    in every precision, where a library's matrix product does not.
+    """
+    x_BD = settled(x_BD)
+    rows = x_BD.shape[0]
+    if rows == 1 or (rows <= 4 and scale_O is not None):
+        # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
+        streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
+        parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
+        out_BO = torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
+    elif scale_O is not None:
+        out_BO = F.linear(x_BD.bfloat16(), weight_OD.bfloat16()).float()
+    elif weight_OD.dtype == torch.bfloat16 or rows > 8:
+        # Faster on the CPU than the product the other way round.
+        out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
+    else:
+        out_BO = F.linear(x_BD.to(weight_OD.dtype), weight_OD).float()
+    return out_BO if scale_O is None else out_BO * scale_O
+
+
+def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The MLP or the experts of one token a row, in float32; `dtype` is that of the model's other weights."""
+    if isinstance(mlp, MLP):
+        return matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, x_BD)) * matvec(mlp.up_proj, x_BD))
+    router_input_B1D = x_BD[:, None].to(dtype)
+    if x_BD.shape[0] > 4:
+        # Rows share experts: products by expert read each once.
+        return mlp(router_input_B1D, None, "causal")[0][:, 0].float()
+    _, weight_BTE, _ = mlp.router(router_input_B1D, None, "causal")
+    weight_BE, expert_BE = weight_BTE[:, 0].sort(dim=-1, descending=True, stable=True)
+    rows = []
+    for row, x_1D in enumerate(x_BD.split(1)):
+        total_1D = torch.zeros_like(x_1D)
+        for slot in range(mlp.config.most_experts_per_token):
+            weight, expert_1 = weight_BE[row, slot], expert_BE[row, slot : slot + 1]
+            total_1D = total_1D + weight * apply_expert(mlp, expert_1, weight > 0, x_1D)
+        rows.append(total_1D)
+    return torch.cat(rows)
+
+
+def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tensor) -> Tensor:
+    """One expert, by its index, for one row; its weights are read only when it takes the row."""
+
+    def weights(layer: nn.Module, expert_1: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(layer, GroupedLinear | Int8GroupedLinear)
+        scale = layer.scale.index_select(0, expert_1)[0] if isinstance(layer, Int8GroupedLinear) else None
+        return layer.weight.index_select(0, expert_1)[0], scale
+
+    def enter(x_1D: Tensor, expert_1: Tensor) -> Tensor:
+        gate_1F, up_1F = product(*weights(mlp.gate_up_proj, expert_1), x_1D).chunk(2, dim=-1)
+        return product(*weights(mlp.down_proj, expert_1), F.silu(gate_1F) * up_1F)
+
+    def skip(x_1D: Tensor, expert_1: Tensor) -> Tensor:
+        return torch.zeros_like(x_1D)
+
+    if mlp.config.num_noop_experts == 0 and mlp.config.expert_capacity is None:
+        return enter(x_1D, expert_1)
+    return choose(is_taken, enter, skip, (x_1D, expert_1))
+
+
+def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
+    """`norm(x)` in float32, whatever the norm's weight is in."""
+    if isinstance(norm, nn.Identity):
+        return x
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
+def attend(
+    query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
+) -> Tensor:
+    """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
+    query_BHGh = settled(query_BHGh * query_BHGh.shape[-1] ** -0.5)
+    scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
+    scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
+    own_BHG1 = (query_BHGh * key_BHh[:, :, None]).sum(dim=-1, keepdim=True)
+    largest_BHG1 = torch.maximum(scores_BHGS.amax(dim=-1, keepdim=True), own_BHG1)
+    shares_BHGS, own_BHG1 = settled((scores_BHGS - largest_BHG1).exp()), (own_BHG1 - largest_BHG1).exp()
+    sum_BHGh = (shares_BHGS[..., None] * values_BHSh[:, :, None].float()).sum(dim=-2)
+    attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / (shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1)
+    return attended.flatten(1)
+
+
+def decode_block(
+    layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
+    attention, rows = layer.self_attn, x_BD.shape[0]
+    normed = normalised(layer.input_layernorm, x_BD)
+    query = normalised(attention.q_norm, matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
+    key = normalised(attention.k_norm, matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
+    value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
+    query, key = (rotate(states[:, None], cos_Bh[:, None], sin_Bh[:, None])[:, 0] for states in (query, key))
+    grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
+    attended = matvec(attention.o_proj, attend(grouped, settled(key), value, keys, values, used_BS))
+    normed = normalised(layer.post_attention_layernorm, x_BD + attended)
+    return attended + apply_mlp(layer.mlp, normed, layer.input_layernorm.weight.dtype), key, value
+
+
+def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state: State) -> Tensor:
+    """One token a row through the whole model; returns float32 logits [B, V] and stores what the token leaves.
+
+    A row that is not active, because it has ended, enters no routed block.
+    """
+    x_BD = model.model.embed_tokens(token_B).float()
+    cos_B1h, sin_B1h = rotary_factors(model.config, state.position_B[:, None], x_BD.dtype)
+    cos_Bh, sin_Bh = settled(cos_B1h[:, 0]), settled(sin_B1h[:, 0])
+    row_B = torch.arange(token_B.shape[0], device=token_B.device)
+    for layer, stored in zip(cast(list[DecoderLayer], list(model.model.layers)), state.layers, strict=True):
+        slots_S = torch.arange(stored.keys.shape[2], device=token_B.device)
+        used_BS = slots_S < stored.length_B[:, None]
+        x_BD = settled(x_BD)
+        if layer.router is None:
+            used_BS = used_BS & state.real_BS
+            delta_BD, key, value = decode_block(layer, x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+            entered_B = torch.ones_like(token_B, dtype=torch.bool)
+            x_BD = x_BD + delta_BD
+        else:
+            router_input = x_BD[:, None].to(model.dtype)
+            router_logits, causal_logits = layer.router.logits(router_input, state.position_B[:, None])
+            entered_B = (causal_logits[:, 0] > 0) & active_B
+            operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+            delta_BD, key, value = enter_or_skip(layer, entered_B, operands)
+            weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
+            x_BD = x_BD + weight_B[:, None] * delta_BD
+        # A token that skips leaves its empty key behind the last one, where the next that enters replaces it. An
+        # assignment by index, unlike a scatter, compiles to a write in place.
+        stored.keys[row_B, :, stored.length_B] = key.to(stored.keys.dtype)
+        stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
+        stored.length_B.add_(entered_B)
+    state.position_B.add_(1)
+    return matvec(model.lm_head, normalised(model.model.norm, x_BD))
+
+
+def row_counts(batch_size: int) -> list[int]:
+    """The numbers of rows a routed block is compiled for: 1, 4, 16 and so on, and the whole batch."""
+    counts = [1]
+    while counts[-1] * 4 < batch_size:
+        counts.append(counts[-1] * 4)
+    return counts if batch_size == 1 else [*counts, batch_size]
+
+
+def enter_or_skip(
+    layer: DecoderLayer, entered_B: Tensor, operands: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_block` for the rows that enter; when none does, nothing of the block is read.
+
+    Args:
+        layer: the block.
+        entered_B (torch.Tensor): which rows enter; of shape [B].
+        operands: the arguments of `decode_block` after the layer, for all rows.
+    """
+    x_BD, keys = operands[0], operands[3]
+    heads, head_dim = keys.shape[1], keys.shape[3]
+    sizes = (x_BD.shape[1], heads * head_dim, heads * head_dim)
+    batch_size = x_BD.shape[0]
+    order_B = entered_B.int().argsort(descending=True, stable=True) if batch_size > 1 else torch.zeros_like(entered_B)
+    count = entered_B.sum()
+
+    # All branches hand out one fresh tensor: their outputs must agree in strides, too.
+    def skip(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+        return operands[0].new_zeros(batch_size, sum(sizes))
+
+    def enter(rows: int) -> Callable[..., Tensor]:
+        def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+            if rows == batch_size:
+                return torch.cat([part.flatten(1) for part in decode_block(layer, *operands)], dim=1)
+            index = order_B[:rows]
+            left = decode_block(layer, *(operand.index_select(0, index) for operand in operands))
+            chosen = torch.cat([part.flatten(1) for part in left], dim=1)
+            return operands[0].new_zeros(batch_size, sum(sizes)).index_copy(0, index, chosen)
+
+        return branch
+
+    def at_most(rows: list[int]) -> Callable[..., Tensor]:
+        """The branch for the smallest of `rows` that holds all that enter."""
+        if len(rows) == 1:
+            return enter(rows[0])
+
+        def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+            return choose(count <= rows[0], enter(rows[0]), at_most(rows[1:]), (order_B, count, *operands))
+
+        return branch
+
+    left = choose(count == 0, skip, at_most(row_counts(batch_size)), (order_B, count, *operands))
+    delta_BD, key, value = left.split(sizes, dim=1)
+    return delta_BD, key.unflatten(1, (heads, head_dim)), value.unflatten(1, (heads, head_dim))
+
+
+def choose(
+    condition: Tensor, if_true: Callable[..., Tensor], if_false: Callable[..., Tensor], operands: tuple[Tensor, ...]
+) -> Tensor:
+    """One of two functions of `operands`; a real branch, compiled or not."""
+    if torch.compiler.is_compiling():
+        return torch.cond(condition, if_true, if_false, operands)
+    return if_true(*operands) if bool(condition) else if_false(*operands)
+
+
+def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Tensor, State]:
+    """Runs the prompts through the model; returns the last logits [B, V] and the state to decode from.
+
+    Args:
+        model: the model.
+        input_ids (torch.Tensor): left-padded prompts, of shape [B, T].
+        attention_mask (torch.Tensor): 0 for padding; of shape [B, T].
+        room: number of tokens that will be decoded. Routed blocks have room for what entered and grow as tokens enter.
+    """
+    output = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=True, routing="causal", logits_to_keep=1
+    )
+    batch, length = input_ids.shape
+    layers = []
+    for cached in output.cache.layers:
+        stored_B, size = torch.full((batch,), length, device=input_ids.device), length + room
+        if isinstance(cached, RoutedCacheLayer):
+            entered = cached.slots_BK is not None
+            stored_B = cached.num_stored() if entered else torch.zeros_like(stored_B)
+            size = int(stored_B.max()) + 1
+        heads, head_dim = cast(int, model.config.num_key_value_heads), cast(int, model.config.head_dim)
+        empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
+        keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))
+        layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B))
+    real_BS = F.pad(attention_mask.bool(), (0, _rounded(length + room) - length), value=True)
+    any_length(real_BS, 1)
+    return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)
+
+
+def grow(state: State) -> int:
+    """Makes room in the routed blocks whose fullest row has reached its buffer's end; returns for how many tokens."""
+    room = []
+    for layer in state.layers:
+        needed = int(layer.length_B.max()) + 1
+        if needed > layer.keys.shape[2]:
+            layer.keys, layer.values = _padded(layer.keys, needed), _padded(layer.values, needed)
+        room.append(layer.keys.shape[2] - needed + 1)
+    return min(room)
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // GROWTH) * GROWTH
+
+
+def _padded(buffer_BHSh: Tensor, size: int) -> Tensor:
+    """The buffer with zeros behind it up to `size` slots, rounded up."""
+    padded = F.pad(buffer_BHSh, (0, 0, 0, _rounded(size) - buffer_BHSh.shape[2])).contiguous()
+    any_length(padded, 2)
+    return padded

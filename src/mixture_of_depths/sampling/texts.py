@@ -1,0 +1,117 @@
+"""Text from a model: sampled after prompts of any lengths, and streamed as it appears."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.stops import StopStrings
+from mixture_of_depths.sampling.stream import end_tokens, stream
+from mixture_of_depths.text.pieces import tokenized
+
+
+@dataclass
+class Sample:
+    """A prompt and what was sampled after it.
+
+    Attributes:
+        prompt: the text before.
+        text: the text sampled, without the stop string that ended it.
+        tokens: the tokens of both, and that of the end of text if it came.
+        ended: "end_of_text", "stop" or "length"; None while it goes on.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: str | None = None
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sample]:
+    """Samples with nothing sampled yet.
+
+    Raises:
+        ValueError: for a prompt that is empty or not UTF-8.
+    """
+    tokens_of_prompts = tokenized(tokenizer, prompts, "prompt", special=True)
+    return [Sample(prompt, "", tokens) for prompt, tokens in zip(prompts, tokens_of_prompts, strict=True)]
+
+
+def stream_texts(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[Sample],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+    compiled: bool = False,
+) -> Iterator[tuple[int, str]]:
+    """Goes on from all samples at once; yields (index, text) as text appears, and keeps the samples up to date.
+
+    Text that may become a stop string is held back until it is known not to.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        samples: from `begin`; of different lengths as it comes.
+        options: how tokens are drawn, and when to stop.
+        seeds: one seed a sample; by default the options' and those after it.
+        compiled: see `generation.stream`.
+
+    Raises:
+        ValueError: for prompts the model cannot go on from.
+    """
+    longest = max(len(sample.tokens) for sample in samples)
+    padding = [longest - len(sample.tokens) for sample in samples]
+    rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
+    input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
+    attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
+    active_B = torch.tensor([sample.ended is None for sample in samples], device=model.device)
+    decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
+    begun = [len(sample.tokens) for sample in samples]
+    stops = [StopStrings(options.stop) for _ in samples]
+    ends = end_tokens(model)
+    backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
+    for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
+        for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
+            if sample.ended is not None:
+                continue
+            sample.tokens.append(token)
+            if token in ends:
+                sample.ended, ready = "end_of_text", stops[row].held
+            else:
+                ready = stops[row].let_through(decoders[row].step(backend, token) or "")
+                if stops[row].has_stopped:
+                    sample.ended, active_B[row] = "stop", False
+                    whole = len(sample.text) + len(ready)
+                    while len(sample.tokens) > begun[row] and whole <= len(
+                        tokenizer.decode(sample.tokens[begun[row] : -1], skip_special_tokens=True)
+                    ):
+                        sample.tokens.pop()
+            sample.text += ready
+            if ready:
+                yield row, ready
+    for row, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
+        if sample.ended is None:
+            sample.ended, sample.text = "length", sample.text + stop.held
+            if stop.held:
+                yield row, stop.held
+
+
+def sample_texts(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions = SamplingOptions(),  # noqa: B008
+    seeds: Sequence[int] | None = None,
+    compiled: bool = False,
+) -> list[Sample]:
+    """Samples after every prompt, all at once; see `stream_texts`."""
+    samples = begin(tokenizer, prompts)
+    for _ in stream_texts(model, tokenizer, samples, options, seeds, compiled):
+        pass
+    return samples

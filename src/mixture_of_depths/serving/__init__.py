@@ -1,0 +1,1 @@
+"""Answering others: OpenAI's protocol, and a page to sample from."""

@@ -1,0 +1,188 @@
+"""A page to sample from a model, its tokens coloured by the blocks they used, with a baseline beside it if wanted."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+# Before the library is loaded: it would report its use.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio
+import torch
+from gradio import themes
+from transformers import PreTrainedTokenizerBase
+
+from mixture_of_depths.inspect.depth import saved
+from mixture_of_depths.inspect.report import SHADES, shade_of
+from mixture_of_depths.inspect.trace import trace_tokens
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.step import State
+from mixture_of_depths.sampling.stream import end_tokens, stream
+from mixture_of_depths.sampling.texts import begin
+from mixture_of_depths.text.pieces import pieces
+
+Models = dict[str, tuple[MoDForCausalLM, PreTrainedTokenizerBase]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is on the page before the first new token, or after one.
+
+    Attributes:
+        pieces: text of the prompt's and the new tokens.
+        used: blocks that each of them used; one fewer after a new token, which has not been read.
+        prompt_tokens: how many of them are the prompt's.
+        tokens_per_second: speed after the first new token; 0 before.
+        saved: share of the compute that the tokens read so far spared.
+    """
+
+    pieces: list[str]
+    used: list[int]
+    prompt_tokens: int
+    tokens_per_second: float
+    saved: float
+
+
+def play(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: SamplingOptions,
+    compiled: bool = False,
+) -> Iterator[Frame]:
+    """Samples after a prompt: one frame of the prompt alone, and one a token.
+
+    Raises:
+        ValueError: for a prompt the model cannot go on from.
+    """
+    (sample,) = begin(tokenizer, [prompt])
+    used: list[int] = trace_tokens(model, tokenizer, sample.tokens).blocks_used.tolist()
+    tokens, stored = list(sample.tokens), 0
+
+    def watch(state: State) -> None:
+        nonlocal stored
+        before, stored = stored, sum(int(layer.length_B[0]) for layer in state.layers)
+        if before:
+            used.append(stored - before)
+
+    prompt_tokens = len(tokens)
+    yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, 0.0, saved(model.config, used))
+    ends, first = end_tokens(model), None
+    for token_B in stream(
+        model, torch.tensor([tokens], device=model.device), options=options, compiled=compiled, watch=watch
+    ):
+        now = time.perf_counter()
+        first = first or now
+        if int(token_B[0]) in ends:
+            return
+        tokens.append(int(token_B[0]))
+        count = len(tokens) - prompt_tokens - 1
+        speed = count / (now - first) if count else 0.0
+        yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, speed, saved(model.config, used))
+
+
+def shown(frame: Frame, model: MoDForCausalLM) -> str:
+    """A frame as HTML."""
+    most = model.config.num_hidden_layers
+    least = most - len(model.config.routed_layers or [])
+    blocks = range(least, most + 1)
+    legend = "".join(f' <span style="{_shade(count, least, most)};padding:0 .4em">{count}</span>' for count in blocks)
+    spans = []
+    for i, piece in enumerate(frame.pieces):
+        if i < len(frame.used):
+            style = f"{_shade(frame.used[i], least, most)};opacity:{0.6 if i < frame.prompt_tokens else 1}"
+            # The end of a line has no place of its own to show its shade.
+            ends_line = piece.startswith(("\n", "\r"))
+            sign = '<span aria-hidden="true" style="user-select:none">\u21b5</span>' if ends_line else ""
+            spans.append(f'<span title="{frame.used[i]} blocks" style="{style}">{sign}{escape(piece)}</span>')
+        else:
+            spans.append(f"<span>{escape(piece)}</span>")
+    facts = f"{frame.tokens_per_second:.1f} tokens/s, {frame.saved:.0%} of the compute saved"
+    # Each line goes in the direction of its first letter.
+    box = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace;unicode-bidi:plaintext"
+    return (
+        f'<p class="facts">{facts}</p><p>blocks used:{legend}</p>'
+        f'<div class="sample" style="{box}">{"".join(spans)}</div>'
+    )
+
+
+def _shade(used: int, least: int, most: int) -> str:
+    number = shade_of(used, least, most)
+    return f"background:{SHADES[number]};color:{'#fff' if number > 3 else '#1a1a1a'}"
+
+
+def page(models: Models, compiled: bool = False) -> gradio.Blocks:
+    """The page for one model, or for two beside one another.
+
+    Args:
+        models: model and tokenizer by name.
+        compiled: whether to compile the sampling steps, now.
+    """
+    if compiled:
+        for model, _ in models.values():
+            prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
+                pass
+
+    def answer(prompt: str, new_tokens: float, temperature: float, top_k: float, top_p: float, seed: float) -> Any:
+        outputs = [""] * len(models)
+        try:
+            options = SamplingOptions(
+                max_new_tokens=int(new_tokens), temperature=temperature, top_k=int(top_k), top_p=top_p, seed=int(seed)
+            )
+            for place, (model, tokenizer) in enumerate(models.values()):
+                for frame in play(model, tokenizer, prompt, options, compiled):
+                    outputs[place] = shown(frame, model)
+                    yield outputs if len(outputs) > 1 else outputs[0]
+        except (ValueError, FloatingPointError) as error:
+            raise gradio.Error(escape(str(error)), print_exception=False) from error
+
+    with gradio.Blocks(title="Mixture-of-Depths playground", analytics_enabled=False) as blocks:
+        gradio.Markdown("# Mixture-of-Depths playground\nTokens are coloured by the number of blocks they used.")
+        prompt = gradio.Textbox("def read_file(path):\n", label="Prompt", lines=4)
+        with gradio.Row():
+            new_tokens = gradio.Slider(1, 512, 96, step=1, label="New tokens")
+            temperature = gradio.Slider(0, 2, 0.8, step=0.05, label="Temperature")
+            top_k = gradio.Slider(0, 200, 50, step=1, label="Top k (0 for all)")
+            top_p = gradio.Slider(0.05, 1, 1, step=0.05, label="Top p")
+            seed = gradio.Number(0, precision=0, label="Seed")
+        with gradio.Row():
+            button = gradio.Button("Sample", variant="primary")
+            stop = gradio.Button("Stop")
+        with gradio.Row():
+            columns = []
+            for name in models:
+                with gradio.Column():
+                    gradio.Textbox(name, label="Model", interactive=False)
+                    columns.append(gradio.HTML())
+        sampling = button.click(answer, [prompt, new_tokens, temperature, top_k, top_p, seed], columns)
+        stop.click(None, cancels=[sampling])
+    return blocks
+
+
+def serve(blocks: gradio.Blocks, host: str, port: int) -> None:
+    """Shows the page, and says where, until it is told to stop.
+
+    Raises:
+        ValueError: when the address cannot be listened on.
+    """
+    theme = themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    blocks.queue()
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            theme=theme,
+            quiet=True,
+            footer_links=[],
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
+    print(blocks.local_url, flush=True)
+    blocks.block_thread()

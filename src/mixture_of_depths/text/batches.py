@@ -1,0 +1,72 @@
+"""Sequences of tokens: packed from a row of them, spread, halved, and stacked into batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Dataset:
+    """Cuts a row of tokens into sequences; the rest that does not fill a sequence is dropped.
+
+    Raises:
+        ValueError: when the row is shorter than one sequence.
+    """
+    count = len(tokens) // sequence_length
+    if count == 0:
+        raise ValueError(
+            f"sequence_length={sequence_length} is longer than the {name} text, which has {len(tokens)} tokens; give "
+            "more text or a shorter sequence_length"
+        )
+    sequences = tokens[: count * sequence_length].reshape(count, sequence_length)
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=sequence_length)})
+    return datasets.Dataset.from_dict({"input_ids": sequences}, features=features)
+
+
+def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """Positions that start again at 0 after every end of text; of shape [B, T]."""
+    slots_T = torch.arange(input_ids_BT.shape[1])
+    is_start_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    is_start_BT[:, 1:] = input_ids_BT[:, :-1] == end_of_text
+    return slots_T - (is_start_BT * slots_T).cummax(dim=1).values
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Stacks sequences into a batch; the positions tell the model where documents begin."""
+
+    end_of_text: int
+
+    def __call__(self, sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
+        input_ids = torch.tensor(np.array([sequence["input_ids"] for sequence in sequences]), dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "labels": input_ids.clone(),
+            "position_ids": document_positions(input_ids, self.end_of_text),
+        }
+
+
+def batches(
+    sequences: datasets.Dataset, chosen: Sequence[int], end_of_text: int, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The sequences `chosen`, stacked `batch_size` at a time, on a device."""
+    collate = Collator(end_of_text)
+    for start in range(0, len(chosen), batch_size):
+        rows = list(sequences.select(chosen[start : start + batch_size]))
+        yield {name: value.to(device) for name, value in collate(cast(list[dict[str, Any]], rows)).items()}
+
+
+def spread(sequences: datasets.Dataset, count: int) -> datasets.Dataset:
+    """`count` sequences spread evenly, or all where there are fewer."""
+    return sequences.select(
+        [len(sequences) * i // count for i in range(count)] if count < len(sequences) else range(len(sequences))
+    )
+
+
+def halves(sequences: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Every second sequence, to calibrate on, and the others, on which to see what came of it."""
+    return sequences.select(range(0, len(sequences), 2)), sequences.select(range(1, len(sequences), 2))

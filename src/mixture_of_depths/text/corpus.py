@@ -1,0 +1,161 @@
+"""A corpus: text read, split, tokenised and packed, kept in a cache under a name made from its content."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mixture_of_depths.fields import validate_fields
+from mixture_of_depths.files import is_whole, locked, seal, sync_folder
+from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text.batches import pack
+from mixture_of_depths.text.documents import SUFFIXES, Skipped, digest, read_documents, split_documents
+from mixture_of_depths.text.tokenizer import end_of_text, load_tokenizer, start_of_text, tokenize, train_tokenizer
+
+# Raised when the prepared form changes, so that older cache entries are not read.
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the prepared text consists of."""
+
+    train_documents: int
+    validation_documents: int
+    train_tokens: int
+    validation_tokens: int
+    validation_bytes: int
+    split: str
+    skipped: Skipped = field(default_factory=Skipped)
+
+    @property
+    def validation_bytes_per_token(self) -> float:
+        return self.validation_bytes / self.validation_tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text, packed into sequences of one length; each data set has the column `input_ids`.
+
+    `key` names its content: text, split, tokenizer and length of the sequences.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    facts: CorpusFacts
+    options: DataOptions
+    key: str
+
+    @property
+    def end_of_text(self) -> int:
+        """The token after every document."""
+        return end_of_text(self.tokenizer)
+
+
+def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> Corpus:
+    """Reads, splits, tokenises and packs text, or takes the result from the cache.
+
+    Args:
+        options: the text, and how it is cut.
+        tokenizer: one to use in the place of that which the options name.
+
+    Raises:
+        ValueError: when there is no text, a path or column is missing, or the text is shorter than one sequence.
+    """
+    corpus = load_prepared(options, prepare_cache(options, tokenizer))
+    # The cache's copy cuts text alike, but a chat template may differ.
+    return corpus if tokenizer is None else replace(corpus, tokenizer=tokenizer)
+
+
+def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """Puts prepared text into the cache if it is not there, and returns its key; see `prepare`."""
+    _check(options)
+    skipped = Skipped()
+    documents = list(read_documents(options, skipped))
+    if not documents:
+        raise ValueError(
+            f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files, folders or globs of "
+            f"{' '.join(SUFFIXES)}"
+        )
+    own_tokenizer = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
+    folder = options.cache_dir / _cache_key(options, documents, own_tokenizer)
+    if not is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            # Another process may have written it meanwhile.
+            if not is_whole(folder):
+                _write_cache(folder, options, documents, own_tokenizer, skipped)
+    return folder.name
+
+
+def load_prepared(options: DataOptions, key: str) -> Corpus:
+    """The text under a key of the cache; the text itself is not read again."""
+    folder = options.cache_dir / key
+    facts = json.loads((folder / "facts.json").read_text())
+    return Corpus(
+        datasets.Dataset.load_from_disk(str(folder / "train")),
+        datasets.Dataset.load_from_disk(str(folder / "validation")),
+        load_tokenizer(str(folder / "tokenizer")),
+        CorpusFacts(**{**facts, "skipped": Skipped(**facts["skipped"])}),
+        options,
+        key,
+    )
+
+
+def _check(options: DataOptions) -> None:
+    validate_fields(options)
+    if options.tokenizer is None and options.vocab_size < 257:
+        raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+
+
+def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrainedTokenizerFast | None) -> str:
+    name = hashlib.sha256()
+    tokenizer_key = f"bpe-{options.vocab_size}"
+    if tokenizer is not None:
+        beginning = tokenizer.convert_ids_to_tokens(start_of_text(tokenizer))
+        tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, *beginning])
+    name.update(f"{CACHE_VERSION} {options.sequence_length} {options.validation_fraction} {tokenizer_key}".encode())
+    for text in documents:
+        name.update(digest(text))
+    return name.hexdigest()[:32]
+
+
+def _write_cache(
+    folder: Path,
+    options: DataOptions,
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerFast | None,
+    skipped: Skipped,
+) -> None:
+    train, validation, split = split_documents(documents, options.validation_fraction)
+    tokenizer = tokenizer or train_tokenizer(train, options.vocab_size)
+    train_tokens, validation_tokens = tokenize(train, tokenizer), tokenize(validation, tokenizer)
+    facts = CorpusFacts(
+        train_documents=len(train),
+        validation_documents=len(validation),
+        train_tokens=len(train_tokens),
+        validation_tokens=len(validation_tokens),
+        validation_bytes=sum(len(text.encode("utf-8")) for text in validation),
+        split=split,
+        skipped=skipped,
+    )
+    # Written aside and renamed, so that a run that is stopped leaves no half entry behind; what a killed one left aside
+    # makes way.
+    aside = folder.with_name(f".preparing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        pack(train_tokens, options.sequence_length, "training").save_to_disk(str(aside / "train"))
+        pack(validation_tokens, options.sequence_length, "validation").save_to_disk(str(aside / "validation"))
+        tokenizer.save_pretrained(str(aside / "tokenizer"))
+        (aside / "facts.json").write_text(json.dumps(asdict(facts)))
+        seal(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,190 @@
+"""Documents: every reader of text, from files, folders, globs, the standard library and the hub; and their split."""
+
+import gzip
+import hashlib
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import pyarrow.parquet as parquet
+
+from mixture_of_depths.options import BUILTIN, DataOptions
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+
+
+@dataclass
+class Skipped:
+    """Counts of what was read but not used."""
+
+    not_utf8: int = 0
+    empty: int = 0
+    not_json: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON"
+
+
+def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    """Yields the documents of `options.data` in a fixed order, and counts in `skipped` what is no text."""
+    remaining = options.max_characters
+    for source in options.data:
+        for text in _read_source(source, options, skipped):
+            if not text.strip():
+                skipped.empty += 1
+                continue
+            if remaining is not None:
+                text = text[:remaining]
+                remaining -= len(text)
+            yield text
+            if remaining == 0:
+                return
+
+
+def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    if source == BUILTIN:
+        yield from _read_files(builtin_files(), options, skipped)
+    elif source.startswith("hub:"):
+        yield from _read_hub(source.removeprefix("hub:"), options)
+    else:
+        yield from _read_files(find_files(source), options, skipped)
+
+
+def builtin_files() -> list[Path]:
+    """The Python standard library's own modules, without their tests."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    modules = (path for path in library.rglob("*.py") if not left_out & set(path.relative_to(library).parts[:-1]))
+    return sorted(modules, key=lambda path: path.relative_to(library).as_posix())
+
+
+def find_files(source: str) -> list[Path]:
+    """The text files that a path, folder or glob names.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        if not _kind(path):
+            raise ValueError(f"data={source} is not one of {' '.join(SUFFIXES)} (or these with .gz); rename or convert")
+        return [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+    elif has_magic(source):
+        paths = sorted(Path(p) for p in glob(source, recursive=True) if Path(p).is_file() and _kind(Path(p)))
+    else:
+        raise ValueError(f"data={source} does not exist; give a file, folder, glob, hub:NAME or {BUILTIN}")
+    if not paths:
+        raise ValueError(f"data={source} holds no file that ends in {' '.join(SUFFIXES)} (or these with .gz)")
+    return paths
+
+
+def _kind(path: Path) -> str | None:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str]:
+    for path in paths:
+        kind = _kind(path)
+        if kind == ".parquet":
+            yield from _read_parquet(path, options.text_column)
+            continue
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped.not_utf8 += 1
+            continue
+        if kind == ".jsonl":
+            yield from _read_jsonl(path, text, options.text_column, skipped)
+        else:
+            yield text
+
+
+def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            skipped.not_json += 1
+            continue
+        if not isinstance(record, dict) or column not in record:
+            names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"text_column={column} is missing in line {number} of {path}, which has: {names}")
+        yield _text(record[column], column, path)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data={path} is not a Parquet file: {error}") from error
+    names = file.schema_arrow.names
+    if column not in names:
+        raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
+    for batch in file.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _text(value, column, path)
+
+
+def _read_hub(name: str, options: DataOptions) -> Iterator[str]:
+    name, _, config = name.partition(":")
+    for record in _records_of_hub(name, config, options.split):
+        if options.text_column not in record:
+            names = ", ".join(record)
+            raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {names}")
+        yield _text(record[options.text_column], options.text_column, name)
+
+
+def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        yield from cast(Iterable[dict[str, Any]], stream)
+    except Exception as error:
+        # Network, archive and format each have errors of their own, before the first record and after.
+        raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error
+
+
+def _text(value: object, column: str, source: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
+    # JSON can spell half a surrogate pair, which is no text.
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str], str]:
+    """Splits by document into train and validation; a document's content decides, so the split outlives reordering.
+
+    Where that leaves one side empty, as with a single file, the tail of every document is held out instead.
+
+    Returns:
+        The training documents, the validation documents, and "documents" or "tails".
+    """
+    threshold = int(validation_fraction * 2**64)
+    is_held_out = [int.from_bytes(digest(text)[:8]) < threshold for text in documents]
+    train = [text for text, held_out in zip(documents, is_held_out, strict=True) if not held_out]
+    validation = [text for text, held_out in zip(documents, is_held_out, strict=True) if held_out]
+    if train and validation:
+        return train, validation, "documents"
+    cuts = [int(len(text) * (1 - validation_fraction)) for text in documents]
+    train = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
+    return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()

@@ -1,0 +1,153 @@
+"""Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+# Training a tokenizer takes time with the square of a word's length; longer words, data rather than language, teach it
+# nothing more.
+LONGEST_WORD = 1000
+# Tokenising takes a hundred bytes and more for each of a text's characters.
+LONGEST_PIECE = 1_000_000
+# Where a byte-level tokenizer cuts, too.
+BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
+WORD_OR_SPACES = re.compile(r"\S+|\s{2,}")
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after every document."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before every document: the token that the tokenizer itself puts before a text, as Llama's does."""
+    token = tokenizer.bos_token_id
+    if token == tokenizer.eos_token_id:
+        # The end of the document before is the beginning of the next.
+        return []
+    beginning = cast(list[int], tokenizer("")["input_ids"])
+    return beginning[:1] if token in beginning[:1] else []
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it.
+
+    Of a run of more than `LONGEST_WORD` characters without a space, or of spaces alone, it sees the beginning.
+    """
+    shortened = (
+        WORD_OR_SPACES.sub(lambda run: run[0][:LONGEST_WORD], piece)
+        for document in documents
+        for piece in cut(document)
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(shortened, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
+    )
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer from a folder.
+
+    Raises:
+        ValueError: when there is none, or it has no end-of-text token.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer={folder} is not a folder; give one that holds tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
+        raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+    return checked(tokenizer, folder)
+
+
+def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that comes from `source`.
+
+    Raises:
+        ValueError: when it is not a fast one, has no end-of-text token, or a longest text that is no number.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer={source} has no tokenizer.json; save it as a fast tokenizer")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(
+            f"tokenizer={source} has model_max_length={tokenizer.model_max_length!r} in its tokenizer_config.json; "
+            "give a number"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    # State of an earlier use, which each use sets anew: without it the tokenizer is the same before and after one.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> None:
+    """Raises ValueError when the tokenizer of `source` has tokens that a model of this vocabulary does not."""
+    if (last := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise ValueError(f"{source}: its tokenizer has a token {last}; the model has vocab_size={vocab_size}")
+
+
+def cut(document: str) -> Iterator[str]:
+    """A document in pieces of one to two times `LONGEST_PIECE` characters, cut between words where there are any."""
+    start = 0
+    while len(document) - start > 2 * LONGEST_PIECE:
+        space = BETWEEN_WORDS.search(document, start + LONGEST_PIECE, start + 2 * LONGEST_PIECE)
+        end = space.start() if space else start + LONGEST_PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """All documents as one row of tokens, each after its start, if it has one, and before the end-of-text token."""
+    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    # Others may treat the beginning of a text in a way of their own.
+    may_cut = backend.normalizer is None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    first = np.array(start_of_text(tokenizer), dtype=np.int32)
+    last = np.array([end_of_text(tokenizer)], dtype=np.int32)
+    rows: list[np.ndarray] = []
+    is_start = True
+    for group in _groups(documents, may_cut):
+        encoded = tokenizer([piece for piece, _ in group], add_special_tokens=False, split_special_tokens=True)
+        for ids, (_, is_end) in zip(cast(list[list[int]], encoded["input_ids"]), group, strict=True):
+            if is_start:
+                rows.append(first)
+            rows.append(np.array(ids, dtype=np.int32))
+            if is_end:
+                rows.append(last)
+            is_start = is_end
+    return np.concatenate(rows)
+
+
+def _groups(documents: list[str], may_cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces to be tokenised together, each with whether its document ends there."""
+    group: list[tuple[str, bool]] = []
+    characters = 0
+    for document in documents:
+        pieces = list(cut(document)) if may_cut else [document]
+        for number, piece in enumerate(pieces, start=1):
+            group.append((piece, number == len(pieces)))
+            characters += len(piece)
+            if len(group) == 256 or characters >= 4 * LONGEST_PIECE:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group

@@ -1,0 +1,109 @@
+"""A run's folder: what it describes, whether a run may begin or go on there, and that only one works in it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mixture_of_depths.files import locked, read_json, write_aside
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.checkpoint import latest_checkpoint
+
+LOCK = ".lock"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The description of a run, from the `run.json` in its folder.
+
+    Raises:
+        ValueError: when it does not describe one.
+    """
+    run = read_json(folder / "run.json")
+    parts = ("model", "train", "text", "tuning")
+    whole = isinstance(run, dict) and all(isinstance(run.get(name, {}), dict) for name in parts)
+    if not whole or not {"key", "options"} <= run.get("text", {}).keys():
+        raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a run")
+    return run
+
+
+def open_folder(
+    folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool, tuning: dict[str, Any]
+) -> tuple[Path, int] | None:
+    """Describes the run in its folder, or checks that it holds the same; returns the checkpoint to go on from."""
+    text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
+    described = json.loads(
+        json.dumps(
+            {"model": config.to_diff_dict(), "train": asdict(options), "text": text, "tuning": tuning}, allow_nan=False
+        )
+    )
+    path = folder / "run.json"
+    if resume:
+        earlier = read_run(folder)
+        if earlier["text"]["key"] != corpus.key:
+            raise ValueError(
+                f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}, which had "
+                f"{earlier['text']['options']}; resume with the same or use another folder"
+            )
+        # A field that the run's version of this package did not have stood at its default.
+        defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions()), "tuning": {}}
+        for part in ("model", "train", "tuning"):
+            for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
+                # What transformers adds of its own accord may differ.
+                if name in ("transformers_version", "architectures", "dtype"):
+                    continue
+                old = earlier.get(part, {}).get(name, defaults[part].get(name))
+                check_unchanged(folder, name, old, described[part].get(name))
+        newest = latest_checkpoint(folder)
+        if newest is None and (folder / "result.json").exists():
+            raise ValueError(
+                f"out={folder} holds a finished run and no whole checkpoint of it, so that it would be trained again "
+                "from the beginning; use its model as it is, or name another folder"
+            )
+        return newest
+    # It may have been taken since.
+    _check_unused(folder)
+    write_aside(path, json.dumps({**described, **provenance()}, indent=2))
+    return None
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises ValueError for a folder in which no run can begin, or that holds none to resume."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} is a file; name a folder")
+    if resume and not (folder / "run.json").exists():
+        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+    if not resume and folder.exists():
+        _check_unused(folder)
+
+
+def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
+    """Raises ValueError when an option of a run that is to go on is another than before."""
+    if old != new:
+        raise ValueError(
+            f"{name}={new} differs from {old} of the run in out={folder}; resume with the same options or use another "
+            "folder"
+        )
+
+
+def _check_unused(folder: Path) -> None:
+    """Raises ValueError for a folder that holds anything; what a run that was killed at once leaves is nothing."""
+    if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
+        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no second process works in it.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    with locked(folder / LOCK, wait=False) as ours:
+        if not ours:
+            raise ValueError(f"out={folder} is in use by another run; wait for it, or name another folder")
+        yield

@@ -1,0 +1,231 @@
+"""A training run, from its options to the finished model in its folder."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers import TrainingArguments as HFTrainingArguments
+
+from mixture_of_depths.distributed import (
+    failing_together,
+    from_main,
+    is_main,
+)
+from mixture_of_depths.evaluation.loss import Evaluation
+from mixture_of_depths.files import write_aside
+from mixture_of_depths.inspect.curves import training_curve
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.flops import model_parameters, training_flops_per_token
+from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.provenance import provenance
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
+from mixture_of_depths.training.checkpoint import (
+    load_weights,
+    whole_weights,
+)
+from mixture_of_depths.training.folder import check_folder, only_run, open_folder
+from mixture_of_depths.training.horizon import Horizon, horizon
+from mixture_of_depths.training.settings import check_memory, check_options, trainer_arguments
+from mixture_of_depths.training.trainer import MoDTrainer, NumberedCollator, evaluate_held_out
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A run that goes on from a pretrained model, in the place of new weights.
+
+    Attributes:
+        model: the start; it is trained in place.
+        facts: what defines the run beside model, text and options: kept in `run.json` as "tuning", and compared when
+            the run is resumed.
+        trainer: the trainer's class.
+        callbacks: further callbacks.
+        finish: turns the trained model into the one that is saved and evaluated.
+    """
+
+    model: MoDForCausalLM
+    facts: dict[str, Any]
+    trainer: Callable[..., MoDTrainer] = MoDTrainer
+    callbacks: tuple[TrainerCallback, ...] = ()
+    finish: Callable[[MoDForCausalLM], MoDForCausalLM] = lambda model: model
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it was stopped before its horizon; it can be resumed.
+        steps, tokens, flops: what was done, in all; the FLOPs of a retrofit at its final capacity, without the teacher.
+        parameters: number of weights.
+        train_seconds: time spent in training steps, without evaluation and checkpoints; compiling counts.
+        evaluation: figures on the whole held-out text, when finished.
+    """
+
+    finished: bool
+    steps: int
+    tokens: int
+    flops: float
+    parameters: int
+    train_seconds: float
+    evaluation: Evaluation | None
+
+
+def train(
+    config: MoDConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    folder: Path,
+    resume: bool = False,
+    console: Console | None = None,
+    tuning: Tuning | None = None,
+) -> tuple[MoDForCausalLM, TrainResult]:
+    """Trains a model to its horizon and leaves model, tokenizer, records and curve in `folder`.
+
+    Args:
+        config: the model.
+        corpus: text to train and evaluate on.
+        options: how to train.
+        folder: where the run lives: the finished model, `checkpoint-*`, `metrics.jsonl`, `run.json`, `curve.png`.
+        resume: whether to go on from the newest whole checkpoint in `folder`; a finished run is only evaluated again.
+        console: where progress is shown.
+        tuning: what to start from, by default new weights; `config` is then its model's.
+
+    Raises:
+        ValueError: for options that contradict one another, or a folder that holds another run or none to resume.
+        DivergenceError: for a loss or gradient that is no number.
+
+    Several processes, as `torchrun` or `accelerate launch` starts them, all call this with the same arguments and share
+    a run, whose `folder` they must all see; the first writes. The returned model may be spread over them.
+    """
+    console = console if console and is_main() else Console(quiet=not is_main())
+    sequence_length = len(corpus.train[0]["input_ids"])
+    length = horizon(options, config, sequence_length)
+    check_options(options, corpus)
+    check_memory(config)
+    arguments = trainer_arguments(options, length, folder)
+    with ExitStack() as held:
+
+        def begin() -> tuple[Path, int] | None:
+            check_folder(folder, resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_run(folder))
+            return open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
+
+        start = from_main(begin)
+        if resume and start is None:
+            console.print("no whole checkpoint yet; starting from the beginning")
+        return _train(config, corpus, options, arguments, length, folder, start, console, tuning)
+
+
+def _train(
+    config: MoDConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    arguments: HFTrainingArguments,
+    length: Horizon,
+    folder: Path,
+    start: tuple[Path, int] | None,
+    console: Console,
+    tuning: Tuning | None,
+) -> tuple[MoDForCausalLM, TrainResult]:
+    """Trains from a checkpoint, or from the beginning, and evaluates; see `train`."""
+    sequence_length = len(corpus.train[0]["input_ids"])
+    set_seed(options.seed)
+    tuning = tuning or Tuning(MoDForCausalLM(copy.deepcopy(config)), {})
+    model = tuning.model
+    tokens_per_step = options.batch_size * sequence_length
+    recorder = Recorder(folder, training_flops_per_token(config, sequence_length), tokens_per_step, console)
+    steps = start[1] if start else 0
+    with failing_together():
+        if is_main():
+            recorder.recall(steps)
+    if start and steps >= length.steps:
+        # The trainer would take one step before it looks at the horizon.
+        load_weights(model, start[0])
+    else:
+        steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
+
+    finished = steps >= length.steps
+    evaluation = None
+    if finished:
+        model = tuning.finish(model)
+        weights = whole_weights(model)
+        with failing_together():
+            if is_main():
+                model.save_pretrained(folder, state_dict=weights)
+                corpus.tokenizer.save_pretrained(str(folder))
+                training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
+        evaluation = evaluate_held_out(model, corpus, options, max_sequences=None, every_router=True)
+    result = TrainResult(
+        finished=finished,
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        flops=steps * length.flops / length.steps,
+        parameters=model_parameters(config),
+        train_seconds=recorder.train_seconds,
+        evaluation=evaluation,
+    )
+    with failing_together():
+        if finished and is_main():
+            record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
+            write_aside(folder / "result.json", record)
+    return model, result
+
+
+def _run(
+    tuning: Tuning,
+    corpus: Corpus,
+    options: TrainOptions,
+    arguments: HFTrainingArguments,
+    recorder: Recorder,
+    start: Path | None,
+) -> int:
+    """Trains to the horizon, or until a signal; returns the steps done in all."""
+    model = tuning.model
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if options.compile:
+        # The graphs of models trained before in this process count against the number the compiler keeps.
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    # Whole batches only: every step then costs the same, and the horizon is exact.
+    whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
+    with StopOnSignal() as stop, recorder:
+        trainer = tuning.trainer(
+            corpus,
+            options,
+            model=model,
+            args=arguments,
+            train_dataset=corpus.train.select(range(len(whole))).add_column("sequence", cast(Any, whole)),
+            eval_dataset=corpus.validation,
+            data_collator=NumberedCollator(corpus.end_of_text),
+            # The recorder behind what draws and lowers: that is no part of a step's time.
+            callbacks=[Board(corpus), *tuning.callbacks, recorder, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with warnings.catch_warnings():
+            # Nothing is changed in place, and what accelerate passes on is its own affair.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.average_thresholds()
+    # Accelerate puts mixed precision into the model's own forward pass, where it would stay for all that follows.
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+    return trainer.state.global_step

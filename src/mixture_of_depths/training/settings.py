@@ -1,0 +1,143 @@
+"""What a run's options say to the libraries: the model's configuration and the trainer's arguments, checked."""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+from transformers import TrainingArguments as HFTrainingArguments
+
+from mixture_of_depths.distributed import (
+    LONGEST_WAIT,
+    processes,
+)
+from mixture_of_depths.fields import validate_fields
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.flops import model_parameters
+from mixture_of_depths.options import ModelOptions, TrainOptions
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.tokenizer import end_of_text
+from mixture_of_depths.training.horizon import Horizon
+
+
+def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> MoDConfig:
+    """The configuration that the options describe, for a tokenizer and sequences of `sequence_length` tokens."""
+    explicit = [name for name in ("routed_layers", "route_every", "route_from") if getattr(options, name) is not None]
+    if (not options.routed and explicit) or ("routed_layers" in explicit and len(explicit) > 1):
+        names = " and ".join(explicit if options.routed else [*explicit, "no-routed"])
+        raise ValueError(
+            f"{names} contradict one another; give no-routed, or routed_layers, or route_every and route_from"
+        )
+    if not options.routed:
+        routed: dict[str, Any] = {"routed_layers": []}
+    elif options.routed_layers is not None:
+        routed = {"routed_layers": list(options.routed_layers)}
+    else:
+        routed = {"route_every": options.route_every, "route_from": options.route_from}
+    return MoDConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_hidden_layers,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        tie_word_embeddings=options.tie_word_embeddings,
+        initializer_range=options.initializer_range,
+        max_position_embeddings=max(2048, sequence_length),
+        capacity=options.capacity[0] if len(options.capacity) == 1 else list(options.capacity),
+        router_type=options.router_type,
+        router_activation=options.router_activation,
+        causal_router=options.causal_router,
+        predictor_hidden_size=options.predictor_hidden_size,
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.num_experts_per_tok,
+        expert_routing=options.expert_routing,
+        expert_capacity=options.expert_capacity,
+        num_noop_experts=options.num_noop_experts,
+        noop_share=options.noop_share,
+        load_balance_loss_weight=options.load_balance_loss_weight,
+        expert_z_loss_weight=options.expert_z_loss_weight,
+        eos_token_id=end_of_text(tokenizer),
+        pad_token_id=cast(int | None, tokenizer.pad_token_id),
+        **routed,
+    )
+
+
+def check_memory(config: MoDConfig) -> None:
+    """Raises ValueError for a model whose weights alone are more than the machine's memory, before it is tried."""
+    needed, there = 4 * model_parameters(config), psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} and num_hidden_layers={config.num_hidden_layers}: the weights alone "
+            f"take {needed / 1e9:.3g} GB, and the machine has {there / 1e9:.3g}; lower them"
+        )
+
+
+def check_options(options: TrainOptions, corpus: Corpus) -> None:
+    """Raises ValueError for an option that is out of its range, or a batch larger than the text."""
+    validate_fields(options)
+    if options.batch_size % processes().num_processes:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of the {processes().num_processes} processes, which "
+            "share it; change one of them"
+        )
+    if options.batch_size // processes().num_processes % options.gradient_accumulation_steps:
+        shared = f" over {processes().num_processes} processes" if processes().num_processes > 1 else ""
+        raise ValueError(
+            f"gradient_accumulation_steps={options.gradient_accumulation_steps} must divide batch_size="
+            f"{options.batch_size}{shared}"
+        )
+    if len(corpus.train) < options.batch_size:
+        raise ValueError(
+            f"batch_size={options.batch_size} is more than the {len(corpus.train)} sequences of training text; "
+            "lower it, shorten sequence_length or give more text"
+        )
+
+
+def trainer_arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTrainingArguments:
+    """The library's own arguments for a run; raises ValueError when this process sees several GPUs."""
+    part = math.ceil(length.steps / 5)
+    arguments = HFTrainingArguments(
+        output_dir=str(folder),
+        max_steps=length.steps,
+        per_device_train_batch_size=options.batch_size
+        // processes().num_processes
+        // options.gradient_accumulation_steps,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dataloader_drop_last=True,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=round(options.warmup_fraction * length.steps),
+        weight_decay=options.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_every or part,
+        save_steps=options.save_every or part,
+        save_total_limit=2,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # Every weight gets its gradient in every step, and thresholds follow each process' own rows.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
+    )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs; start one for each with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one"
+        )
+    return arguments

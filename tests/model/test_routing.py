@@ -1,0 +1,80 @@
+"""The choice of tokens and their way out of and back into the residual stream."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixture_of_depths.model.routing import (
+    Selection,
+    add_weighted,
+    gather_tokens,
+    membership,
+    membership_loss,
+    select_entered,
+    select_top_k,
+)
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 17), st.integers(0, 10_000))
+
+
+@given(shape=shapes, fraction=st.floats(0, 1))
+def test_top_k_takes_the_largest_in_order_and_ties_go_to_the_earlier(
+    shape: tuple[int, int, int], fraction: float
+) -> None:
+    batch, length, seed = shape
+    logits = torch.randint(0, 4, (batch, length), generator=torch.Generator().manual_seed(seed)).float()
+    capacity = max(1, int(fraction * length))
+    index_BK, valid_BK = select_top_k(logits, capacity)
+    assert valid_BK is None
+    for row, chosen in zip(logits.tolist(), index_BK.tolist(), strict=True):
+        assert chosen == sorted(sorted(range(length), key=lambda i: (-row[i], i))[:capacity])
+
+
+@given(shape=shapes, capacity=st.integers(1, 17))
+def test_top_k_never_takes_padding(shape: tuple[int, int, int], capacity: int) -> None:
+    batch, length, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    logits, real = torch.randn(batch, length, generator=generator), torch.rand(batch, length, generator=generator) < 0.6
+    selection = select_top_k(logits, min(capacity, length), real)
+    entered = membership(selection, length)
+    assert not (entered & ~real).any()
+    assert entered.sum(1).tolist() == real.sum(1).clamp(max=min(capacity, length)).tolist()
+
+
+@given(shape=shapes, share=st.floats(0, 1))
+def test_a_causal_selection_is_the_mask_it_came_from(shape: tuple[int, int, int], share: float) -> None:
+    batch, length, seed = shape
+    entered = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
+    selection = select_entered(entered)
+    assert torch.equal(membership(selection, length), entered)
+    assert selection.index_BK.shape[1] == entered.sum(1).max()
+
+
+@given(shape=shapes, share=st.floats(0.1, 1))
+def test_the_delta_is_weighted_and_the_residual_is_not(shape: tuple[int, int, int], share: float) -> None:
+    batch, length, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(batch, length, generator=generator, dtype=torch.float64)
+    entered = torch.rand(batch, length, generator=generator) < share
+    selection = select_entered(entered)
+    chosen = gather_tokens(hidden, selection)
+    result = add_weighted(hidden, selection, 2 * chosen, gather_tokens(weight, selection))
+    for b in range(batch):
+        for i in range(length):
+            factor = 1 + 2 * weight[b, i] if entered[b, i] else 1
+            assert torch.allclose(result[b, i], factor * hidden[b, i])
+
+
+def test_rows_keep_their_own_tokens() -> None:
+    hidden = torch.arange(12.0).view(2, 6, 1)
+    selection = Selection(torch.tensor([[0, 5], [2, 3]]), None)
+    assert gather_tokens(hidden, selection).flatten().tolist() == [0, 5, 8, 9]
+
+
+def test_membership_loss_is_the_mean_over_real_tokens() -> None:
+    logits, entered = torch.tensor([[0.0, 50.0, 3.0]]), torch.tensor([[True, True, False]])
+    real = torch.tensor([[True, True, False]])
+    assert membership_loss(logits, entered, real).item() == pytest.approx(0.5 * 0.693147, rel=1e-5)
+    assert membership_loss(logits, entered, None).item() == pytest.approx((0.693147 + 3.048587) / 3, rel=1e-5)

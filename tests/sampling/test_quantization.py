@@ -1,0 +1,53 @@
+"""Weights of 8 bits."""
+
+import pytest
+import torch
+from models import tiny
+from torch import nn
+
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear, quantize
+from mixture_of_depths.sampling.step import matvec
+from mixture_of_depths.sampling.stream import stream
+
+
+def test_a_rounded_weight_is_off_by_half_a_step_at_most() -> None:
+    linear = nn.Linear(40, 24)
+    rounded = Int8Linear(linear)
+    step = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+    error = rounded.weight.float() * rounded.scale[:, None] - linear.weight.detach()
+    assert bool((error.abs() <= step / 2 * 1.001).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("outputs", [48, 50])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_decode_step_s_product_is_that_of_the_rounded_weights(rows: int, outputs: int, bias: bool) -> None:
+    rounded = Int8Linear(nn.Linear(64, outputs, bias=bias))
+    x = torch.randn(rows, 64)
+    # Many rows go through a product in bfloat16.
+    tolerance = 1e-5 if rows <= 4 else 2e-2
+    torch.testing.assert_close(matvec(rounded, x), rounded(x), atol=tolerance, rtol=tolerance)
+
+
+def test_quantize_leaves_routers_norms_and_the_embedding() -> None:
+    model = tiny(routed_layers=[1], tie_word_embeddings=True).float().eval()
+    embedding = model.model.embed_tokens.weight.clone()
+    router = model.model.layers[1].router.proj.weight.clone()
+    quantize(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert torch.equal(model.model.layers[1].router.proj.weight, router)
+    assert isinstance(model.lm_head, Int8Linear)
+    assert not any(isinstance(module, nn.Linear) for module in model.model.layers[0].modules())
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 3}, {"num_experts": 2, "num_noop_experts": 1}])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_quantised_model_samples_as_its_own_full_forward_says(experts: dict[str, int], batch: int) -> None:
+    model = tiny(routed_layers=[1], **experts).float().eval()
+    quantize(model)
+    assert isinstance(model.model.layers[0].mlp.down_proj, Int8GroupedLinear if experts else Int8Linear)
+    prompt = torch.randint(0, 31, (batch, 7))
+    tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
+    logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits
+    assert torch.equal(logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1), tokens)

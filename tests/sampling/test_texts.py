@@ -1,0 +1,125 @@
+"""Text from a model: stop strings, streams, prompts of different lengths."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import SENTENCE
+
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.inspect.depth import blocks_used
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
+from mixture_of_depths.text.tokenizer import train_tokenizer
+
+PROMPTS = ["A", "The router decides which of the tokens", "é world"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([SENTENCE * 3, "wörld é"], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> MoDForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return MoDForCausalLM(MoDConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.3)).eval()
+
+
+def test_streamed_pieces_join_to_the_sample_s_text(model: MoDForCausalLM, tokenizer: Any) -> None:
+    samples = begin(tokenizer, PROMPTS)
+    joined = ["", "", ""]
+    for row, text in stream_texts(model, tokenizer, samples, SamplingOptions(max_new_tokens=30)):
+        assert text
+        joined[row] += text
+    assert joined == [sample.text for sample in samples]
+    for sample in samples:
+        new = sample.tokens[len(tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]) :]
+        assert sample.ended == "length"
+        assert len(new) == 30
+        # Bytes that have not become a character at the end are left out.
+        assert tokenizer.decode(new, skip_special_tokens=True).rstrip("�").startswith(sample.text)
+
+
+def test_a_prompt_s_sample_does_not_depend_on_what_it_is_batched_with(model: MoDForCausalLM, tokenizer: Any) -> None:
+    options = SamplingOptions(max_new_tokens=25, repetition_penalty=1.3, top_p=0.9, min_p=0.01)
+    model = copy.deepcopy(model).double()
+    together = sample_texts(model, tokenizer, PROMPTS, options, seeds=[5, 6, 7])
+    for prompt, seed, sample in zip(PROMPTS, [5, 6, 7], together, strict=True):
+        (alone,) = sample_texts(model, tokenizer, [prompt], options, seeds=[seed])
+        assert alone.tokens == sample.tokens
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_a_stop_string_over_several_tokens_ends_its_row_and_is_neither_streamed_nor_kept(
+    model: MoDForCausalLM, tokenizer: Any, length: int
+) -> None:
+    whole = sample_texts(model, tokenizer, PROMPTS, SamplingOptions(max_new_tokens=40, seed=9))
+    stop = whole[0].text[5 : 5 + length]
+    options = SamplingOptions(max_new_tokens=40, seed=9, stop=("never there", stop))
+    stopped, streamed = begin(tokenizer, PROMPTS), ["", "", ""]
+    for row, text in stream_texts(model, tokenizer, stopped, options):
+        streamed[row] += text
+    assert streamed == [sample.text for sample in stopped]
+    for before, after in zip(whole, stopped, strict=True):
+        assert after.text == before.text.partition(stop)[0]
+        assert after.ended == ("stop" if stop in before.text else "length")
+    assert stopped[0].ended == "stop"
+    new = stopped[0].tokens[len(begin(tokenizer, PROMPTS)[0].tokens) :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert text.startswith(stopped[0].text)
+    assert stop not in text
+    # Of the tokens, as many are kept as the text needs.
+    assert len(tokenizer.decode(new[:-1], skip_special_tokens=True)) < len(stopped[0].text)
+
+
+def test_text_that_only_begins_like_a_stop_string_comes_out_in_the_end(model: MoDForCausalLM, tokenizer: Any) -> None:
+    (whole,) = sample_texts(model, tokenizer, ["A"], SamplingOptions(max_new_tokens=30))
+    held = SamplingOptions(max_new_tokens=30, stop=(whole.text[-4:] + "\x00",))
+    samples = begin(tokenizer, ["A"])
+    assert "".join(text for _, text in stream_texts(model, tokenizer, samples, held)) == whole.text
+
+
+def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) -> None:
+    options = SamplingOptions(max_new_tokens=400, temperature=2.0, top_k=0)
+    (sample,) = sample_texts(model, tokenizer, ["A"], options)
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = end = sample.tokens[20]
+    (ended,) = sample_texts(model, tokenizer, ["A"], options)
+    assert ended.ended == "end_of_text"
+    assert ended.tokens == sample.tokens[: sample.tokens.index(end, 1) + 1]
+
+
+def test_an_empty_prompt_among_others_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="prompt='' is empty"):
+        begin(tokenizer, ["a", ""])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is out of range"):
+        SamplingOptions(**setting)
+
+
+def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
+    config = MoDConfig(vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+    model = MoDForCausalLM(config).eval()
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.predictor.down_proj.bias.data.fill_(100.0 if layer.layer_idx == 1 else -100.0)
+    assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]
