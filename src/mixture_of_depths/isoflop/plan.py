@@ -10,15 +10,16 @@ import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
+from annotated_types import Gt, Len
 from pydantic import TypeAdapter, ValidationError
 
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
-from mixture_of_depths.options import DataOptions, ModelOptions, TrainOptions
+from mixture_of_depths.options import DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_options, model_config
@@ -34,11 +35,11 @@ WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
 class Ladder:
     """How a depth becomes a size."""
 
-    width_per_block: int = 16
+    width_per_block: Positive = 16
     width_offset: int = 32
-    head_dim: int = 32
+    head_dim: Positive = 32
     """Width of a head; a model is as wide as its whole heads."""
-    initializer_scale: float | None = None
+    initializer_scale: Annotated[float, Gt(0)] | None = None
     """Standard deviation of the initial weights times the root of the width; by default the model's own deviation."""
 
     def size(self, depth: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Sweep:
     """Names of families."""
     depths: tuple[int, ...]
     """Sizes, by number of blocks."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[NotNegative, ...], Len(1)] = (0,)
     """Seeds of initialisation and data order."""
 
 
@@ -80,13 +81,13 @@ class Study:
 
     families: dict[str, dict[str, Any]]
     """Changes of `ModelOptions` by the name of the family; sizes come from the ladder."""
-    learning_rates: dict[str, float]
+    learning_rates: dict[str, Annotated[float, Gt(0)]]
     """Peak learning rate of each family at `learning_rate_width`; at other widths times the root of their ratio."""
-    sweeps: tuple[Sweep, ...]
+    sweeps: Annotated[tuple[Sweep, ...], Len(1)]
     """The runs."""
     baseline: str = "baseline"
     """The family the others are compared with."""
-    learning_rate_width: int = 128
+    learning_rate_width: Positive = 128
     """Width at which `learning_rates` hold."""
     ladder: Ladder = field(default_factory=Ladder)
     """How a depth becomes a size."""
@@ -178,24 +179,13 @@ def _known(mapping: Any, kind: type, place: str) -> None:
 
 
 def _check(study: Study, path: Path) -> None:
-    for name, value in (
-        ("ladder.head_dim", study.ladder.head_dim),
-        ("ladder.width_per_block", study.ladder.width_per_block),
-        ("learning_rate_width", study.learning_rate_width),
-    ):
-        if value < 1:
-            raise ValueError(f"study={path}: {name}={value} must be at least 1")
-    if not study.sweeps or any(min(sweep.seeds, default=-1) < 0 for sweep in study.sweeps):
-        raise ValueError(f"study={path}: sweeps must hold at least one, with seeds of at least 0")
-    if study.ladder.initializer_scale is not None and not study.ladder.initializer_scale > 0:
-        raise ValueError(f"study={path}: ladder.initializer_scale={study.ladder.initializer_scale} must be above 0")
     for name, changes in study.families.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise ValueError(f"study={path}: families: {name!r} must be made of letters, digits, '.', '_' and '-'")
         for part in (*SIZE_FIELDS, *(["initializer_range"] if study.ladder.initializer_scale is not None else [])):
             if part in changes:
                 raise ValueError(f"study={path}: families.{name}: {part} comes from the ladder; leave it out")
-        if not study.learning_rates.get(name, 0) > 0:
+        if name not in study.learning_rates:
             raise ValueError(f"study={path}: learning_rates needs a rate above 0 for {name}")
     if study.baseline not in study.families:
         raise ValueError(f"study={path}: baseline={study.baseline} is none of the families {list(study.families)}")
