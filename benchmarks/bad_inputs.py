@@ -10,7 +10,7 @@ refused with a reason; pytest prints the case.
 import argparse
 import json
 import os
-import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,17 @@ from mixture_of_depths.provenance import provenance
 ROOT = Path(__file__).parent.parent
 
 
-class Failures:
-    """Counts the tests that fail."""
+class Counts:
+    """Of one run of pytest: how many tests failed, and by kind the cases that they tried."""
 
-    count = 0
+    failed = 0
+    tried: Counter[str]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.tried = next(item.module.TRIED for item in session.items if isinstance(item, pytest.Function))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.count += report.failed
+        self.failed += report.failed
 
 
 def main() -> None:
@@ -35,14 +39,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "reliability" / "bad-inputs.json")
     arguments = parser.parse_args()
     os.environ["BAD_INPUT_CASES"] = str(arguments.cases)
-    failures = Failures()
-    pytest.main(["-q", str(ROOT / "tests" / "test_bad_input.py")], plugins=[failures])
-    tried = dict(sys.modules["test_bad_input"].TRIED)
+    counts = Counts()
+    # In this process, where the cases are then counted.
+    pytest.main(["-q", "-n", "0", str(ROOT / "tests" / "test_bad_input.py")], plugins=[counts])
     record = {
         "benchmark": "bad_inputs",
-        "bad_inputs_tried": sum(tried.values()),
-        "tracebacks_seen": failures.count,
-        "by_kind": tried,
+        "bad_inputs_tried": sum(counts.tried.values()),
+        "tracebacks_seen": counts.failed,
+        "by_kind": dict(counts.tried),
         **provenance(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,40 @@
+"""A field is held against the range that its annotation states."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Lt
+
+from mixture_of_depths.fields import validate_fields
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: Annotated[int, Ge(1)] = 2
+    share: Annotated[float, Ge(0), Lt(1)] | None = None
+    kind: Literal["round", "square"] = "round"
+    is_open: bool = False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "width=0 is out of range: it must be greater than or equal to 1"),
+        ({"width": 1.5}, "width=1.5 is out of range: it must be a valid integer"),
+        ({"width": True}, "width=True is out of range: it must be a valid integer"),
+        ({"width": "3"}, "width='3' is out of range: it must be a valid integer"),
+        ({"share": 1.0}, "share=1.0 is out of range: it must be less than 1"),
+        ({"share": float("nan")}, "share=nan is out of range: it must be a finite number"),
+        ({"kind": "flat"}, "kind='flat' is out of range: it must be 'round' or 'square'"),
+        ({"is_open": 1}, "is_open=1 is out of range: it must be a valid boolean"),
+    ],
+)
+def test_a_field_out_of_its_range_is_named_with_its_value_and_the_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_fields(Sizes(**changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"width": 1}, {"share": 0}, {"share": 0.5, "kind": "square", "is_open": True}])
+def test_a_field_within_its_range_is_taken(changes: dict[str, Any]) -> None:
+    validate_fields(Sizes(**changes))

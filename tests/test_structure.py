@@ -1,0 +1,39 @@
+"""The map in CONTRIBUTING.md is the tree, and what has no public name is used where the dependencies say."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "mixture_of_depths"
+PRIVATE = re.compile(r"torch\._[a-z]\w*|transformers\.cli\b")
+
+
+def test_the_map_has_one_line_for_every_file_and_no_other() -> None:
+    (listing,) = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    named = [line.split()[0] for line in listing.splitlines()]
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(named) == sorted({*files, "__init__.py"})
+
+
+def test_no_file_but_the_model_s_is_longer_than_500_lines() -> None:
+    long = {path.name for path in PACKAGE.rglob("*.py") if len(path.read_text().splitlines()) > 500}
+    assert long <= {"modeling.py"}
+
+
+def test_private_modules_are_named_in_two_files_only() -> None:
+    users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
+    assert users == {"compiler.py", "serving/openai.py"}
+
+
+def test_libraries_with_private_parts_in_use_have_an_upper_bound_that_is_tested_here() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {required.name: required.specifier for required in map(Requirement, project["dependencies"])}
+    for name in ("torch", "transformers"):
+        installed = version(name)
+        major, minor, *_ = (int(part) for part in re.findall(r"\d+", installed))
+        assert installed in bounds[name]
+        assert f"{major}.{minor + 1}.0" not in bounds[name]
