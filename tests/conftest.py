@@ -4,13 +4,17 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
-from models import SENTENCE, options
+from models import options, write_numbers
 
 from mixture_of_depths import Corpus, prepare
 
 torch.set_num_threads(1)
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,5 @@ def _seed() -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A text of 40 small files, packed into short sequences."""
     folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
+    write_numbers(folder)
     return prepare(options(folder, str(folder / "*.txt")))

@@ -8,14 +8,11 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import TEXT, TOKENIZER, model_with
 
 from mixture_of_depths import MoDCache
 from mixture_of_depths.inspect.trace import Trace, trace, trace_tokens
 from mixture_of_depths.model.flops import block_flops, forward_flops, router_flops
-from mixture_of_depths.text.pieces import pieces
 
 
 def test_the_entries_of_each_block_are_those_the_cache_stored() -> None:
@@ -68,18 +65,6 @@ def test_json_and_parquet_hold_the_trace(tmp_path: Path) -> None:
         "routed_layers": [1, 3],
         "capacity": [0.25, 0.25],
     }
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
-def test_the_pieces_of_a_text_join_to_it(text: str) -> None:
-    tokens: Any = TOKENIZER(text)["input_ids"]
-    assert "".join(pieces(TOKENIZER, tokens)) == text
-
-
-def test_a_character_that_the_tokens_break_off_is_shown_as_broken() -> None:
-    tokens: Any = TOKENIZER("a€")["input_ids"]
-    assert pieces(TOKENIZER, tokens[:-1])[-1] == "\ufffd"
 
 
 def test_a_text_that_cannot_be_traced_is_refused() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import routed_model
 
 from mixture_of_depths.model.routing import (
     Selection,
@@ -13,6 +14,7 @@ from mixture_of_depths.model.routing import (
     membership_loss,
     select_entered,
     select_top_k,
+    top_k_boundary,
 )
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 17), st.integers(0, 10_000))
@@ -78,3 +80,40 @@ def test_membership_loss_is_the_mean_over_real_tokens() -> None:
     real = torch.tensor([[True, True, False]])
     assert membership_loss(logits, entered, real).item() == pytest.approx(0.5 * 0.693147, rel=1e-5)
     assert membership_loss(logits, entered, None).item() == pytest.approx((0.693147 + 3.048587) / 3, rel=1e-5)
+
+
+def test_the_boundary_lies_between_the_least_chosen_and_the_greatest_other() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0, 2.0], [0.0, -4.0, 9.0, 8.0]])
+    entered = membership(select_top_k(logits, 2), 4)
+    assert top_k_boundary(logits, entered, None).item() == ((3 + 2) / 2 + (8 + 0) / 2) / 2
+    real = torch.tensor([[True, True, True, False], [False] * 4])
+    entered = membership(select_top_k(logits, 2, real), 4)
+    assert top_k_boundary(logits, entered, real).item() == (3 + 1) / 2
+    whole = torch.ones_like(entered)
+    assert top_k_boundary(logits, whole, None).item() == (1 + -4) / 2
+
+
+def test_the_threshold_is_a_running_average_over_training_steps_only() -> None:
+    model = routed_model(causal_router="threshold", threshold_decay=0.5, capacity=0.25)
+    router = model.model.layers[0].router
+    input_ids = torch.randint(0, 31, (2, 16))
+
+    def boundary() -> torch.Tensor:
+        layer = model.eval()(input_ids, routing="top_k", output_routing=True).routing[0]
+        return top_k_boundary(layer.router_logits, layer.entered, None)
+
+    model.eval()(input_ids, routing="top_k")
+    model(input_ids)
+    assert router.threshold.item() == 0
+    for _ in range(2):
+        model.train()(input_ids)
+    assert router.threshold.item() == pytest.approx(0.75 * boundary().item(), rel=1e-5)
+
+
+def test_a_threshold_router_has_no_loss_and_no_predictor() -> None:
+    model = routed_model(causal_router="threshold").train()
+    input_ids = torch.randint(0, 31, (2, 16))
+    output = model(input_ids, labels=input_ids)
+    assert output.router_loss is None
+    assert torch.equal(output.loss, output.lm_loss)
+    assert not any("predictor" in name for name, _ in model.named_parameters())

@@ -1,6 +1,5 @@
 """A retrofitted model starts as the dense one, routes what measuring finds cheapest, and tunes what it is told to."""
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,136 +10,27 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from models import QUIET, SENTENCE
+from models import SENTENCE
+from runs import QUIET, ROUTING, dense_for
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
-from mixture_of_depths.retrofitting.choose import choose_blocks, flops_share, full_capacity
+from mixture_of_depths.retrofitting.choose import flops_share
 from mixture_of_depths.retrofitting.measure import (
-    RIDGE,
-    BlockImportance,
-    fit_routers,
-    measure_importance,
     routed_from,
     routers_of,
-    set_routers,
 )
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.run import train
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-    "routed_layers": [],
-}
 TUNING = TrainOptions(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_sequences=2)
-ROUTING = RetrofitOptions(capacity=0.25, routed_layers=(1, 2), fit_sequences=4, measure_sequences=2)
-
-
-def dense_for(corpus: Corpus, **changes: Any) -> MoDForCausalLM:
-    torch.manual_seed(1)
-    end = corpus.end_of_text
-    config = MoDConfig(vocab_size=len(corpus.tokenizer), eos_token_id=end, pad_token_id=end, **{**SMALL, **changes})
-    return MoDForCausalLM(config).eval()
-
-
-def some_sequences(dense: MoDForCausalLM, count: int = 6, length: int = 12) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"input_ids": torch.randint(1, dense.config.vocab_size, (count, length)).tolist()}
-    )
-
-
-@pytest.mark.parametrize("router_type", ["learned", "random"])
-def test_at_capacity_one_the_retrofitted_model_is_the_dense_one(corpus: Corpus, router_type: str) -> None:
-    dense = dense_for(corpus).double()
-    model = routed_from(dense, routed_layers=[0, 2, 3], capacity=1.0, router_type=router_type)
-    input_ids = torch.randint(0, dense.config.vocab_size, (2, 16))
-    difference = model(input_ids, routing="top_k", use_cache=False).logits - dense(input_ids).logits
-    assert difference.abs().max() < 1e-12
-
-
-def test_fitted_routers_are_the_least_squares_of_how_much_a_block_adds(corpus: Corpus) -> None:
-    dense = dense_for(corpus).double()
-    # A document ends within a row: the first tokens of both do not count.
-    sequences = datasets.Dataset.from_dict(
-        {"input_ids": [[*row[:7], 0, *row[8:]] for row in some_sequences(dense)["input_ids"]]}
-    )
-    fitted = fit_routers(dense, sequences, 0)
-
-    for layer_idx in (2, dense.config.num_hidden_layers - 1):
-        inputs, norms = [], []
-        shorter = copy.deepcopy(dense)
-        shorter.model.layers = shorter.model.layers[: layer_idx + 1]
-        shorter.model.norm = nn.Identity()
-        for batch in batches(sequences, range(len(sequences)), 0, 1, dense.device):
-            before_TD, after_TD = shorter(**batch, use_cache=False, output_hidden_states=True).hidden_states[-2:]
-            for token in (*range(1, 8), *range(9, 12)):
-                inputs.append(F.rms_norm(before_TD[0, token], (16,), eps=dense.config.rms_norm_eps))
-                norms.append((after_TD - before_TD)[0, token].norm())
-        x_ND = torch.stack(inputs).detach()
-        mean_square = (x_ND.square().sum(dim=0).sum() + len(x_ND)) / 17
-        x_ND, y_N = x_ND - x_ND.mean(dim=0), torch.stack(norms).detach()
-        # The intercept is not held back; the weights are, by the mean square of the inputs, the intercept's included.
-        ridge = RIDGE * mean_square * torch.eye(16, dtype=torch.float64)
-        weight_D = torch.linalg.solve(x_ND.T @ x_ND + ridge, x_ND.T @ (y_N - y_N.mean()))
-        weight_D = weight_D / (x_ND @ weight_D).std(correction=0)
-        assert torch.allclose(fitted[layer_idx].double(), weight_D, atol=1e-3)
-
-
-def test_importance_is_what_the_loss_rises_by(corpus: Corpus) -> None:
-    dense = dense_for(corpus)
-    sequences = some_sequences(dense)
-    weights_LD = fit_routers(dense, sequences, 0)
-    found = measure_importance(dense, weights_LD, 0.25, sequences, 0, console=QUIET)
-
-    given = next(batches(sequences, range(len(sequences)), 0, len(sequences), dense.device))
-    before = dense(**given, use_cache=False).lm_loss.item()
-    shorter = MoDForCausalLM(MoDConfig(**{**dense.config.to_dict(), "num_hidden_layers": 3})).eval()
-    renamed = {
-        name.replace("layers.3.", "layers.2."): w for name, w in dense.state_dict().items() if "layers.2." not in name
-    }
-    shorter.load_state_dict(renamed)
-    assert found[2].bypassed == pytest.approx(shorter(**given, use_cache=False).lm_loss.item() - before, abs=1e-5)
-    routed = routed_from(dense, routed_layers=[2], capacity=0.25).eval()
-    set_routers(routed, weights_LD)
-    loss = routed(**given, use_cache=False, routing="top_k").lm_loss.item()
-    assert found[2].lower_ranked == pytest.approx(loss - before, abs=1e-5)
-
-
-def test_the_fewest_of_the_cheapest_blocks_are_chosen(corpus: Corpus) -> None:
-    dense = dense_for(corpus).config
-    importance = [BlockImportance(0, cost) for cost in (0.4, 0.1, 0.3, 0.2)]
-    both = flops_share(dense, [1, 3], ROUTING, 16)
-    assert choose_blocks(importance, dense, replace(ROUTING, flops_share=both), 16) == [1, 3]
-    assert choose_blocks(importance, dense, replace(ROUTING, flops_share=both - 1e-6), 16) == [1, 2, 3]
-    with pytest.raises(ValueError, match=r"flops_share=0\.01 cannot be reached with capacity=0\.25: .* share is 0\."):
-        choose_blocks(importance, dense, replace(ROUTING, flops_share=0.01), 16)
-
-
-@pytest.mark.parametrize("entering", [4, 5, 11, 15])
-def test_the_capacity_is_raised_until_the_share_is_used_in_full(corpus: Corpus, entering: int) -> None:
-    dense = dense_for(corpus).config
-    share = flops_share(dense, [1, 3], replace(ROUTING, capacity=entering / 16), 16)
-    assert full_capacity(dense, [1, 3], replace(ROUTING, flops_share=share), 16) == entering / 16
-    assert full_capacity(dense, [1, 3], replace(ROUTING, flops_share=share + 1e-6), 16) == entering / 16
-
-
-def test_a_capacity_that_fills_the_share_is_kept(corpus: Corpus) -> None:
-    dense = dense_for(corpus).config
-    exact = replace(ROUTING, capacity=0.27)
-    routing = replace(exact, flops_share=flops_share(dense, [1, 3], exact, 16))
-    assert full_capacity(dense, [1, 3], routing, 16) == 0.27
 
 
 def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
@@ -348,25 +238,6 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_measured(
     ):
         with pytest.raises(ValueError, match=message):
             retrofit(dense, "dense", corpus, options, TUNING, tmp_path / name, resume, QUIET)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"flops_share": 1.0}, r"flops_share=1\.0 is out of range"),
-        ({"capacity": 0.0}, r"capacity=0\.0"),
-        ({"routed_layers": ()}, "routed_layers="),
-        ({"distillation": 1.5}, r"distillation=1\.5"),
-        ({"lowering_fraction": 1.0}, r"lowering_fraction=1\.0"),
-        ({"lora_rank": 0}, "lora_rank=0"),
-        ({"measure_sequences": 0}, "measure_sequences=0"),
-        ({"fit_sequences": 0}, "fit_sequences=0"),
-        ({"tune": "routers", "router_type": "random"}, "tune=routers leaves nothing to tune with router_type=random"),
-    ],
-)
-def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RetrofitOptions(**changes)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """The fast decode step samples the tokens of `generate()`, from prompts it can go on from."""
 
 import gc
-import math
-from typing import Any
 
 import psutil
 import pytest
@@ -11,9 +9,6 @@ from models import greedy, left_padded, tiny
 
 from mixture_of_depths.model.flops import cache_bytes
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling import step
-from mixture_of_depths.sampling.draw import draw
-from mixture_of_depths.sampling.step import GROWTH, grow, prefill, row_counts
 from mixture_of_depths.sampling.stream import stream
 
 
@@ -56,17 +51,6 @@ def test_the_compiled_step_serves_a_text_that_grows_beyond_4096_tokens() -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_routed_block_has_room_for_what_entered_and_grows() -> None:
-    model = tiny(routed_layers=[0]).float().eval()
-    input_ids = torch.randint(0, 31, (1, 40))
-    model.model.layers[0].router.predictor.down_proj.bias.data.fill_(-1e6)
-    _, state = prefill(model, input_ids, torch.ones_like(input_ids), room=200)
-    assert [layer.keys.shape[2] for layer in state.layers] == [GROWTH, 4 * GROWTH, 4 * GROWTH]
-    state.layers[0].length_B.fill_(GROWTH)
-    grow(state)
-    assert state.layers[0].keys.shape[2] == 2 * GROWTH
-
-
 def test_200_random_prompts_give_the_tokens_of_generate_and_of_the_full_causal_forward() -> None:
     count = 0
     for routed in ([1], []):
@@ -82,27 +66,6 @@ def test_200_random_prompts_give_the_tokens_of_generate_and_of_the_full_causal_f
             assert torch.equal(logits[:, input_ids.shape[1] - 1 : -1].argmax(dim=-1), tokens)
             count += len(input_ids)
     assert count == 200
-
-
-def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
-    sizes: list[int] = []
-    block = step.decode_block
-
-    def counted(layer: Any, x: torch.Tensor, *operands: torch.Tensor) -> Any:
-        if layer.router is not None:
-            sizes.append(x.shape[0])
-        return block(layer, x, *operands)
-
-    monkeypatch.setattr(step, "decode_block", counted)
-    input_ids = torch.randint(0, 31, (6, 5))
-    logits = model(input_ids, use_cache=False, routing="causal", output_routing=True).routing[1].causal_logits
-    model.model.layers[1].router.threshold.add_(logits.quantile(0.8))
-    list(stream(model, input_ids, options=SamplingOptions(max_new_tokens=40, temperature=1.0, top_k=0)))
-    assert row_counts(6) == [1, 4, 6]
-    assert {1, 4} <= set(sizes) <= {1, 4, 6}
-    # Steps in which no row enters run nothing.
-    assert len(sizes) < 39
 
 
 def test_1000_tokens_in_a_row_do_not_grow_memory() -> None:
@@ -143,50 +106,6 @@ def test_prompts_the_model_cannot_go_on_from_are_refused(
                 SamplingOptions(max_new_tokens=2),
             )
         )
-
-
-def test_sampled_tokens_follow_the_settings_of_generate() -> None:
-    model = tiny(routed_layers=[1]).float().eval()
-    input_ids = torch.randint(0, 31, (1, 6))
-    allowed = model(input_ids, use_cache=False, routing="causal").logits[0, -1].topk(3).indices.tolist()
-    options = {"max_new_tokens": 1, "temperature": 3.0, "top_k": 3}
-    drawn = {int(next(stream(model, input_ids, options=SamplingOptions(**options, seed=seed)))) for seed in range(60)}
-    assert drawn == set(allowed)
-    penalty = SamplingOptions(max_new_tokens=30, temperature=0, repetition_penalty=1.7)
-    tokens = torch.stack(list(stream(model, input_ids, options=penalty)), dim=1)
-    settings: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(input_ids, repetition_penalty=1.7, **settings)
-    assert torch.equal(tokens, expected[:, 6:])
-
-
-def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
-    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf, -1.0, -math.inf]])
-    logits = torch.cat([logits, logits.flip(1)])
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    drawn = torch.stack([draw(logits, generators) for _ in range(4000)], dim=1)
-    for row, expected in zip(drawn, logits.softmax(dim=1), strict=True):
-        shares = row.bincount(minlength=6) / len(row)
-        assert shares[expected == 0].sum() == 0
-        # Five standard deviations of a share of a half.
-        assert (shares - expected).abs().max() < 5 * 0.5 / math.sqrt(len(row))
-
-
-@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_outermost_random_numbers_draw_tokens_that_can_be_drawn(
-    monkeypatch: pytest.MonkeyPatch, number: float
-) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *_, **options: torch.full((1,), number, dtype=options["dtype"]))
-    # In float64 the probabilities of these sum to a little less than 1.
-    logits = torch.tensor([[-math.inf, 0.0, 2.0, 1.0, -math.inf]])
-    assert draw(logits, [torch.Generator()]).item() == (3 if number == 0 else 1)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_no_reason_to_draw(temperature: float) -> None:
-    model = tiny(routed_layers=[1]).float().eval()
-    model.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="logits of the next token are not finite"):
-        next(stream(model, torch.ones(1, 3, dtype=torch.long), options=SamplingOptions(temperature=temperature)))
 
 
 def test_a_row_that_has_ended_repeats_its_end_while_others_go_on() -> None:

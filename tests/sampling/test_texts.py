@@ -8,7 +8,6 @@ import torch
 from models import SENTENCE
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.inspect.depth import blocks_used
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
 from mixture_of_depths.text.tokenizer import train_tokenizer
@@ -95,31 +94,3 @@ def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) ->
 def test_an_empty_prompt_among_others_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="prompt='' is empty"):
         begin(tokenizer, ["a", ""])
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"min_p": 1.5},
-        {"top_k": -1},
-        {"repetition_penalty": 0.0},
-        {"max_new_tokens": 0},
-        {"seed": -1},
-        {"stop": ("",)},
-    ],
-)
-def test_a_setting_out_of_its_range_is_named(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is out of range"):
-        SamplingOptions(**setting)
-
-
-def test_blocks_used_are_dense_blocks_and_those_entered() -> None:
-    config = MoDConfig(vocab_size=31, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
-    model = MoDForCausalLM(config).eval()
-    for layer in model.model.layers:
-        if layer.router is not None:
-            layer.router.predictor.down_proj.bias.data.fill_(100.0 if layer.layer_idx == 1 else -100.0)
-    assert blocks_used(model, torch.zeros(1, 5, dtype=torch.int64)).tolist() == [[3] * 5]

@@ -1,6 +1,5 @@
 """A checkpoint is whole or not there, whatever stops its writing and whatever happens to it afterwards."""
 
-import os
 import resource
 import shutil
 import signal
@@ -11,16 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import QUIET, config_for
+from runs import QUIET, config_for
 
 from mixture_of_depths import files
-from mixture_of_depths.files import is_whole, seal, write_aside
+from mixture_of_depths.files import is_whole, seal
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training import trainer as trainer_module
 from mixture_of_depths.training.checkpoint import ASIDE, drop_checkpoints, latest_checkpoint
-from mixture_of_depths.training.folder import only_run
 from mixture_of_depths.training.run import train
 
 OPTIONS = TrainOptions(max_steps=6, batch_size=4, save_every=2)
@@ -72,15 +70,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert latest_checkpoint(finished) == (finished / "checkpoint-6", 6)
 
 
-def test_a_folder_without_checksums_is_not_whole(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert not is_whole(tmp_path)
-    seal(tmp_path)
-    assert is_whole(tmp_path)
-    (tmp_path / "checksums.json").write_text("[]")
-    assert not is_whole(tmp_path)
-
-
 def test_a_file_that_cannot_be_read_is_no_damaged_checkpoint(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
@@ -111,12 +100,6 @@ def test_the_oldest_checkpoints_go_whatever_the_clock_said(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
     drop_checkpoints(tmp_path, 20, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30"]
-
-
-def test_a_second_run_in_the_folder_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with only_run(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
-        train(config_for(corpus), corpus, OPTIONS, tmp_path, console=QUIET)
-    assert train(config_for(corpus), corpus, replace(OPTIONS, max_steps=2), tmp_path, console=QUIET)[1].finished
 
 
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(
@@ -163,16 +146,3 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before(corpus: Corpus, tmp
         signal.signal(signal.SIGXFSZ, handler)
     assert latest_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", 2)
     assert train(config, corpus, OPTIONS, tmp_path / "run", resume=True, console=QUIET)[1].finished
-
-
-def test_a_file_is_written_whole_or_keeps_what_it_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_aside(path, "first")
-
-    def fail(number: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_aside(path, "second")
-    assert path.read_text() == "first"

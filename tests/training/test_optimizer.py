@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import QUIET, config_for
+from runs import QUIET, config_for
 from transformers import TrainerCallback
 
 from mixture_of_depths import Corpus, MoDForCausalLM, TrainOptions, Tuning, train

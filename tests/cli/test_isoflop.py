@@ -1,0 +1,31 @@
+"""The commands of a study."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import run
+from studies import study_file
+
+
+def test_an_isoflop_study_from_plan_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    study, out = str(study_file(tmp_path)), str(tmp_path / "out")
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "plan", study)
+    assert status == 0
+    assert "2 runs" in output
+    assert "hours on this machine" in output
+    status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out)
+    assert (status, "holds no record of this study" in errors) == (2, True)
+    assert run(monkeypatch, capsys, "isoflop", "run", study, "--out", out)[0] == 0
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out)
+    assert status == 0
+    summary = json.loads(output)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["3e07"]["loss_ratio"] > 0
+    assert {"git_commit", "command", "versions"} <= summary.keys()
+    status, output, _ = run(monkeypatch, capsys, "isoflop", "plot", study, "--out", out)
+    assert status == 0
+    assert all(Path(line).is_file() for line in output.split())
+    status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out, "--family", "typo")
+    assert (status, "family=typo has no records" in errors) == (2, True)

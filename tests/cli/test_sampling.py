@@ -1,0 +1,67 @@
+"""The command that samples: generate."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch._inductor.config
+from command import run
+
+
+def test_generate_repeats_with_its_seed_and_shows_depth(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router [red]", "--max-new-tokens", "12"]
+    first = run(monkeypatch, capsys, *arguments)
+    assert first[0] == 0
+    assert first[1].startswith("The router [red]")
+    assert run(monkeypatch, capsys, *arguments) == first
+    assert run(monkeypatch, capsys, *arguments, "--seed", "1") != first
+    greedy = [run(monkeypatch, capsys, *arguments, "--temperature", "0", "--seed", seed)[1] for seed in "12"]
+    assert greedy[0] == greedy[1]
+    status, output, _ = run(monkeypatch, capsys, *arguments, "--show-depth")
+    assert status == 0
+    assert output.startswith(first[1].rstrip("\n"))
+    assert re.search(r"blocks used:  2 \(\d+%\) 3 \(\d+%\)   mean \d\.\d\d of 3", output)
+
+
+def test_a_streamed_sample_is_the_same_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router", "--max-new-tokens", "12"]
+    assert run(monkeypatch, capsys, *arguments, "--stream") == run(monkeypatch, capsys, *arguments)
+
+
+def test_prompts_of_a_file_give_json_lines_whatever_the_batch(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["The router", 'A "quoted"\nline', "x"]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    arguments = ["generate", str(checkpoint), "--prompts", str(prompts), "--max-new-tokens", "9"]
+    out = tmp_path / "out.jsonl"
+    assert run(monkeypatch, capsys, *arguments, "--out", str(out), "--batch-size", "2") == (0, "", "")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == texts
+    assert {record["ended"] for record in records} <= {"length", "end_of_text"}
+    status, output, _ = run(monkeypatch, capsys, *arguments, "--batch-size", "1")
+    assert status == 0
+    assert [json.loads(line) for line in output.splitlines()] == records
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--out", str(out))
+    assert status == 2
+    assert "exists; name another file" in errors
+    prompts.write_text('{"text": "x"}\n')
+    status, _, errors = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert 'line 1: needs an object with the field "prompt"' in errors
+
+
+def test_without_a_compiler_it_says_so_and_samples(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ["generate", str(checkpoint), "--prompt", "The router", "--max-new-tokens", "5"]
+    plain = run(monkeypatch, capsys, *arguments)
+    with torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)}):
+        status, output, errors = run(monkeypatch, capsys, *arguments, "--compile")
+    assert (status, output) == (0, plain[1])
+    assert "no C++ compiler found" in errors

@@ -1,0 +1,90 @@
+"""The commands that train: train, retrofit and demo."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import TINY, data, run
+
+from mixture_of_depths.training.checkpoint import latest_checkpoint
+
+
+def test_ctrl_c_saves_and_ends_with_status_130(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--out", str(out), *data(text), *TINY, "--max-steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixture_of_depths", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert latest_checkpoint(out)
+
+
+def test_a_model_with_experts_goes_the_same_ways(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, calibrated = tmp_path / "run", tmp_path / "calibrated"
+    experts = ["--num-experts", "3", "--expert-capacity", "0.7", "--num-noop-experts", "1", "--noop-share", "0.3"]
+    status, output, _ = run(
+        monkeypatch, capsys, "train", "--out", str(out), *data(text), *TINY, *experts, "--max-steps", "6"
+    )
+    assert status == 0
+    assert '"experts"' in output
+    found = json.loads(run(monkeypatch, capsys, "evaluate", str(out))[1])
+    for routing in ("top_k", "causal"):
+        for figures in found["experts"][routing].values():
+            assert sum(figures["share"]) + figures["dropped"] == pytest.approx(1)
+            assert len(figures["share"]) == 4
+    assert run(monkeypatch, capsys, "calibrate", str(out), "--out", str(calibrated))[0] == 0
+    sample = ["--prompt", "The router", "--max-new-tokens", "12", "--show-depth"]
+    assert "blocks used" in run(monkeypatch, capsys, "generate", str(calibrated), *sample)[1]
+    refused = run(
+        monkeypatch, capsys, "train", "--out", str(tmp_path / "x"), *data(text), *TINY, "--expert-capacity", "2"
+    )
+    assert refused[0] == 2
+    assert refused[2].startswith("error: expert_capacity=2.0 needs experts")
+
+
+def test_the_demo_trains_compares_and_samples(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "demo"
+    status, output, _ = run(monkeypatch, capsys, "demo", "--out", str(out), *data(text, "--max-flops", "2e10"))
+    assert status == 0
+    for words in ("held-out loss, causal routing", "bits per byte", "FLOPs per token", "tokens/s", "blocks used"):
+        assert words in output
+    assert (out / "curves.png").stat().st_size > 10_000
+    models = json.loads((out / "demo.json").read_text())["models"]
+    assert models["MoD"]["flops"] == pytest.approx(models["baseline"]["flops"], rel=0.1)
+    assert models["MoD"]["blocks"] > models["baseline"]["blocks"]
+
+
+def test_a_trained_model_is_retrofitted_and_evaluated(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "retrofitted"
+    train = ["train", "--out", str(dense), *data(text), *TINY, "--no-routed", "--max-steps", "2"]
+    assert run(monkeypatch, capsys, *train)[0] == 0
+    sources = ["--data", str(text / "*.txt"), "--sequence-length", "16", "--cache-dir", str(text / "cache")]
+    arguments = ["retrofit", str(dense), *sources, "--out", str(out), "--batch-size", "4", "--flops-share", "0.9"]
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--max-steps", "4")
+    assert status == 0, errors
+    assert 0 < json.loads((out / "retrofit.json").read_text())["flops_share"] <= 0.9
+    status, output, _ = run(monkeypatch, capsys, "evaluate", str(out))
+    assert status == 0
+    assert json.loads(output)["loss_causal"] > 0
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--max-steps", "4")
+    assert (status, "is not empty" in errors) == (2, True)

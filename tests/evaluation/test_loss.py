@@ -1,0 +1,69 @@
+"""Evaluation gives the model's own losses under both routings, and what its routers and experts do."""
+
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from models import routed_model, some_sequences
+from runs import config_for
+
+from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths.evaluation.loss import evaluate
+from mixture_of_depths.text.batches import document_positions
+from mixture_of_depths.text.corpus import Corpus
+
+
+def test_evaluation_tells_capacities_under_top_k_from_thresholds() -> None:
+    model, sequences = (
+        routed_model(routed_layers=[], capacity=0.5, num_experts=4, expert_capacity=0.5),
+        some_sequences(),
+    )
+    found = evaluate(model, sequences, 0, 1.0)
+    assert found.loss_top_k != found.loss_causal
+    assert found.experts["top_k"][0].dropped > 0
+    assert found.experts["causal"][0].dropped == 0
+
+
+def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus) -> None:
+    model = MoDForCausalLM(config_for(corpus, capacity=(0.25,), num_hidden_layers=4)).train()
+    found = evaluate(model, corpus.validation, corpus.end_of_text, 2.0, max_sequences=5, batch_size=2)
+    assert model.training
+    assert found.tokens == 5 * 15
+    assert list(found.causal_routers) == ["predictor", "threshold"]
+    for causal in found.causal_routers.values():
+        assert causal.share_entering.keys() == {1, 3}
+        assert 0 <= causal.accuracy <= 1
+    assert found.causal_routers["predictor"].loss == found.loss_causal
+    # The same by hand.
+    ids = torch.tensor(
+        corpus.validation[np.linspace(0, len(corpus.validation) - 1, 5).round().astype(int)]["input_ids"]
+    )
+    positions = document_positions(ids, corpus.end_of_text)
+    model.eval()
+    top_k = model(ids, position_ids=positions, routing="top_k", output_routing=True).routing
+    causal = model(ids, position_ids=positions, routing="causal", output_routing=True).routing
+    agreed = [((top_k[i].causal_logits > 0) == top_k[i].entered).float().mean().item() for i in (1, 3)]
+    assert found.causal_routers["predictor"].accuracy == pytest.approx(sum(agreed) / 2)
+    for i in (1, 3):
+        share = causal[i].entered.float().mean().item()
+        assert found.causal_routers["predictor"].share_entering[i] == pytest.approx(share)
+    assert found.bits_per_byte == pytest.approx(found.loss_causal / math.log(2) / 2)
+    dense = MoDForCausalLM(config_for(corpus, routed=False))
+    without = evaluate(dense, corpus.validation, corpus.end_of_text, 2.0, max_sequences=5)
+    assert without.loss_causal == without.loss_top_k
+    assert without.causal_routers == {}
+
+
+def test_evaluation_computes_4096_tokens_at_a_time_at_most(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MoDForCausalLM(config_for(corpus))
+    sizes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda _, __, given: sizes.append(given["input_ids"].shape), with_kwargs=True)
+    for length, batch_size in ((15, 16), (1000, 4), (5000, 1)):
+        monkeypatch.setattr(model.config, "max_position_embeddings", length)
+        sequences = datasets.Dataset.from_dict({"input_ids": [list(range(1, 6)) * (length // 5)] * 20})
+        sizes.clear()
+        evaluate(model, sequences, 0, 1.0, all_causal_routers=False)
+        assert max(sizes) == (batch_size, length)
+        assert sum(rows for rows, _ in sizes) == 2 * 20

@@ -1,0 +1,44 @@
+"""The decode step keeps and computes only what enters."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling import step
+from mixture_of_depths.sampling.step import GROWTH, grow, prefill, row_counts
+from mixture_of_depths.sampling.stream import stream
+
+
+def test_a_routed_block_has_room_for_what_entered_and_grows() -> None:
+    model = tiny(routed_layers=[0]).float().eval()
+    input_ids = torch.randint(0, 31, (1, 40))
+    model.model.layers[0].router.predictor.down_proj.bias.data.fill_(-1e6)
+    _, state = prefill(model, input_ids, torch.ones_like(input_ids), room=200)
+    assert [layer.keys.shape[2] for layer in state.layers] == [GROWTH, 4 * GROWTH, 4 * GROWTH]
+    state.layers[0].length_B.fill_(GROWTH)
+    grow(state)
+    assert state.layers[0].keys.shape[2] == 2 * GROWTH
+
+
+def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
+    sizes: list[int] = []
+    block = step.decode_block
+
+    def counted(layer: Any, x: torch.Tensor, *operands: torch.Tensor) -> Any:
+        if layer.router is not None:
+            sizes.append(x.shape[0])
+        return block(layer, x, *operands)
+
+    monkeypatch.setattr(step, "decode_block", counted)
+    input_ids = torch.randint(0, 31, (6, 5))
+    logits = model(input_ids, use_cache=False, routing="causal", output_routing=True).routing[1].causal_logits
+    model.model.layers[1].router.threshold.add_(logits.quantile(0.8))
+    list(stream(model, input_ids, options=SamplingOptions(max_new_tokens=40, temperature=1.0, top_k=0)))
+    assert row_counts(6) == [1, 4, 6]
+    assert {1, 4} <= set(sizes) <= {1, 4, 6}
+    # Steps in which no row enters run nothing.
+    assert len(sizes) < 39

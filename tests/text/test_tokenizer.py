@@ -1,0 +1,39 @@
+"""A tokenizer gives back every text, and takes documents and words of any length."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import SENTENCE, sentence_tokenizer
+
+from mixture_of_depths.text import tokenizer as tokenizer_module
+from mixture_of_depths.text.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
+
+
+@given(st.text())
+def test_the_tokenizer_gives_any_text_back(text: str) -> None:
+    tokenizer = sentence_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if END_OF_TEXT not in text:
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("longest", [40, 100, 1000])
+def test_long_documents_are_cut_where_tokens_end(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    texts = [SENTENCE * 20, "one\n\n  two   three\t four and  " * 9, "", " x", "a é 😀 " * 30, "word" * 400]
+    whole = [tokenize([text], sentence_tokenizer()).tolist() for text in texts]
+    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", longest)
+    assert ["".join(tokenizer_module.cut(text)) for text in texts] == texts
+    assert all(len(piece) <= 2 * longest for text in texts for piece in tokenizer_module.cut(text))
+    # All but the word that is longer than a piece has the same tokens.
+    assert tokenize(texts[:-1], sentence_tokenizer()).tolist() == [token for tokens in whole[:-1] for token in tokens]
+    assert sentence_tokenizer().decode(tokenize(texts[-1:], sentence_tokenizer())[:-1]) == texts[-1]
+
+
+@pytest.mark.parametrize("word", ["a", "ab", " ", "\n"])
+def test_a_tokenizer_learns_from_a_word_of_a_million_characters_at_once(word: str) -> None:
+    started = time.monotonic()
+    long = train_tokenizer([SENTENCE * 50 + word * (1_000_000 // len(word))], 300)
+    assert time.monotonic() - started < 5
+    assert len(long.get_vocab()) == 300
