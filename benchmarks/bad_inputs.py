@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ class Counts:
     tried: Counter[str]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.tried = next(item.module.TRIED for item in session.items if isinstance(item, pytest.Function))
+        module: Any = session.items[0].getparent(pytest.Module)
+        self.tried = module.obj.TRIED
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed += report.failed

@@ -1,7 +1,5 @@
 """What of PyTorch's compiler has no public name, in one place: these may change with every release of torch."""
 
-from contextlib import AbstractContextManager
-
 import torch
 import torch._dynamo
 from torch import Tensor
@@ -25,8 +23,3 @@ def any_length(tensor: Tensor, dim: int) -> None:
     anew in the middle of a text.
     """
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
-
-
-def graphs_per_block(count: int) -> AbstractContextManager[None]:
-    """Lets the compiler keep so many graphs of a block, inside."""
-    return torch._dynamo.config.patch(recompile_limit=count)

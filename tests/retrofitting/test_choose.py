@@ -6,9 +6,7 @@ import pytest
 from runs import ROUTING, dense_for
 
 from mixture_of_depths.retrofitting.choose import choose_blocks, flops_share, full_capacity
-from mixture_of_depths.retrofitting.measure import (
-    BlockImportance,
-)
+from mixture_of_depths.retrofitting.measure import BlockImportance
 from mixture_of_depths.text.corpus import Corpus
 
 

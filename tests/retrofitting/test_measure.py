@@ -10,13 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
-from mixture_of_depths.retrofitting.measure import (
-    RIDGE,
-    fit_routers,
-    measure_importance,
-    routed_from,
-    set_routers,
-)
+from mixture_of_depths.retrofitting.measure import RIDGE, fit_routers, measure_importance, routed_from, set_routers
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
 

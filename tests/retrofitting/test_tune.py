@@ -21,10 +21,7 @@ from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
 from mixture_of_depths.retrofitting.choose import flops_share
-from mixture_of_depths.retrofitting.measure import (
-    routed_from,
-    routers_of,
-)
+from mixture_of_depths.retrofitting.measure import routed_from, routers_of
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus

@@ -68,6 +68,7 @@ def test_200_random_prompts_give_the_tokens_of_generate_and_of_the_full_causal_f
     assert count == 200
 
 
+@pytest.mark.slow
 def test_1000_tokens_in_a_row_do_not_grow_memory() -> None:
     model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
     input_ids = torch.randint(0, 31, (1, 8))

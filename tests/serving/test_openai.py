@@ -181,6 +181,7 @@ def test_the_seed_of_a_request_is_its_own_among_many_at_once(client: openai.Open
         assert list(pool.map(ask, range(32))) == alone
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_frees_the_server(client: openai.OpenAI, checkpoint: Path) -> None:
     asked: Any = {"model": str(checkpoint), "prompt": "the", "temperature": 0}
     start = time.perf_counter()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from mixture_of_depths.compiler import graphs_per_block
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate
 from mixture_of_depths.files import write_aside
@@ -175,8 +174,8 @@ def retrofit(
 ) -> tuple[MoDForCausalLM, RetrofitResult]:
     """Routes blocks of a pretrained model, tunes it, and leaves it with its tokenizer and records in `folder`.
 
-    Of every second held-out sequence, up to `calibration.MAX_SEQUENCES` calibrate the causal routers; on the others the
-    model is compared with the dense one.
+    Of every second held-out sequence, up to `evaluation.calibration.MAX_SEQUENCES` calibrate the causal routers; on the
+    others the model is compared with the dense one.
 
     Args:
         dense: the model; it is not changed.
@@ -184,7 +183,7 @@ def retrofit(
         corpus: text to tune and evaluate on, in the model's own tokens.
         options: what to route.
         training: how to tune; its length as `max_steps` or `max_tokens`.
-        folder: where the run lives; see `training.train`, and `retrofit.json` with this function's result.
+        folder: where the run lives; see `train`, and `retrofit.json` with this function's result.
         resume: whether to go on with the run in the folder.
         console: where progress is shown.
 
@@ -269,7 +268,7 @@ def retrofit(
         (schedule,),
         finish,
     )
-    with graphs_per_block(GRAPHS) if training.compile else nullcontext():
+    with torch.compiler.config.patch(recompile_limit=GRAPHS) if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
     share = flops_share(dense.config, chosen, placed, length)
     size = corpus.facts.validation_bytes_per_token

@@ -60,7 +60,7 @@ def stream_texts(
         samples: from `begin`; of different lengths as it comes.
         options: how tokens are drawn, and when to stop.
         seeds: one seed a sample; by default the options' and those after it.
-        compiled: see `generation.stream`.
+        compiled: see `stream`.
 
     Raises:
         ValueError: for prompts the model cannot go on from.

@@ -12,18 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mixture_of_depths.distributed import (
-    anywhere,
-    failing_together,
-    is_main,
-)
+from mixture_of_depths.distributed import anywhere, failing_together, is_main
 from mixture_of_depths.files import read_records, write_aside
 from mixture_of_depths.inspect.trace import Trace, trace_tokens
 from mixture_of_depths.text.corpus import Corpus

@@ -12,18 +12,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers import TrainingArguments as HFTrainingArguments
 
-from mixture_of_depths.distributed import (
-    failing_together,
-    from_main,
-    is_main,
-)
+from mixture_of_depths.distributed import failing_together, from_main, is_main
 from mixture_of_depths.evaluation.loss import Evaluation
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.inspect.curves import training_curve
@@ -34,10 +26,7 @@ from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
-from mixture_of_depths.training.checkpoint import (
-    load_weights,
-    whole_weights,
-)
+from mixture_of_depths.training.checkpoint import load_weights, whole_weights
 from mixture_of_depths.training.folder import check_folder, only_run, open_folder
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_memory, check_options, trainer_arguments

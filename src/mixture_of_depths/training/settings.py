@@ -6,15 +6,10 @@ from typing import Any, cast
 
 import psutil
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers import TrainingArguments as HFTrainingArguments
 
-from mixture_of_depths.distributed import (
-    LONGEST_WAIT,
-    processes,
-)
+from mixture_of_depths.distributed import LONGEST_WAIT, processes
 from mixture_of_depths.fields import validate_fields
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import model_parameters

@@ -12,16 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    Trainer,
-)
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mixture_of_depths.distributed import (
-    average_,
-    failing_together,
-    is_main,
-)
+from mixture_of_depths.distributed import average_, failing_together, is_main
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate
 from mixture_of_depths.files import read_json, seal, sync_folder
 from mixture_of_depths.model.flops import training_flops_per_token
@@ -71,7 +65,7 @@ class MoDTrainer(Trainer):
         # Where a checkpoint is being written, before it is renamed.
         self._aside: str | None = None
         # Which sequences of the training text the step under way is made on.
-        self._blocks: list[int] = []
+        self._sequences: list[int] = []
         super().__init__(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
