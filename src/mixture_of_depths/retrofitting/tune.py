@@ -268,7 +268,8 @@ def retrofit(
         (schedule,),
         finish,
     )
-    with torch.compiler.config.patch(recompile_limit=GRAPHS) if training.compile else nullcontext():
+    patched = torch.compiler.config.patch(recompile_limit=GRAPHS)  # pyright: ignore[reportAttributeAccessIssue]
+    with patched if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
     share = flops_share(dense.config, chosen, placed, length)
     size = corpus.facts.validation_bytes_per_token
