@@ -65,3 +65,16 @@ def test_without_a_compiler_it_says_so_and_samples(
         status, output, errors = run(monkeypatch, capsys, *arguments, "--compile")
     assert (status, output) == (0, plain[1])
     assert "no C++ compiler found" in errors
+
+
+def test_precision_is_that_of_the_products_in_every_command_that_samples_or_looks(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def trace(name: str, *precision: str) -> str:
+        arguments = ("--text", "the", "--out", str(tmp_path / f"{name}.html"), "--trace", str(tmp_path / name))
+        assert run(monkeypatch, capsys, "inspect", str(checkpoint), *arguments, *precision)[0] == 0
+        return (tmp_path / name).read_text()
+
+    assert trace("a.json") == trace("b.json", "--precision", "fp32") != trace("c.json", "--precision", "bf16")
+    sample = ("generate", str(checkpoint), "--prompt", "the", "--max-new-tokens", "3", "--precision", "bf16")
+    assert run(monkeypatch, capsys, *sample)[0] == 0
