@@ -12,7 +12,7 @@ import distributed_worker
 import pytest
 import torch
 import yaml
-from models import SENTENCE
+from models import write_numbers
 from safetensors.torch import load_file
 
 from mixture_of_depths.files import is_whole
@@ -30,8 +30,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     # Not from 0, whose text is one number over and over: such tokens are equal in a routed block up to rounding, and
     # rounding would choose among them.
-    for i in range(1, 21):
-        (folder / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1, 60)) + SENTENCE)
+    write_numbers(folder, range(1, 21))
     return folder
 
 

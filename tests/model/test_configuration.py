@@ -21,7 +21,9 @@ from mixture_of_depths import MoDConfig
         ({"routed_layers": []}, []),
     ],
 )
-def test_routed_layers_are_a_list_or_come_from_every_and_offset(arguments: dict[str, Any], layers: list[int]) -> None:
+def test_routed_layers_are_a_list_or_come_from_route_every_and_route_from(
+    arguments: dict[str, Any], layers: list[int]
+) -> None:
     assert MoDConfig(num_hidden_layers=8, **arguments).routed_layers == layers
 
 
@@ -151,7 +153,7 @@ def test_what_cannot_work_is_refused_naming_the_field(arguments: dict[str, Any],
         MoDConfig(**arguments)
 
 
-def test_a_changed_configuration_keeps_all_other_fields_and_is_checked():
+def test_a_changed_configuration_keeps_all_other_fields_and_is_checked() -> None:
     config = MoDConfig(hidden_size=64, num_attention_heads=4, capacity=0.25, routed_layers=[1, 3])
 
     changed = config.changed(capacity=0.5)

@@ -1,5 +1,7 @@
 """What `mod bench` measures."""
 
+import time
+
 import torch
 from models import tiny
 
@@ -13,10 +15,12 @@ def test_converted_copies_leave_the_model_as_it_is() -> None:
         converted = bench.in_precision(model, precision)
         assert converted.model.embed_tokens.weight.dtype == dtype
         assert converted.generation_config.eos_token_id is None
+        started = time.perf_counter()
         seconds = bench.decode_seconds(
             converted, torch.randint(0, 31, (2, 5)), SamplingOptions(max_new_tokens=6, temperature=0), compiled=False
         )
-        assert 0 < seconds < 1
+        # The mean of the last three of five steps.
+        assert 0 < 3 * seconds < time.perf_counter() - started
     assert model.generation_config.eos_token_id == 3
     assert model.dtype == torch.float32
 
