@@ -24,13 +24,7 @@ def playground(
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling steps before the page opens: many times faster afterwards.
     """
-    from mixture_of_depths.compiler import can_compile
-
-    quiet_libraries()
-    _check_port(port)
-    require_extra("playground", "gradio")
-    if compile and not can_compile():
-        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    _check_before_loading(port, compile, "playground", "gradio")
     models = {str(path): load_to_sample(path, precision) for path in (checkpoint, baseline) if path is not None}
     from mixture_of_depths.serving.playground import page
     from mixture_of_depths.serving.playground import serve as run
@@ -56,19 +50,20 @@ def serve(
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling step before the first request: many times faster afterwards.
     """
-    from mixture_of_depths.compiler import can_compile
-
-    quiet_libraries()
-    _check_port(port)
-    require_extra("serve", "fastapi", "uvicorn", "openai")
-    if compile and not can_compile():
-        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    _check_before_loading(port, compile, "serve", "fastapi", "uvicorn", "openai")
     model, tokenizer = load_to_sample(checkpoint, precision)
     from mixture_of_depths.serving.openai import serve as run
 
     run(model, tokenizer, str(checkpoint), host, port, compile)
 
 
-def _check_port(port: int) -> None:
+def _check_before_loading(port: int, compile: bool, extra: str, *modules: str) -> None:
+    """Refuses, before a model is loaded, a port out of range, a missing module of an extra, and a missing compiler."""
+    from mixture_of_depths.compiler import can_compile
+
+    quiet_libraries()
     if not 0 < port < 65536:
         raise ValueError(f"port={port} must lie between 1 and 65535")
+    require_extra(extra, *modules)
+    if compile and not can_compile():
+        raise ValueError("compile needs a C++ compiler; install one, such as g++")

@@ -268,6 +268,7 @@ def retrofit(
         (schedule,),
         finish,
     )
+    # A part of the module only once it is loaded.
     patched = torch.compiler.config.patch(recompile_limit=GRAPHS)  # pyright: ignore[reportAttributeAccessIssue]
     with patched if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
