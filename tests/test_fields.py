@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Len, Lt
 
+from mixture_of_depths import SamplingOptions
 from mixture_of_depths.fields import validate_fields
 
 
@@ -15,6 +17,8 @@ class Sizes:
     share: Annotated[float, Ge(0), Lt(1)] | None = None
     kind: Literal["round", "square"] = "round"
     is_open: bool = False
+    names: tuple[Annotated[str, Len(1)], ...] = ()
+    ends: int | list[int] | None = None
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,8 @@ class Sizes:
         ({"share": float("nan")}, "share=nan is out of range: it must be a finite number"),
         ({"kind": "flat"}, "kind='flat' is out of range: it must be 'round' or 'square'"),
         ({"is_open": 1}, "is_open=1 is out of range: it must be a valid boolean"),
+        ({"names": ("",)}, r"names=\(''\,\) is out of range: it must have at least 1 character"),
+        ({"ends": "one"}, "ends='one' is out of range: it must be a valid integer or be a valid list"),
     ],
 )
 def test_a_field_out_of_its_range_is_named_with_its_value_and_the_range(changes: dict[str, Any], message: str) -> None:
@@ -38,3 +44,10 @@ def test_a_field_out_of_its_range_is_named_with_its_value_and_the_range(changes:
 @pytest.mark.parametrize("changes", [{}, {"width": 1}, {"share": 0}, {"share": 0.5, "kind": "square", "is_open": True}])
 def test_a_field_within_its_range_is_taken(changes: dict[str, Any]) -> None:
     validate_fields(Sizes(**changes))
+
+
+def test_sampling_takes_whole_numbers_of_numpy_and_lists() -> None:
+    settings: dict[str, Any] = {"max_new_tokens": np.int64(9), "seed": np.int64(3), "stop": ["e"]}
+    options = SamplingOptions(**settings)
+    assert (options.max_new_tokens, options.seed, options.stop) == (9, 3, ("e",))
+    assert type(options.seed) is int

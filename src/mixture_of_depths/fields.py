@@ -1,7 +1,9 @@
 """Fields of a dataclass held against the types and ranges that their annotations state, by pydantic."""
 
+import re
 from dataclasses import fields
 from functools import cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,14 +23,25 @@ def validate_fields(instance: Any) -> None:
             _validate(kind, field.name, value)
 
 
+def make_plain(instance: Any) -> None:
+    """Turns what Python's users have at hand into what a field of options holds: NumPy's whole numbers, and lists."""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, list):
+            object.__setattr__(instance, field.name, tuple(value))
+        elif isinstance(value, Integral) and not isinstance(value, bool):
+            object.__setattr__(instance, field.name, int(value))
+
+
 def _validate(kind: type, name: str, value: Any) -> None:
     from pydantic import ValidationError
 
     try:
         _adapter(kind, name).validate_python(value)
     except ValidationError as error:
-        expected = error.errors()[0]["msg"].replace("Input should be", "it must be")
-        raise ValueError(f"{name}={value!r} is out of range: {expected}") from error
+        # A field of several kinds has a message for each.
+        messages = dict.fromkeys(re.sub(r"^\w+ should ", "", problem["msg"]) for problem in error.errors())
+        raise ValueError(f"{name}={value!r} is out of range: it must {' or '.join(messages)}") from error
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from mixture_of_depths.fields import validate_fields
+from mixture_of_depths.fields import make_plain, validate_fields
 
 BUILTIN = "builtin"
 
@@ -172,6 +172,7 @@ class RetrofitOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an option that is out of its range, or contradicts another."""
+        make_plain(self)
         validate_fields(self)
         if self.tune == "routers" and self.router_type == "random":
             raise ValueError(
@@ -203,6 +204,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting that is out of its range."""
+        make_plain(self)
         validate_fields(self)
         if 0 < self.temperature < 0.01:
             raise ValueError(f"temperature={self.temperature} is out of range: it must be 0, or at least 0.01")

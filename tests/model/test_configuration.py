@@ -109,6 +109,8 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
         ({"routed_layers": [1.5]}, r"routed_layers=\[1.5\] is out of range: it must be a valid integer"),
         ({"routed_layers": [1], "route_every": 2}, "either the list or route_every and route_from"),
         ({"route_every": 0}, "route_every=0"),
+        ({"every": 3}, "every=3 is no field; give route_every"),
+        ({"offset": 0}, "offset=0 is no field; give route_from"),
         ({"route_every": 20}, "route_from=19"),
         ({"route_from": 8}, "route_from=8"),
         ({"router_type": "hash"}, "router_type='hash' is out of range: it must be 'learned' or 'random'"),

@@ -54,3 +54,12 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Corpus, tmp_path: Path) -
     with only_run(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
         train(config_for(corpus), corpus, OPTIONS, tmp_path, console=QUIET)
     assert train(config_for(corpus), corpus, replace(OPTIONS, max_steps=2), tmp_path, console=QUIET)[1].finished
+
+
+def test_a_run_with_options_that_are_not_known_is_refused_as_another_version_s(corpus: Corpus, tmp_path: Path) -> None:
+    train(config_for(corpus), corpus, replace(OPTIONS, max_steps=2), tmp_path, console=QUIET)
+    description = json.loads((tmp_path / "run.json").read_text())
+    description["train"]["eval_blocks"] = description["train"].pop("eval_sequences")
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="run of another version of this package, with eval_blocks=64"):
+        train(config_for(corpus), corpus, replace(OPTIONS, max_steps=2), tmp_path, resume=True, console=QUIET)

@@ -145,6 +145,10 @@ class MoDConfig(PreTrainedConfig):
     expert_z_loss_weight: Weight = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # The library keeps every keyword it does not know, and these would leave other blocks routed than was meant.
+        for name, meant in (("every", "route_every"), ("offset", "route_from")):
+            if name in kwargs:
+                raise ValueError(f"{name}={kwargs[name]!r} is no field; give {meant}")
         route_every, route_from = kwargs.pop("route_every", None), kwargs.pop("route_from", None)
         validate_fields(self)
         if self.intermediate_size is None:

@@ -51,6 +51,11 @@ def open_folder(
             )
         # A field that the run's version of this package did not have stood at its default.
         defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions()), "tuning": {}}
+        for name in sorted(earlier.get("train", {}).keys() - described["train"].keys()):
+            raise ValueError(
+                f"out={folder} holds a run of another version of this package, with {name}={earlier['train'][name]}, "
+                "which this one does not know; go on with that version, or use another folder"
+            )
         for part in ("model", "train", "tuning"):
             for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
                 # What transformers adds of its own accord may differ.
