@@ -59,7 +59,7 @@ def first_largest(scores: dict[int, Tensor], count: int) -> list[int]:
 
 
 def expert_outputs(
-    mlp: ExpertMLP, tokens: dict[int, Tensor], slots: int, routing: str, asked: list[Asked]
+    mlp: ExpertMLP, tokens: dict[int, Tensor], routing: str, asked: list[Asked]
 ) -> dict[int, Tensor]:
     """The weighted sum of the experts that take each token; appends what every token asked for."""
     config: MoDConfig = mlp.config
@@ -78,7 +78,7 @@ def expert_outputs(
         takes = [i for i in tokens if expert in chosen[i]]
         if config.expert_capacity is not None and routing == "top_k":
             fraction = config.expert_capacity * config.num_experts_per_tok / config.num_experts
-            places = max(1, math.floor(fraction * slots + 1e-9))
+            places = max(1, math.floor(fraction * len(tokens) + 1e-9))
             takes = first_largest({i: probabilities[i][expert] for i in takes}, places)
         elif config.expert_capacity is not None:
             takes = [i for i in takes if float(probabilities[i][expert]) > float(mlp.router.threshold[expert])]
@@ -113,7 +113,6 @@ def block_deltas(
     positions: list[int],
     documents: list[int],
     config: MoDConfig,
-    slots: int,
     routing: str,
     asked: list[Asked],
 ) -> dict[int, Tensor]:
@@ -144,7 +143,7 @@ def block_deltas(
         attended_D[i] = linear(attention.o_proj, torch.cat(attended))
         normed[i] = rms_norm(x_D + attended_D[i], layer.post_attention_layernorm.weight, eps)
     if isinstance(mlp, ExpertMLP):
-        outputs = expert_outputs(mlp, normed, slots, routing, asked)
+        outputs = expert_outputs(mlp, normed, routing, asked)
     else:
         outputs = {
             i: linear(mlp.down_proj, swiglu(linear(mlp.gate_proj, x_D), linear(mlp.up_proj, x_D)))
@@ -199,7 +198,7 @@ def reference_forward(
     batch, length = input_ids.shape
     losses, balances, zs = [], [], []
     for layer_idx, layer in enumerate(model.model.layers):
-        entropy, counted, asked, slots = torch.zeros((), dtype=torch.float64), 0, [], length
+        entropy, counted, asked = torch.zeros((), dtype=torch.float64), 0, []
         for b in range(batch):
             alive = [i for i in range(length) if real[b][i]]
             chosen, weights = alive, {}
@@ -209,13 +208,16 @@ def reference_forward(
                 firsts = [i for i in alive if positions[b][i] == 0] if config.first_token_enters else []
                 others = [i for i in alive if i not in firsts]
                 if routing == "top_k":
-                    slots = max(1, math.floor(config.capacity_fraction(layer_idx) * length + 1e-9))
-                    chosen = sorted((firsts + first_largest({i: r[i] for i in others}, slots))[:slots])
-                    for i in others:
+                    fraction = config.capacity_fraction(layer_idx)
+                    places = max(1, math.floor(fraction * len(alive) + 1e-9))
+                    chosen = sorted((firsts + first_largest({i: r[i] for i in others}, places))[:places])
+                    # A row too short for a choice teaches nothing.
+                    deciding = others if fraction == 1 or len(chosen) < len(alive) else []
+                    for i in deciding:
                         # -log p for members and -log (1 - p) for others, p = 1 / (1 + exp(-logit)); 1 - p itself
                         # would lose its digits to cancellation for a large logit.
                         entropy = entropy + torch.log1p(torch.exp(-logits[i] if i in chosen else logits[i]))
-                    counted += len(others) if config.causal_router != "threshold" else 0
+                    counted += len(deciding) if config.causal_router != "threshold" else 0
                 else:
                     chosen = [i for i in alive if i in firsts or float(logits[i]) > 0]
                 weights = {i: activate(r[i], config.router_activation) for i in chosen}
@@ -225,7 +227,6 @@ def reference_forward(
                 positions[b],
                 documents[b],
                 config,
-                slots,
                 routing,
                 asked,
             )

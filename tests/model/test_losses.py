@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from torch.nn import functional as F
+
+from mixture_of_depths import MoDForCausalLM
 
 WEIGHTS = {"predictor_loss_weight": 0.3, "auxiliary_loss_weight": 0.7}
 EXPERTS = {"num_experts": 4, "load_balance_loss_weight": 0.11, "expert_z_loss_weight": 0.13}
+CAPACITY = {"num_experts": 4, "expert_capacity": 0.7}
 
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS])
@@ -28,18 +32,148 @@ def test_the_loss_is_the_sum_of_its_weighted_parts(causal_router: str, weight: f
     assert output.loss.item() == pytest.approx(total.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss"])
-def test_what_decides_causally_learns_from_its_own_part_of_the_loss(causal_router: str) -> None:
-    model = tiny(causal_router=causal_router, **WEIGHTS).train()
+ROUTERS = [("predictor", {}), ("auxiliary_loss", {}), ("threshold", EXPERTS), ("predictor", EXPERTS)]
+
+
+def gradients(model: MoDForCausalLM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of a loss by the weights' names; zeros where there is none."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+def largest_difference(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    return max((some[name] - others[name]).abs().max().item() for name in some)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+def test_gradients_do_not_depend_on_who_computes_the_loss(
+    causal_router: str, experts: dict[str, Any], padding: str
+) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
+    input_ids, mask, labels = padded(padding)
+    own = gradients(model, model(input_ids, attention_mask=mask, labels=labels, skip_logits=True).loss)
+    logits = model(input_ids, attention_mask=mask).logits
+    of_logits = gradients(model, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    hidden = model.model(input_ids, attention_mask=mask).last_hidden_state
+    of_hidden = gradients(
+        model, F.linear_cross_entropy(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, labels[:, 1:].flatten())
+    )
+    of_lm_loss = gradients(model, model(input_ids, attention_mask=mask, labels=labels, skip_logits=True).lm_loss)
+    for other in (of_logits, of_hidden, of_lm_loss):
+        assert largest_difference(own, other) < 1e-12
+    without = {f"{name}_weight": 0.0 for name in ("predictor_loss", "auxiliary_loss")}
+    if experts:
+        without |= {"load_balance_loss_weight": 0.0, "expert_z_loss_weight": 0.0}
+    for name, value in without.items():
+        setattr(model.config, name, value)
+    of_text = gradients(model, model(input_ids, attention_mask=mask, labels=labels).loss)
+    own_part = {name for name in own if (own[name] - of_text[name]).abs().max() > 1e-6}
+    wanted = {"predictor": "predictor", "auxiliary_loss": "router.proj", "threshold": "mlp.router.proj"}[causal_router]
+    assert any(wanted in name for name in own_part)
+
+
+def padded(padding: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of 12, 7 and 3 tokens, with their mask and labels."""
     input_ids = torch.randint(0, 31, (3, 12))
-    output = model(input_ids, labels=input_ids)
-    weights = [weight for name, weight in model.named_parameters() if ".router." in name]
-    whole = torch.autograd.grad(output.loss, weights, retain_graph=True)
-    of_text = torch.autograd.grad(output.lm_loss, weights, retain_graph=True, allow_unused=True)
-    of_routers = torch.autograd.grad(output.router_loss, weights, allow_unused=True)
-    factor = WEIGHTS["predictor_loss_weight" if causal_router == "predictor" else "auxiliary_loss_weight"]
-    for all_of_it, text, own in zip(whole, of_text, of_routers, strict=True):
-        assert own is not None or text is not None
-        parts = (0 if text is None else text) + (0 if own is None else factor * own)
-        assert torch.allclose(all_of_it, torch.as_tensor(parts, dtype=all_of_it.dtype), atol=1e-12)
-    assert any(own is not None and own.abs().max() > 0 for own in of_routers)
+    lengths = torch.tensor([12, 7, 3])[:, None]
+    slots = torch.arange(12)
+    mask = (slots >= 12 - lengths if padding == "left" else slots < lengths).long()
+    # The first token of a row is predicted from nothing.
+    is_predicted = (mask.cumsum(dim=1) > 1) & (mask == 1)
+    return input_ids, mask, input_ids.masked_fill(~is_predicted, -100)
+
+
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_both_kinds_of_checkpointing_give_the_gradients_of_none(
+    causal_router: str, experts: dict[str, Any], use_reentrant: bool
+) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
+    input_ids, mask, labels = padded("right")
+    fields = {"attention_mask": mask, "labels": labels, "num_items_in_batch": 40}
+    plain = gradients(model, model(input_ids, **fields).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.zero_grad()
+    # Reentrant checkpointing serves backward(), not grad().
+    model(input_ids, **fields).loss.backward()
+    checkpointed = {name: weight.grad for name, weight in model.named_parameters()}
+    assert largest_difference(plain, checkpointed) == 0
+    model.zero_grad()
+    model(input_ids, attention_mask=mask).logits.sum().backward()
+    model.gradient_checkpointing_disable()
+    of_logits = gradients(model, model(input_ids, attention_mask=mask).logits.sum())
+    assert largest_difference(of_logits, {name: weight.grad for name, weight in model.named_parameters()}) == 0
+
+
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+def test_the_factor_of_the_loss_is_the_factor_of_the_routers_losses(causal_router: str, experts: dict[str, Any]) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
+    input_ids = torch.randint(0, 31, (4, 12))
+    once = gradients(model, model(input_ids, labels=input_ids, skip_logits=True).loss)
+    fourfold = gradients(model, 4 * model(input_ids, labels=input_ids, skip_logits=True).loss)
+    assert largest_difference({name: 4 * value for name, value in once.items()}, fourfold) < 1e-12
+
+
+def test_the_parts_of_a_batch_add_up_to_its_gradient() -> None:
+    model = tiny(causal_router="auxiliary_loss", **WEIGHTS).train()
+    input_ids = torch.randint(0, 31, (4, 12))
+    whole = gradients(model, model(input_ids, labels=input_ids, num_items_in_batch=44, skip_logits=True).loss)
+    parts = [
+        gradients(model, model(rows, labels=rows, num_items_in_batch=torch.tensor(44), skip_logits=True).loss)
+        for rows in input_ids.split(2)
+    ]
+    assert largest_difference(whole, {name: parts[0][name] + parts[1][name] for name in whole}) < 1e-12
+
+
+@pytest.mark.parametrize("routing", ["top_k", "causal"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("causal_router", "experts"), [*ROUTERS, ("threshold", {}), ("threshold", CAPACITY)])
+def test_a_row_is_routed_alike_whatever_it_is_padded_to_and_batched_with(
+    causal_router: str, experts: dict[str, Any], padding: str, routing: Any
+) -> None:
+    model = tiny(causal_router=causal_router, capacity=0.3, **WEIGHTS, **experts).eval()
+    row = torch.randint(0, 31, (1, 10))
+    fields: dict[str, Any] = {"routing": routing, "output_routing": True, "use_cache": False}
+    alone = model(row, labels=row, **fields)
+    alone_loss = model(row, labels=row, skip_logits=True, **fields).lm_loss
+    for length in (11, 24, 60):
+        others = torch.randint(0, 31, (3, length))
+        mask = torch.ones_like(others)
+        place = slice(length - 10, length) if padding == "left" else slice(0, 10)
+        others[1, place] = row[0]
+        mask[1] = 0
+        mask[1, place] = 1
+        mask[2, 5:] = 0
+        labels = torch.full_like(others, -100)
+        labels[1, place] = row[0]
+        output = model(others, attention_mask=mask, labels=labels, **fields)
+        loss = model(others, attention_mask=mask, labels=labels, skip_logits=True, **fields).lm_loss
+        assert (output.logits[1, place] - alone.logits[0]).abs().max() < 1e-12
+        assert loss.item() == pytest.approx(alone_loss.item(), abs=1e-12)
+        for layer, of_alone in zip(output.routing, alone.routing, strict=True):
+            if of_alone is not None:
+                assert torch.equal(layer.entered[1, place], of_alone.entered[0])
+
+
+@pytest.mark.parametrize("capacity", [0.125, 1.0])
+def test_rows_too_short_for_a_choice_teach_nothing(capacity: float) -> None:
+    model = tiny(causal_router="predictor", capacity=capacity, threshold_decay=0.5).train()
+    router = model.model.layers[1].router
+    rows = torch.randint(0, 31, (3, 9))
+    mask = torch.ones_like(rows)
+    mask[:, 1:] = 0
+    output = model(rows, attention_mask=mask, labels=rows)
+    # Where all tokens are meant to enter, those of short rows tell so, too.
+    assert (output.router_loss == 0) == (capacity < 1)
+    assert (router.threshold == 0).item() == (capacity < 1)
+    before = router.threshold.clone()
+    mixed = torch.cat([rows, rows[:1]])
+    whole = torch.cat([mask, torch.ones_like(mask[:1])])
+    if capacity < 1:
+        alone = model(rows[:1], labels=rows[:1]).router_loss
+        moved, router.threshold[:] = router.threshold.clone(), before
+        together = model(mixed, attention_mask=whole, labels=mixed).router_loss
+        assert together.item() == pytest.approx(alone.item(), abs=1e-12)
+        assert router.threshold.item() == pytest.approx(moved.item(), abs=1e-12)

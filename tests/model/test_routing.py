@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import routed_model
 
+from mixture_of_depths.model.configuration import capacity_tokens
 from mixture_of_depths.model.routing import (
     Selection,
     add_weighted,
@@ -13,6 +14,7 @@ from mixture_of_depths.model.routing import (
     membership,
     membership_loss,
     select_entered,
+    row_capacity,
     select_top_k,
     top_k_boundary,
 )
@@ -26,22 +28,34 @@ def test_top_k_takes_the_largest_in_order_and_ties_go_to_the_earlier(
 ) -> None:
     batch, length, seed = shape
     logits = torch.randint(0, 4, (batch, length), generator=torch.Generator().manual_seed(seed)).float()
-    capacity = max(1, int(fraction * length))
-    index_BK, valid_BK = select_top_k(logits, capacity)
+    capacity = capacity_tokens(fraction, length)
+    index_BK, valid_BK = select_top_k(logits, fraction)
     assert valid_BK is None
     for row, chosen in zip(logits.tolist(), index_BK.tolist(), strict=True):
         assert chosen == sorted(sorted(range(length), key=lambda i: (-row[i], i))[:capacity])
 
 
-@given(shape=shapes, capacity=st.integers(1, 17))
-def test_top_k_never_takes_padding(shape: tuple[int, int, int], capacity: int) -> None:
+@given(shape=shapes, fraction=st.floats(0, 1))
+def test_top_k_takes_the_capacity_of_a_rows_own_tokens_and_never_padding(
+    shape: tuple[int, int, int], fraction: float
+) -> None:
     batch, length, seed = shape
     generator = torch.Generator().manual_seed(seed)
     logits, real = torch.randn(batch, length, generator=generator), torch.rand(batch, length, generator=generator) < 0.6
-    selection = select_top_k(logits, min(capacity, length), real)
-    entered = membership(selection, length)
+    entered = membership(select_top_k(logits, fraction, real), length)
     assert not (entered & ~real).any()
-    assert entered.sum(1).tolist() == real.sum(1).clamp(max=min(capacity, length)).tolist()
+    for row in range(batch):
+        own = logits[row, real[row]]
+        if len(own):
+            alone = membership(select_top_k(own[None], fraction), len(own))[0]
+            assert torch.equal(entered[row, real[row]], alone)
+
+
+def test_the_capacity_of_a_row_is_that_of_its_length_to_the_last_token() -> None:
+    for fraction in (0.125, 0.29, 1 / 3, 0.07, 0.999, 1.0):
+        lengths = range(1, 400)
+        expected = [capacity_tokens(fraction, length) for length in lengths]
+        assert row_capacity(fraction, torch.tensor(lengths)).tolist() == expected
 
 
 @given(shape=shapes, share=st.floats(0, 1))
@@ -84,11 +98,12 @@ def test_membership_loss_is_the_mean_over_real_tokens() -> None:
 
 def test_the_boundary_lies_between_the_least_chosen_and_the_greatest_other() -> None:
     logits = torch.tensor([[1.0, 5.0, 3.0, 2.0], [0.0, -4.0, 9.0, 8.0]])
-    entered = membership(select_top_k(logits, 2), 4)
+    entered = membership(select_top_k(logits, 0.5), 4)
     assert top_k_boundary(logits, entered, None).item() == ((3 + 2) / 2 + (8 + 0) / 2) / 2
     real = torch.tensor([[True, True, True, False], [False] * 4])
-    entered = membership(select_top_k(logits, 2, real), 4)
+    entered = membership(select_top_k(logits, 0.7, real), 4)
     assert top_k_boundary(logits, entered, real).item() == (3 + 1) / 2
+    assert top_k_boundary(logits, entered, real & False).isnan()
     whole = torch.ones_like(entered)
     assert top_k_boundary(logits, whole, None).item() == (1 + -4) / 2
 

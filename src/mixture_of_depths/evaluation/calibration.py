@@ -89,7 +89,7 @@ def _shift_all(
             _shift(model, layer_idx, causal_router, logits_N, is_first_N & model.config.first_token_enters)
         if with_experts and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
             decided = (layer(hidden_BTD, **others) for hidden_BTD, others in passing)
-            _shift_experts(layer.mlp.router, ((routing, experts) for _, routing, experts in decided))
+            _shift_experts(layer.mlp.router, ((routing, experts) for *_, routing, experts in decided))
         passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
 
 

@@ -51,7 +51,7 @@ class MoDConfig(PreTrainedConfig):
             (default 2) and `route_from` (default `route_every - 1`): blocks `route_from, route_from + route_every, …`.
             Routing every other block was best in the paper (section 4.1).
         capacity: fraction of the sequence that enters a routed block, one number or one per routed block; 0.125 was
-            best in the paper. A sequence of S tokens, padding included, gives `max(1, floor(capacity * S))` places.
+            best in the paper. A sequence of S tokens, padding not counted, gives `max(1, floor(capacity * S))` places.
         router_type: "learned", a linear projection; or "random", weights drawn from a Gaussian, the paper's
             stochastic control.
         router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
@@ -73,13 +73,16 @@ class MoDConfig(PreTrainedConfig):
         threshold_decay: how much of the running averages of where top-k and the experts' capacity cut is kept by a
             forward pass in training.
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
+        training_routing: how tokens are chosen in training mode: "top_k", as the paper trains; or "causal", as they are
+            in sampling, for tuning against a reference that is computed outside training mode, such as DPO's. Under
+            causal routing predictors, auxiliary losses and thresholds stay as they are.
         num_experts: number of SwiGLU experts of every block's MLP, each of `intermediate_size`; 1 is the dense MLP.
         num_experts_per_tok: number of experts that a token asks for; under expert choice, how many it gets on average
             at an `expert_capacity` of 1.
         expert_routing: "token_choice", a token asks for the experts it gives most weight; or "expert_choice", an expert
             takes the tokens that give it most.
         expert_capacity: how many tokens an expert takes at most, as a multiple of an even share of the sequence's,
-            padding included; the others are dropped and keep their residual. None for no limit; expert choice needs
+            padding not counted; the others are dropped and keep their residual. None for no limit; expert choice needs
             one, by default 1.
         num_noop_experts: number of experts that do nothing, beside the others: a token that asks for one keeps its
             residual (integrated Mixture-of-Depths-and-Experts, section 4.3).
@@ -92,6 +95,8 @@ class MoDConfig(PreTrainedConfig):
     """
 
     model_type = "mixture_of_depths"
+    # trl asks every configuration whose classes are not transformers' own for those that come with a checkpoint.
+    auto_map: ClassVar[dict[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cache",
         "lm_loss",
@@ -134,6 +139,7 @@ class MoDConfig(PreTrainedConfig):
     auxiliary_loss_weight: Weight = 0.01
     threshold_decay: Below1 = 0.99
     router_seed: NotNegative = 0
+    training_routing: Literal["top_k", "causal"] = "top_k"
 
     num_experts: Positive = 1
     num_experts_per_tok: Positive = 1
@@ -298,6 +304,11 @@ class MoDConfig(PreTrainedConfig):
         return tuple(dict.fromkeys((self.causal_router, "threshold")))
 
     @property
+    def router_loss_weight(self) -> float:
+        """The factor in the loss of the routers' cross-entropy against the top-k choice."""
+        return self.predictor_loss_weight if self.causal_router == "predictor" else self.auxiliary_loss_weight
+
+    @property
     def target_noop_share(self) -> float:
         """The share of the choices that should fall on no-ops; 0 without any."""
         return self.noop_share if self.num_noop_experts else 0.0
@@ -309,11 +320,15 @@ class MoDConfig(PreTrainedConfig):
             return self.num_experts
         return min(self.num_experts, self.num_experts_per_tok)
 
+    @property
+    def expert_fraction(self) -> float:
+        """The fraction of a sequence's tokens that an expert takes at most under top-k routing, with a capacity."""
+        assert self.expert_capacity is not None
+        return self.expert_capacity * self.num_experts_per_tok / self.num_experts
+
     def expert_places(self, tokens: int) -> int:
         """The number of tokens of a sequence that an expert takes at most under top-k routing, with a capacity."""
-        assert self.expert_capacity is not None
-        fraction = self.expert_capacity * self.num_experts_per_tok / self.num_experts
-        return min(tokens, capacity_tokens(fraction, tokens))
+        return min(tokens, capacity_tokens(self.expert_fraction, tokens))
 
     def expert_rows(self, tokens: int) -> int:
         """The number of products of an expert and a token of a sequence, at most, under top-k routing."""

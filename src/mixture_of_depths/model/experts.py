@@ -9,7 +9,8 @@ With p = softmax(W x) over E experts and N no-ops, a token x gets
   keeps its residual (integrated Mixture-of-Depths-and-Experts, arXiv:2404.02258, section 4.3).
 - Expert choice: every token asks for every expert, and g_e = p_e (arXiv:2202.09368).
 
-With a capacity each expert takes the C tokens of a sequence that ask for it with the largest p, and drops the others.
+With a capacity each expert takes the C tokens of a sequence that ask for it with the largest p, and drops the others;
+C counts the real tokens of the sequence.
 That looks ahead; under causal routing it takes those above a threshold instead, a running average of where the
 capacity cut in training.
 
@@ -26,7 +27,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from mixture_of_depths.model.configuration import MoDConfig
-from mixture_of_depths.model.routing import Routing
+from mixture_of_depths.model.routing import (
+    PreciseLinear,
+    PreciseModule,
+    Routing,
+    finite_mean,
+    full_precision,
+    row_capacity,
+)
 
 
 class ExpertRouting(NamedTuple):
@@ -37,8 +45,8 @@ class ExpertRouting(NamedTuple):
             tokens times `num_experts_per_tok`; of shape [E + N].
         dropped (torch.Tensor): share of the choices that found their expert full; under expert choice, share of the
             tokens that no expert took.
-        boundary (torch.Tensor | None): where the capacity cut; of shape [E]. None outside top-k routing in training and
-            without a capacity.
+        boundary (torch.Tensor | None): where the capacity cut, and no number for an expert of which no row tells; of
+            shape [E]. None outside top-k routing in training and without a capacity.
         scores (torch.Tensor): p where a token asks for an expert, 0 elsewhere; of shape [B, T, E].
         taken (torch.Tensor): which experts took a token; bool, of shape [B, T, E].
         balance_loss (torch.Tensor | None): 1 when choices and probabilities are spread as they should be; None under
@@ -55,13 +63,13 @@ class ExpertRouting(NamedTuple):
     z_loss: Tensor | None
 
 
-class ExpertRouter(nn.Module):
+class ExpertRouter(PreciseModule):
     """Decides which experts take a token, and with what weight."""
 
     def __init__(self, config: MoDConfig) -> None:
         super().__init__()
         self.config = config
-        self.proj = nn.Linear(config.hidden_size, config.num_experts + config.num_noop_experts, bias=False)
+        self.proj = PreciseLinear(config.hidden_size, config.num_experts + config.num_noop_experts, bias=False)
         self.threshold = nn.Buffer(torch.zeros(config.num_experts)) if config.expert_capacity is not None else None
 
     def forward(
@@ -78,8 +86,8 @@ class ExpertRouter(nn.Module):
             Which experts take a token, bool, and the weights g, 0 where they do not; both of shape [B, T, E].
         """
         config, num_experts = self.config, self.config.num_experts
-        logits_BTX = self.proj(hidden_BTD)
-        logits_BTX = logits_BTX.to(torch.promote_types(logits_BTX.dtype, torch.float32))
+        with full_precision(hidden_BTD.device):
+            logits_BTX = self.proj(hidden_BTD.to(torch.promote_types(hidden_BTD.dtype, torch.float32)))
         probability_BTX = logits_BTX.softmax(dim=-1)
         is_token_choice, per_token = config.expert_routing == "token_choice", config.num_experts_per_tok
         asked_BTX = torch.ones_like(probability_BTX, dtype=torch.bool)
@@ -95,10 +103,17 @@ class ExpertRouter(nn.Module):
             if routing == "causal":
                 taken_BTE = taken_BTE & (scores_BTE > self.threshold)
             else:
-                places = config.expert_places(hidden_BTD.shape[1])
-                taken_BTE = taken_BTE & largest(scores_BTE.detach(), places, dim=1)
+                places, places_B, seen_BTE = config.expert_places(hidden_BTD.shape[1]), None, taken_BTE
+                if real_BT is not None:
+                    tokens_B = real_BT.sum(dim=1)
+                    places_B = row_capacity(config.expert_fraction, tokens_B)
+                    if config.expert_fraction < 1:
+                        # A row that is too short for a choice has nothing to tell.
+                        seen_BTE = seen_BTE & (places_B < tokens_B)[:, None, None]
+                is_within_BTE = largest(scores_BTE.detach(), places, dim=1, places_B=places_B)
+                taken_BTE = taken_BTE & is_within_BTE
                 if self.training:
-                    boundary_E = capacity_boundary(scores_BTE.detach(), taken_BTE)
+                    boundary_E = capacity_boundary(scores_BTE.detach(), seen_BTE & is_within_BTE)
         weight_BTE = scores_BTE * taken_BTE
         if is_token_choice and per_token > 1:
             weight_BTE = weight_BTE / asked_probability_BTX.sum(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -124,22 +139,31 @@ class ExpertRouter(nn.Module):
         )
 
 
-def largest(scores: Tensor, count: int, dim: int) -> Tensor:
-    """True for the `count` largest scores along `dim`; equal ones go to the lower index."""
+def largest(scores: Tensor, count: int, dim: int, places_B: Tensor | None = None) -> Tensor:
+    """True for the `count` largest scores along `dim`; equal ones go to the lower index.
+
+    Args:
+        scores (torch.Tensor): of shape [B, T, E].
+        count: how many.
+        dim: the dimension.
+        places_B (torch.Tensor | None): how many of them in each row, along dimension 1; of shape [B].
+    """
     order = scores.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, count)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, order, True)
+    is_taken = torch.ones_like(order, dtype=torch.bool)
+    if places_B is not None:
+        is_taken = is_taken & (torch.arange(count, device=scores.device)[:, None] < places_B[:, None, None])
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, order, is_taken)
 
 
 def capacity_boundary(scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
     """Where the capacity cut: midway between the least score taken and the greatest dropped; of shape [E].
 
-    A mean over the rows of which the expert took any. One that dropped nothing counts with the least it took.
+    A mean over the rows of which the expert took any, no number without one. A row of which it dropped nothing counts
+    with the least it took.
     """
     least_BE = scores_BTE.masked_fill(~taken_BTE, math.inf).amin(dim=1)
     greatest_BE = scores_BTE.masked_fill(taken_BTE, 0).amax(dim=1)
-    middle_BE = torch.where(greatest_BE > 0, (least_BE + greatest_BE) / 2, least_BE)
-    is_used_BE = middle_BE.isfinite()
-    return middle_BE.masked_fill(~is_used_BE, 0).sum(dim=0) / is_used_BE.sum(dim=0).clamp(min=1)
+    return finite_mean(torch.where(greatest_BE > 0, (least_BE + greatest_BE) / 2, least_BE), dim=0)
 
 
 def load_balance_loss(asked_X: Tensor, probability_X: Tensor, config: MoDConfig) -> Tensor:

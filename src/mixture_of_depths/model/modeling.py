@@ -35,7 +35,11 @@ from mixture_of_depths.model.routing import (
     Selection,
     add_weighted,
     gather_tokens,
+    with_loss,
 )
+
+# Tokens of which the head's logits are in memory at once, where they serve the loss alone.
+HEAD_CHUNKS = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
 
 
 @dataclass
@@ -57,6 +61,14 @@ class Placement:
     documents: Tensor | None
     mask: Tensor | None
     real: Tensor | None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Placement":
+        """The same on another device, as accelerate asks of what a block is given when blocks lie on several."""
+
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device, non_blocking=non_blocking)
+
+        return Placement(**{name: moved(values) for name, values in vars(self).items()})
 
     def of(self, selection: Selection) -> "Placement":
         """The placement of the chosen tokens, which attend to one another only."""
@@ -166,6 +178,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoDConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.routed_layers is not None
+        self.config = config
         self.layer_idx = layer_idx
         self.self_attn = Attention(config, layer_idx)
         self.mlp = ExpertMLP(config) if config.has_experts else MLP(config)
@@ -191,21 +204,47 @@ class DecoderLayer(GradientCheckpointingLayer):
         position_BT: Tensor,
         routing: Routing,
         cache: Cache | None,
-    ) -> tuple[Tensor, LayerRouting | None, ExpertRouting | None]:
+    ) -> tuple[Tensor, Tensor | None, LayerRouting | None, ExpertRouting | None]:
+        """Returns the hidden states, what the routers add to the loss, and what they decided.
+
+        The losses lie outside the decisions and hang on the hidden states as well: reentrant checkpointing follows only
+        tensors that are returned by themselves, and a loss computed from logits would leave them out.
+        """
         num_tokens = hidden_BTD.shape[1]
+        layer_routing = None
         if self.router is None:
             delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
-            return hidden_BTD + delta_BTD, None, expert_routing
+            hidden_BTD = hidden_BTD + delta_BTD
+        else:
+            selection, layer_routing = self.router.select(hidden_BTD, position_BT, placement.real, routing)
+            if selection.index_BK.shape[1] == 0:
+                if cache is not None:
+                    cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
+                return hidden_BTD, None, layer_routing, None
+            chosen_BKD = gather_tokens(hidden_BTD, selection)
+            delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
+            weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
+            hidden_BTD = add_weighted(hidden_BTD, selection, delta_BKD, weight_BK)
+        loss = self.routers_loss(layer_routing, expert_routing)
+        if loss is not None:
+            hidden_BTD, loss = with_loss(hidden_BTD, loss)
+        return hidden_BTD, loss, layer_routing, expert_routing
 
-        selection, layer_routing = self.router.select(hidden_BTD, position_BT, placement.real, routing)
-        if selection.index_BK.shape[1] == 0:
-            if cache is not None:
-                cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
-            return hidden_BTD, layer_routing, None
-        chosen_BKD = gather_tokens(hidden_BTD, selection)
-        delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
-        weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
-        return add_weighted(hidden_BTD, selection, delta_BKD, weight_BK), layer_routing, expert_routing
+    def routers_loss(self, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None) -> Tensor | None:
+        """What this block's routers add to the loss: its share of the weighted means over blocks, or None."""
+        config, total = self.config, None
+        if layer_routing is not None and layer_routing.loss is not None:
+            assert config.routed_layers is not None
+            total = layer_routing.loss * (config.router_loss_weight / len(config.routed_layers))
+        if expert_routing is not None:
+            for weight, part in (
+                (config.load_balance_loss_weight, expert_routing.balance_loss),
+                (config.expert_z_loss_weight, expert_routing.z_loss),
+            ):
+                if part is not None:
+                    part = part * (weight / config.num_hidden_layers)
+                    total = part if total is None else total + part
+        return total
 
 
 @dataclass
@@ -213,10 +252,14 @@ class MoDModelOutput(BaseModelOutputWithPast):
     """Output of `MoDModel`: the base model's fields, and what the routers decided.
 
     Attributes:
+        routers_loss (torch.Tensor | None): sum of what the blocks' routers add to the loss; None under causal routing and
+            where they add nothing. The gradient of it reaches them in any backward pass through the hidden states; with
+            another factor than 1 where it is part of the loss.
         routing: one `LayerRouting` a block, None for dense ones.
         expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
     """
 
+    routers_loss: Tensor | None = None
     routing: tuple[LayerRouting | None, ...] | None = None
     expert_routing: tuple[ExpertRouting | None, ...] | None = None
 
@@ -229,9 +272,9 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
         loss (torch.Tensor): the language model's loss plus the weighted losses of the routers; given with labels.
         lm_loss (torch.Tensor): mean cross-entropy of the next token, in nats.
         router_loss (torch.Tensor): the blocks' mean cross-entropy of the causal decision against the top-k choice,
-            unweighted; given with labels under top-k routing.
-        balance_loss, expert_z_loss (torch.Tensor): the blocks' mean losses of the expert routers, unweighted; given
-            with labels under top-k routing.
+            unweighted and without a gradient of its own; given with labels under top-k routing.
+        balance_loss, expert_z_loss (torch.Tensor): the blocks' mean losses of the expert routers, unweighted and
+            without a gradient of their own; given with labels under top-k routing.
         routing: one `LayerRouting` a block, None for dense ones; given with `output_routing=True`.
         expert_routing: one `ExpertRouting` a block, None where there is none; given with `output_routing=True`.
     """
@@ -253,6 +296,7 @@ class MoDPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
     _skip_keys_device_placement = ["cache"]
+    _keep_in_fp32_modules_strict = ["router"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,6 +335,7 @@ class MoDModel(MoDPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         routing: Routing | None = None,
+        **kwargs: Any,
     ) -> MoDModelOutput:
         """Runs all blocks; see `MoDForCausalLM.forward` for the arguments."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -317,13 +362,15 @@ class MoDModel(MoDPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
         position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
-        layer_routings, expert_routings, hidden_states = [], [], []
+        layer_routings, expert_routings, hidden_states, losses = [], [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
-            hidden_BTD, layer_routing, expert_routing = layer(
+            hidden_BTD, loss, layer_routing, expert_routing = layer(
                 hidden_BTD, placement=placement, position_BT=position_BT, routing=routing, cache=cache
             )
+            if loss is not None:
+                losses.append(loss)
             layer_routings.append(layer_routing)
             expert_routings.append(expert_routing)
             # Outside the block, which gradient checkpointing may run twice.
@@ -335,6 +382,8 @@ class MoDModel(MoDPreTrainedModel):
             last_hidden_state=hidden_BTD,
             cache=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            # Blocks may lie on several devices.
+            routers_loss=torch.stack([loss.to(hidden_BTD.device) for loss in losses]).sum() if losses else None,
             routing=tuple(layer_routings),
             expert_routing=tuple(expert_routings),
         )
@@ -343,20 +392,26 @@ class MoDModel(MoDPreTrainedModel):
     def _follow(
         self, layer: DecoderLayer, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None
     ) -> None:
-        """Moves the running averages of the thresholds towards where top-k and the experts' capacity cut."""
+        """Moves the running averages of the thresholds towards where top-k and the experts' capacity cut.
+
+        Those of frozen routers stay with the weights they belong to: adapters keep no buffers.
+        """
         moved = []
         if layer_routing is not None and layer_routing.boundary is not None:
             assert layer.router is not None
-            moved.append((layer.router.threshold, layer_routing.boundary))
+            moved.append((layer.router, layer_routing.boundary))
         if expert_routing is not None and expert_routing.boundary is not None:
             assert isinstance(layer.mlp, ExpertMLP)
-            moved.append((layer.mlp.router.threshold, expert_routing.boundary))
-        for threshold, boundary in moved:
-            threshold.lerp_(boundary.to(threshold.dtype), 1 - self.config.threshold_decay)
+            moved.append((layer.mlp.router, expert_routing.boundary))
+        for router, boundary in moved:
+            if router.proj.weight.requires_grad:
+                threshold = router.threshold
+                boundary = torch.where(boundary.isfinite(), boundary.to(threshold.dtype), threshold)
+                threshold.lerp_(boundary, 1 - self.config.threshold_decay)
 
     def _resolve_routing(self, routing: str | None) -> Routing:
         if routing is None:
-            return "top_k" if self.training else "causal"
+            return self.config.training_routing if self.training else "causal"
         if routing not in ("top_k", "causal"):
             raise ValueError(f"routing={routing!r} is unknown; choose 'top_k' or 'causal'")
         return cast(Routing, routing)
@@ -458,6 +513,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         routing: Routing | None = None,
         output_routing: bool = False,
+        skip_logits: bool = False,
+        **kwargs: Any,
     ) -> MoDCausalLMOutput:
         """Predicts the next token at every position.
 
@@ -478,10 +535,18 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
                 routers' losses then count by this part's share of them.
             routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
             output_routing: whether to return each block's routing.
+            skip_logits: whether to leave out the logits, of which the loss then needs only some at a time; needs labels.
+            kwargs: `cu_seq_lens_q`, where the documents packed in one row begin and end, of shape [documents + 1], in the
+                place of `position_ids`; `shift_labels`, the labels already shifted; all others are ignored, as Llama
+                does.
 
         Raises:
             ValueError: for arguments that contradict one another or a mask of another shape.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True needs labels: without a loss and logits nothing is left to return")
+        if position_ids is None and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -495,32 +560,38 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden_BTD = outputs.last_hidden_state
-        logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
-        loss = lm_loss = router_loss = balance_loss = z_loss = None
+        logits_BTV = loss = lm_loss = router_loss = balance_loss = z_loss = None
+        # An adapter on the head does more than its weight says.
+        if not (skip_logits and isinstance(self.lm_head, nn.Linear)):
+            logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
         if labels is not None:
-            lm_loss = self.loss_function(
-                logits=logits_BTV,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            target_BT = kwargs.get("shift_labels")
+            if target_BT is None:
+                target_BT = next_tokens(labels, attention_mask)
+            if logits_BTV is None:
+                lm_loss = chunked_loss(hidden_BTD, self.lm_head.weight, target_BT, num_items_in_batch)
+            else:
+                lm_loss = self.loss_function(
+                    logits=logits_BTV,
+                    labels=None,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=target_BT,
+                )
             loss = lm_loss
-            share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+            if outputs.routers_loss is not None:
+                share = 1.0
+                if num_items_in_batch is not None:
+                    # Not 0, which is the gradient of a loss that nobody uses.
+                    share = (target_BT != -100).sum().clamp(min=1e-9) / num_items_in_batch
+                loss = loss + share * outputs.routers_loss
             router_loss = _mean_over_blocks([layer.loss for layer in outputs.routing if layer is not None])
             experts = [layer for layer in outputs.expert_routing if layer is not None]
             balance_loss = _mean_over_blocks([layer.balance_loss for layer in experts])
             z_loss = _mean_over_blocks([layer.z_loss for layer in experts])
-            is_predicted = self.config.causal_router == "predictor"
-            for weight, part in (
-                (self.config.predictor_loss_weight if is_predicted else self.config.auxiliary_loss_weight, router_loss),
-                (self.config.load_balance_loss_weight, balance_loss),
-                (self.config.expert_z_loss_weight, z_loss),
-            ):
-                if part is not None:
-                    loss = loss + weight * share * part
         return MoDCausalLMOutput(
             loss=loss,
-            logits=logits_BTV,
+            logits=None if skip_logits else logits_BTV,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,
@@ -542,9 +613,55 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         return {"routing": "causal", **inputs}
 
 
+def next_tokens(labels_BT: Tensor, attention_mask_BS: Tensor | None) -> Tensor:
+    """What each token is to predict, of shape [B, T]; -100 for nothing, as padding has it and the last token."""
+    target_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    if attention_mask_BS is None:
+        return target_BT
+    # The first token after padding on the left would be predicted from padding.
+    return target_BT.masked_fill(attention_mask_BS[:, -labels_BT.shape[1] :] == 0, -100)
+
+
+def chunked_loss(
+    hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Cross-entropy of the next token in nats, of which the logits of a few tokens at a time are in memory.
+
+    Args:
+        hidden_BTD (torch.Tensor): hidden states after the final norm, of shape [B, T, D].
+        head_VD (torch.Tensor): the head's weight, of shape [V, D].
+        target_BT (torch.Tensor): what each token is to predict, -100 for nothing; of shape [B, T].
+        num_items_in_batch: the number of predictions to average over; None for those there are.
+    """
+    device = hidden_BTD.device.type
+    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_BTD, head_VD = hidden_BTD.to(dtype), head_VD.to(dtype)
+    loss = F.linear_cross_entropy(
+        hidden_BTD.flatten(0, 1),
+        head_VD,
+        target_BT.flatten().to(hidden_BTD.device),
+        reduction="mean" if num_items_in_batch is None else "sum",
+        # A compiled graph has its own way of not holding them.
+        options=None if torch.compiler.is_compiling() else HEAD_CHUNKS,
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def packed_positions(cu_seq_lens: Tensor) -> Tensor:
+    """Positions of the documents packed in one row, each from 0; of shape [1, T].
+
+    Args:
+        cu_seq_lens (torch.Tensor): where they begin, and where the last one ends; of shape [documents + 1].
+    """
+    lengths = cu_seq_lens.diff()
+    starts = cu_seq_lens[:-1].repeat_interleave(lengths)
+    return (torch.arange(len(starts), device=starts.device) - starts)[None]
+
+
 def _mean_over_blocks(losses: list[Tensor | None]) -> Tensor | None:
     present = [loss for loss in losses if loss is not None]
-    return torch.stack(present).mean() if present else None
+    return torch.stack([loss.detach().to(present[0].device) for loss in present]).mean() if present else None
 
 
 AutoModel.register(MoDConfig, MoDModel)
