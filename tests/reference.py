@@ -58,9 +58,7 @@ def first_largest(scores: dict[int, Tensor], count: int) -> list[int]:
     return sorted(scores, key=lambda key: -float(scores[key]))[:count]
 
 
-def expert_outputs(
-    mlp: ExpertMLP, tokens: dict[int, Tensor], routing: str, asked: list[Asked]
-) -> dict[int, Tensor]:
+def expert_outputs(mlp: ExpertMLP, tokens: dict[int, Tensor], routing: str, asked: list[Asked]) -> dict[int, Tensor]:
     """The weighted sum of the experts that take each token; appends what every token asked for."""
     config: MoDConfig = mlp.config
     probabilities, chosen = {}, {}

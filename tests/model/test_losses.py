@@ -108,7 +108,7 @@ def test_both_kinds_of_checkpointing_give_the_gradients_of_none(
 
 
 @pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
-def test_the_factor_of_the_loss_is_the_factor_of_the_routers_losses(causal_router: str, experts: dict[str, Any]) -> None:
+def test_the_factor_of_the_loss_is_that_of_the_routers_losses(causal_router: str, experts: dict[str, Any]) -> None:
     model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
     input_ids = torch.randint(0, 31, (4, 12))
     once = gradients(model, model(input_ids, labels=input_ids, skip_logits=True).loss)

@@ -192,7 +192,7 @@ def test_padding_never_enters_a_routed_block() -> None:
             assert not layer.entered[mask == 0].any()
             if routing == "top_k":
                 # The capacity of each row's own tokens.
-                    assert layer.entered.sum(1).tolist() == [6, 3, 1]
+                assert layer.entered.sum(1).tolist() == [6, 3, 1]
 
 
 @pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])

@@ -1,11 +1,15 @@
 """The choice of tokens and their way out of and back into the residual stream."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import routed_model
 
+from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.model.configuration import capacity_tokens
 from mixture_of_depths.model.routing import (
     Selection,
@@ -13,8 +17,8 @@ from mixture_of_depths.model.routing import (
     gather_tokens,
     membership,
     membership_loss,
-    select_entered,
     row_capacity,
+    select_entered,
     select_top_k,
     top_k_boundary,
 )
@@ -132,3 +136,59 @@ def test_a_threshold_router_has_no_loss_and_no_predictor() -> None:
     assert output.router_loss is None
     assert torch.equal(output.loss, output.lm_loss)
     assert not any("predictor" in name for name, _ in model.named_parameters())
+
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "expert_capacity": 0.7}
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def router_state(model: MoDForCausalLM) -> dict[str, torch.Tensor]:
+    """Weights and buffers of the routers of blocks and of experts."""
+    return {name: value.clone() for name, value in model.state_dict().items() if ".router." in name}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_routers_stay_in_float32_through_casts_saving_and_loading(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = routed_model(**EXPERTS)
+    for name, buffer in model.named_buffers():
+        if name.endswith("threshold"):
+            buffer.uniform_()
+    before = router_state(model)
+    assert {name.rpartition(".")[2] for name in before} == {"weight", "bias", "router_scale", "threshold"}
+    model.to(dtype).save_pretrained(tmp_path)
+    assert model.dtype == dtype
+    for changes in ({}, {"dtype": dtype}, {"dtype": "auto"}, {"dtype": torch.float32}):
+        loaded = MoDForCausalLM.from_pretrained(tmp_path, **changes)
+        after = router_state(loaded)
+        assert all(value.dtype == torch.float32 and torch.equal(value, before[name]) for name, value in after.items())
+        assert after.keys() == before.keys()
+        assert loaded.dtype == changes.get("dtype", dtype) or changes == {"dtype": "auto"}
+    assert all(value.dtype == torch.float64 for value in router_state(model.double()).values())
+    assert all(value.dtype == torch.float32 for value in router_state(model.bfloat16()).values())
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])
+def test_under_autocast_and_in_bf16_routers_compute_in_float32(causal_router: str) -> None:
+    model = routed_model(causal_router=causal_router, **EXPERTS).train()
+    router = model.model.layers[0].router
+    hidden, positions = torch.randn(1, 2048, 16), torch.arange(2048)[None]
+    expected = router.logits(hidden, positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = router.logits(hidden, positions)
+    model.bfloat16()
+    of_rounded = router.logits(hidden.bfloat16(), positions)
+    exact = router.logits(hidden.bfloat16().float(), positions)
+    for logits in zip(expected, under_autocast, of_rounded, exact, strict=True):
+        assert all(each.dtype == torch.float32 for each in logits)
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[2], logits[3])
+    # In bf16 about 1,000 would be left.
+    assert expected[0].unique().numel() > 2000
+
+
+def test_a_threshold_of_a_bf16_model_follows_its_cuts() -> None:
+    model = routed_model(causal_router="threshold").bfloat16().train()
+    router = model.model.layers[0].router
+    input_ids = torch.randint(0, 31, (4, 32))
+    boundaries = [model(input_ids, output_routing=True).routing[0].boundary.item() for _ in range(400)]
+    assert router.threshold.item() == pytest.approx(sum(boundaries) / len(boundaries), rel=0.03)

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from torch.nn import functional as F
 
+from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling import step
-from mixture_of_depths.sampling.step import GROWTH, grow, prefill, row_counts
+from mixture_of_depths.sampling.step import GROWTH, apply_mlp, attend, grow, matvec, normalised, prefill, row_counts
 from mixture_of_depths.sampling.stream import stream
 
 
@@ -42,3 +44,23 @@ def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     assert {1, 4} <= set(sizes) <= {1, 4, 6}
     # Steps in which no row enters run nothing.
     assert len(sizes) < 39
+
+
+def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does() -> None:
+    model = MoDForCausalLM(MoDConfig(hidden_size=64, num_hidden_layers=1, initializer_range=0.15, routed_layers=[]))
+    layer, bf16 = model.bfloat16().model.layers[0], torch.bfloat16
+    hidden_TD = torch.randn(64, 64, dtype=bf16)
+    normed_TD = layer.input_layernorm(hidden_TD)
+    assert torch.equal(normed_TD.float(), normalised(layer.input_layernorm, hidden_TD.float()))
+    for whole_TD, of_one in (
+        (layer.self_attn.q_proj(normed_TD), lambda row: matvec(layer.self_attn.q_proj, row, bf16)),
+        (layer.mlp(normed_TD), lambda row: apply_mlp(layer.mlp, row, bf16)),
+    ):
+        assert torch.equal(whole_TD.float(), torch.cat([of_one(row[None].float()) for row in normed_TD]))
+    query, keys, values = (torch.randn(1, 4, 32, 16, dtype=bf16) for _ in range(3))
+    attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True)[0, :, -1].flatten()
+    last = [tensor[:, :, -1].float() for tensor in (query, keys, values)]
+    used = torch.ones(1, 31, dtype=torch.bool)
+    of_step = attend(last[0][:, :, None], last[1], last[2], keys[:, :, :-1], values[:, :, :-1], used)
+    # The two sum up in different orders, which seldom reaches the last bit that bf16 has.
+    assert (of_step.bfloat16()[0] == attended).float().mean() > 0.9

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -39,7 +40,7 @@ from mixture_of_depths.model.routing import (
 )
 
 # Tokens of which the head's logits are in memory at once, where they serve the loss alone.
-HEAD_CHUNKS = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
+HEAD_TOKENS = 256
 
 
 @dataclass
@@ -252,9 +253,9 @@ class MoDModelOutput(BaseModelOutputWithPast):
     """Output of `MoDModel`: the base model's fields, and what the routers decided.
 
     Attributes:
-        routers_loss (torch.Tensor | None): sum of what the blocks' routers add to the loss; None under causal routing and
-            where they add nothing. The gradient of it reaches them in any backward pass through the hidden states; with
-            another factor than 1 where it is part of the loss.
+        routers_loss (torch.Tensor | None): sum of what the blocks' routers add to the loss; None under causal routing
+            and where they add nothing. Its gradient reaches them in any backward pass through the hidden states, with
+            the factor that it has in the loss, or 1 where it is no part of it.
         routing: one `LayerRouting` a block, None for dense ones.
         expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
     """
@@ -535,9 +536,10 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
                 routers' losses then count by this part's share of them.
             routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
             output_routing: whether to return each block's routing.
-            skip_logits: whether to leave out the logits, of which the loss then needs only some at a time; needs labels.
-            kwargs: `cu_seq_lens_q`, where the documents packed in one row begin and end, of shape [documents + 1], in the
-                place of `position_ids`; `shift_labels`, the labels already shifted; all others are ignored, as Llama
+            skip_logits: whether to leave out the logits, of which the loss then needs only some at a time; it needs
+                labels.
+            kwargs: `cu_seq_lens_q`, where the documents packed in one row begin and end, of shape [documents + 1], in
+                the place of `position_ids`; `shift_labels`, the labels already shifted. Others are ignored, as Llama
                 does.
 
         Raises:
@@ -633,19 +635,25 @@ def chunked_loss(
         target_BT (torch.Tensor): what each token is to predict, -100 for nothing; of shape [B, T].
         num_items_in_batch: the number of predictions to average over; None for those there are.
     """
-    device = hidden_BTD.device.type
+    hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
+    device = hidden_ND.device.type
     if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden_BTD, head_VD = hidden_BTD.to(dtype), head_VD.to(dtype)
-    loss = F.linear_cross_entropy(
-        hidden_BTD.flatten(0, 1),
-        head_VD,
-        target_BT.flatten().to(hidden_BTD.device),
-        reduction="mean" if num_items_in_batch is None else "sum",
-        # A compiled graph has its own way of not holding them.
-        options=None if torch.compiler.is_compiling() else HEAD_CHUNKS,
-    )
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
+        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
+
+    def summed(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), target_N, reduction="sum")
+
+    if hidden_ND.dtype in (torch.float16, torch.bfloat16):
+        # PyTorch's own would return the loss in this precision, which has three digits.
+        parts = zip(hidden_ND.split(HEAD_TOKENS), target_N.split(HEAD_TOKENS), strict=True)
+        loss = torch.stack([checkpoint(summed, *part, use_reentrant=False) for part in parts]).sum()
+    else:
+        # A compiled graph has its own way of not holding the logits.
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=HEAD_TOKENS, chunking_method=None)
+        options = None if torch.compiler.is_compiling() else options
+        loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
+    return loss / ((target_N != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def packed_positions(cu_seq_lens: Tensor) -> Tensor:

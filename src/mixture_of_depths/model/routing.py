@@ -13,7 +13,8 @@ where X are the chosen tokens only (arXiv:2404.02258, section 3.4, equation 1). 
 C counts the real tokens of a row, so that a row is routed alike whatever it is padded to or batched with. What decides
 is computed in float32 at least, whatever the model is in: in bf16 most rows would tie where they are cut.
 
-Shapes: B batch, T tokens, K chosen tokens per row (the largest number in the batch), D hidden size, I inputs, O outputs.
+Shapes: B batch, T tokens, K chosen tokens per row (the largest number in the batch), D hidden size, I inputs,
+O outputs.
 """
 
 import math
@@ -72,7 +73,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class PreciseModule(nn.Module):
-    """Its weights and buffers, and those of the modules in it, stay in float32 at least, whatever the model is cast to."""
+    """Its weights and buffers, and those of modules in it, stay in float32 at least, whatever the model is cast to."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def precise(tensor: Tensor) -> Tensor:
@@ -217,7 +218,6 @@ class Router(PreciseModule):
             if self.training:
                 boundary = top_k_boundary(scores_BT, entered_BT, choice_BT)
         return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss, boundary)
-
 
     def _choice(self, entered_BT: Tensor, is_first_BT: Tensor | None, real_BT: Tensor | None) -> Tensor | None:
         """The tokens about which top-k had a choice, from which alone there is something to learn; None for all."""

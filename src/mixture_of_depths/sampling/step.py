@@ -62,10 +62,19 @@ def settled(values: Tensor) -> Tensor:
     return values.as_strided(values.shape, values.stride())
 
 
-def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor) -> Tensor:
-    """`layer(x_BD)` in float32, of shape [B, O]."""
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values in float32, as exact as `dtype` has them.
+
+    In bf16 the model's own pass rounds what every operation gives. Decoding does so, too, or its routers would see
+    other hidden states than those of the prefill, and decide differently.
+    """
+    return values.to(dtype).float()
+
+
+def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`layer(x_BD)` in float32, rounded to `dtype`; of shape [B, O]."""
     out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
-    return out_BO if layer.bias is None else out_BO + layer.bias.float()
+    return rounded(out_BO if layer.bias is None else out_BO + layer.bias.float(), dtype)
 
 
 def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
@@ -94,7 +103,8 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """The MLP or the experts of one token a row, in float32; `dtype` is that of the model's other weights."""
     if isinstance(mlp, MLP):
-        return matvec(mlp.down_proj, F.silu(matvec(mlp.gate_proj, x_BD)) * matvec(mlp.up_proj, x_BD))
+        gate_BF = rounded(F.silu(matvec(mlp.gate_proj, x_BD, dtype)), dtype)
+        return matvec(mlp.down_proj, rounded(gate_BF * matvec(mlp.up_proj, x_BD, dtype), dtype), dtype)
     router_input_B1D = x_BD[:, None].to(dtype)
     if x_BD.shape[0] > 4:
         # Rows share experts: products by expert read each once.
@@ -132,10 +142,10 @@ def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tenso
 
 
 def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
-    """`norm(x)` in float32, whatever the norm's weight is in."""
+    """`norm(x)` in float32, rounded to what the norm's weight is in."""
     if isinstance(norm, nn.Identity):
         return x
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+    return rounded(F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps), norm.weight.dtype)
 
 
 def attend(
@@ -148,8 +158,10 @@ def attend(
     own_BHG1 = (query_BHGh * key_BHh[:, :, None]).sum(dim=-1, keepdim=True)
     largest_BHG1 = torch.maximum(scores_BHGS.amax(dim=-1, keepdim=True), own_BHG1)
     shares_BHGS, own_BHG1 = settled((scores_BHGS - largest_BHG1).exp()), (own_BHG1 - largest_BHG1).exp()
+    total_BHG1 = shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1
+    shares_BHGS, own_BHG1 = rounded(shares_BHGS, values_BHSh.dtype), rounded(own_BHG1, values_BHSh.dtype)
     sum_BHGh = (shares_BHGS[..., None] * values_BHSh[:, :, None].float()).sum(dim=-2)
-    attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / (shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1)
+    attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / total_BHG1
     return attended.flatten(1)
 
 
@@ -157,16 +169,18 @@ def decode_block(
     layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
-    attention, rows = layer.self_attn, x_BD.shape[0]
+    attention, rows, dtype = layer.self_attn, x_BD.shape[0], layer.input_layernorm.weight.dtype
     normed = normalised(layer.input_layernorm, x_BD)
-    query = normalised(attention.q_norm, matvec(attention.q_proj, normed).view(rows, -1, attention.head_dim))
-    key = normalised(attention.k_norm, matvec(attention.k_proj, normed).view(rows, -1, attention.head_dim))
-    value = matvec(attention.v_proj, normed).view(rows, -1, attention.head_dim)
-    query, key = (rotate(states[:, None], cos_Bh[:, None], sin_Bh[:, None])[:, 0] for states in (query, key))
+    query = normalised(attention.q_norm, matvec(attention.q_proj, normed, dtype).view(rows, -1, attention.head_dim))
+    key = normalised(attention.k_norm, matvec(attention.k_proj, normed, dtype).view(rows, -1, attention.head_dim))
+    value = matvec(attention.v_proj, normed, dtype).view(rows, -1, attention.head_dim)
+    cos_B1h, sin_B1h = cos_Bh[:, None].to(dtype), sin_Bh[:, None].to(dtype)
+    query, key = (rotate(states[:, None].to(dtype), cos_B1h, sin_B1h)[:, 0].float() for states in (query, key))
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
-    attended = matvec(attention.o_proj, attend(grouped, settled(key), value, keys, values, used_BS))
-    normed = normalised(layer.post_attention_layernorm, x_BD + attended)
-    return attended + apply_mlp(layer.mlp, normed, layer.input_layernorm.weight.dtype), key, value
+    attended = rounded(attend(grouped, settled(key), value, keys, values, used_BS), dtype)
+    attended = matvec(attention.o_proj, attended, dtype)
+    normed = normalised(layer.post_attention_layernorm, rounded(x_BD + attended, dtype))
+    return rounded(attended + apply_mlp(layer.mlp, normed, dtype), dtype), key, value
 
 
 def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state: State) -> Tensor:
@@ -186,22 +200,21 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
             used_BS = used_BS & state.real_BS
             delta_BD, key, value = decode_block(layer, x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
             entered_B = torch.ones_like(token_B, dtype=torch.bool)
-            x_BD = x_BD + delta_BD
+            x_BD = rounded(x_BD + delta_BD, model.dtype)
         else:
-            router_input = x_BD[:, None].to(model.dtype)
-            router_logits, causal_logits = layer.router.logits(router_input, state.position_B[:, None])
+            router_logits, causal_logits = layer.router.logits(x_BD[:, None], state.position_B[:, None])
             entered_B = (causal_logits[:, 0] > 0) & active_B
             operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
             delta_BD, key, value = enter_or_skip(layer, entered_B, operands)
             weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
-            x_BD = x_BD + weight_B[:, None] * delta_BD
+            x_BD = rounded(x_BD + rounded(weight_B[:, None] * delta_BD, model.dtype), model.dtype)
         # A token that skips leaves its empty key behind the last one, where the next that enters replaces it. An
         # assignment by index, unlike a scatter, compiles to a write in place.
         stored.keys[row_B, :, stored.length_B] = key.to(stored.keys.dtype)
         stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
         stored.length_B.add_(entered_B)
     state.position_B.add_(1)
-    return matvec(model.lm_head, normalised(model.model.norm, x_BD))
+    return matvec(model.lm_head, normalised(model.model.norm, x_BD), model.dtype)
 
 
 def row_counts(batch_size: int) -> list[int]:
