@@ -9,7 +9,7 @@ from models import SENTENCE
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
+from mixture_of_depths.sampling.texts import begin, sample_texts, step_texts, stream_texts
 from mixture_of_depths.text.tokenizer import train_tokenizer
 
 PROMPTS = ["A", "The router decides which of the tokens", "é world"]
@@ -94,3 +94,19 @@ def test_the_end_of_text_ends_a_sample(model: MoDForCausalLM, tokenizer: Any) ->
 def test_an_empty_prompt_among_others_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="prompt='' is empty"):
         begin(tokenizer, ["a", ""])
+
+
+def test_steps_come_once_a_token_and_count_those_of_the_stop_string(model: MoDForCausalLM, tokenizer: Any) -> None:
+    prompt = len(begin(tokenizer, ["A"])[0].tokens)
+    (whole,) = sample_texts(model, tokenizer, ["A"], SamplingOptions(max_new_tokens=30))
+    assert whole.new_tokens == 30
+    # Without the sign of a broken character, which also stands for one that has not come whole.
+    pairs = (whole.text[place : place + 2] for place in range(4, len(whole.text) - 1))
+    stop = next(pair for pair in pairs if "\ufffd" not in pair)
+    samples = begin(tokenizer, ["A"])
+    steps = list(step_texts(model, tokenizer, samples, SamplingOptions(max_new_tokens=30, stop=(stop,))))
+    assert "".join(text for texts in steps for _, text in texts) == whole.text[: whole.text.index(stop)]
+    texts = [tokenizer.decode(whole.tokens[prompt : prompt + count]) for count in range(31)]
+    assert samples[0].new_tokens == next(count for count in range(31) if stop in texts[count])
+    # One more for what is held back at the end.
+    assert len(steps) == samples[0].new_tokens + 1

@@ -24,12 +24,14 @@ class Sample:
         text: the text sampled, without the stop string that ended it.
         tokens: the tokens of both, and that of the end of text if it came.
         ended: "end_of_text", "stop" or "length"; None while it goes on.
+        new_tokens: how many tokens were sampled, those of the stop string and of the end of text among them.
     """
 
     prompt: str
     text: str
     tokens: list[int]
     ended: str | None = None
+    new_tokens: int = 0
 
 
 def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sample]:
@@ -40,6 +42,60 @@ def begin(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Sa
     """
     tokens_of_prompts = tokenized(tokenizer, prompts, "prompt", special=True)
     return [Sample(prompt, "", tokens) for prompt, tokens in zip(prompts, tokens_of_prompts, strict=True)]
+
+
+def step_texts(
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[Sample],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+    compiled: bool = False,
+) -> Iterator[list[tuple[int, str]]]:
+    """As `stream_texts`, with one list a token, empty when it brings no text, and one of what is held back at the end.
+
+    So its reader can leave after any token, and ends the sampling.
+    """
+    longest = max(len(sample.tokens) for sample in samples)
+    padding = [longest - len(sample.tokens) for sample in samples]
+    rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
+    input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
+    attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
+    active_B = torch.tensor([sample.ended is None for sample in samples], device=model.device)
+    decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
+    begun = [len(sample.tokens) for sample in samples]
+    stops = [StopStrings(options.stop) for _ in samples]
+    ends = end_tokens(model)
+    backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
+    for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
+        texts = []
+        for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
+            if sample.ended is not None:
+                continue
+            sample.tokens.append(token)
+            sample.new_tokens += 1
+            if token in ends:
+                sample.ended, ready = "end_of_text", stops[row].held
+            else:
+                ready = stops[row].let_through(decoders[row].step(backend, token) or "")
+                if stops[row].has_stopped:
+                    sample.ended, active_B[row] = "stop", False
+                    whole = len(sample.text) + len(ready)
+                    while len(sample.tokens) > begun[row] and whole <= len(
+                        tokenizer.decode(sample.tokens[begun[row] : -1], skip_special_tokens=True)
+                    ):
+                        sample.tokens.pop()
+            sample.text += ready
+            if ready:
+                texts.append((row, ready))
+        yield texts
+    texts = []
+    for row, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
+        if sample.ended is None:
+            sample.ended, sample.text = "length", sample.text + stop.held
+            if stop.held:
+                texts.append((row, stop.held))
+    yield texts
 
 
 def stream_texts(
@@ -65,41 +121,8 @@ def stream_texts(
     Raises:
         ValueError: for prompts the model cannot go on from.
     """
-    longest = max(len(sample.tokens) for sample in samples)
-    padding = [longest - len(sample.tokens) for sample in samples]
-    rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
-    input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
-    attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
-    active_B = torch.tensor([sample.ended is None for sample in samples], device=model.device)
-    decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
-    begun = [len(sample.tokens) for sample in samples]
-    stops = [StopStrings(options.stop) for _ in samples]
-    ends = end_tokens(model)
-    backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
-    for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
-        for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
-            if sample.ended is not None:
-                continue
-            sample.tokens.append(token)
-            if token in ends:
-                sample.ended, ready = "end_of_text", stops[row].held
-            else:
-                ready = stops[row].let_through(decoders[row].step(backend, token) or "")
-                if stops[row].has_stopped:
-                    sample.ended, active_B[row] = "stop", False
-                    whole = len(sample.text) + len(ready)
-                    while len(sample.tokens) > begun[row] and whole <= len(
-                        tokenizer.decode(sample.tokens[begun[row] : -1], skip_special_tokens=True)
-                    ):
-                        sample.tokens.pop()
-            sample.text += ready
-            if ready:
-                yield row, ready
-    for row, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
-        if sample.ended is None:
-            sample.ended, sample.text = "length", sample.text + stop.held
-            if stop.held:
-                yield row, stop.held
+    for texts in step_texts(model, tokenizer, samples, options, seeds, compiled):
+        yield from texts
 
 
 def sample_texts(
