@@ -24,9 +24,9 @@ def test_no_file_but_the_model_s_is_longer_than_500_lines() -> None:
     assert long <= {"modeling.py"}
 
 
-def test_private_modules_are_named_in_two_files_only() -> None:
+def test_private_modules_are_named_in_one_file_only() -> None:
     users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
-    assert users == {"compiler.py", "serving/openai.py"}
+    assert users == {"compiler.py"}
 
 
 def test_libraries_with_private_parts_in_use_have_an_upper_bound_that_is_tested_here() -> None:

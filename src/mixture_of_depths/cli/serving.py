@@ -50,7 +50,7 @@ def serve(
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling step before the first request: many times faster afterwards.
     """
-    _check_before_loading(port, compile, "serve", "fastapi", "uvicorn", "openai")
+    _check_before_loading(port, compile, "serve", "fastapi", "uvicorn")
     model, tokenizer = load_to_sample(checkpoint, precision)
     from mixture_of_depths.serving.openai import serve as run
 

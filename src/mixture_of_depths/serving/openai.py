@@ -1,255 +1,281 @@
-"""transformers' OpenAI-compatible server with one model of this package, which the fast step samples.
+"""A server that speaks OpenAI's protocol, with one model of this package, which the fast step samples.
 
-Requests are answered one after another, in the order they came, on one thread; a client of a streamed answer that hangs
-up frees it.
+Requests are answered one after another, in the order they came, on one thread; a client that hangs up frees it.
 """
 
+import asyncio
+import inspect
+import logging
+import secrets
 import socket
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2.exceptions import TemplateError
-from tokenizers.decoders import DecodeStream
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.systemone import SystemOneHandler
-from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerateManager, GenerationState
+from starlette.exceptions import HTTPException
+from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.stops import StopStrings
-from mixture_of_depths.sampling.stream import check_prompts, stream
+from mixture_of_depths.sampling.stream import stream
+from mixture_of_depths.sampling.texts import Sample, begin, step_texts
+from mixture_of_depths.serving.answers import (
+    ChatAnswer,
+    CompletionAnswer,
+    RequestError,
+    ResponseAnswer,
+    misread,
+    sent,
+)
+from mixture_of_depths.serving.requests import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    Message,
+    ResponseBody,
+    default_options,
+)
 
-# The library's other routes load models by name, or are for models that hear or decide.
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
-# Fields of a request that would change the answer, with the value that asks for nothing.
-REFUSED: dict[str, Any] = {
-    "n": 1,
-    "best_of": 1,
-    "echo": False,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "audio": None,
-    "functions": [],
-    "previous_response_id": None,
-}
-# What a generation configuration may say beside the fields of `SamplingOptions`.
-KNOWN = ("max_length", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "stop_strings", "use_cache")
+Answer = CompletionAnswer | ResponseAnswer
+# The log of uvicorn, beside its own lines.
+LOG = logging.getLogger("uvicorn.error")
 
 
-def sampling_options(config: GenerationConfig, seed: int = 0) -> SamplingOptions:
-    """The settings of a `generate()` as those of the fast sampler.
+@dataclass
+class Task:
+    """Samples of one request, and how each of them is drawn."""
 
-    Raises:
-        ValueError: for a setting that it does not have, or that is out of its range.
-    """
-    # What is written there by default is off, or tells where the configuration comes from.
-    settings = {name: value for name, value in config.to_diff_dict().items() if not (value is None or value is False)}
-    settings = {name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"}
-    fields = {name: value for name, value in settings.items() if name in SamplingOptions.__dataclass_fields__}
-    for name in sorted(set(settings) - set(fields) - set(KNOWN)):
-        raise ValueError(f"{name}={settings[name]} is not supported; leave it out")
-    if not config.do_sample:
-        fields["temperature"] = 0.0
-    strings = settings.get("stop_strings", ())
-    fields["stop"] = (strings,) if isinstance(strings, str) else tuple(strings)
-    return SamplingOptions(**{"temperature": 1.0, "top_k": 0, **fields, "seed": seed})
+    samples: list[Sample]
+    options: list[SamplingOptions]
 
 
 class Sampler:
-    """A model whose `generate()` is the fast sampler, for one request.
+    """Samples for one request at a time; the others wait for their turn.
 
-    The server seeds the global generator when a request has a seed; by its turn another request may have seeded or
-    used it, so the request's seed is drawn from it here, when it arrives.
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        compiled: whether to compile the sampling step.
     """
 
-    def __init__(self, model: MoDForCausalLM, compiled: bool) -> None:
-        self.model = model
-        self.compiled = compiled
-        self.seed = int(torch.randint(2**62, (1,)))
+    def __init__(self, model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, compiled: bool) -> None:
+        self.model, self.tokenizer, self.compiled = model, tokenizer, compiled
+        assert model.generation_config is not None
+        self.defaults = default_options(model.generation_config)
+        self.turn = asyncio.Lock()
+        # The last step of a client that has left may still run when the next client has its turn.
+        self.thread = ThreadPoolExecutor(1)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        attention_mask: Tensor | None = None,
-        streamer: Any = None,
-        **unused: Any,
-    ) -> Tensor:
-        """Goes on from one prompt of shape [1, T]; returns it with the new tokens, of shape [1, T + N]."""
-        options = sampling_options(generation_config, self.seed)
-        stops = StopStrings(options.stop)
-        decoder, backend = (
-            DecodeStream(ids=input_ids[0].tolist(), skip_special_tokens=True),
-            tokenizer.backend_tokenizer,
-        )
-        tokens_1T = input_ids
-        if streamer is not None:
-            streamer.put(input_ids[0])
-        for token_B in stream(self.model, input_ids, attention_mask, options, compiled=self.compiled):
-            tokens_1T = torch.cat([tokens_1T, token_B[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(token_B)
-            stops.let_through(decoder.step(backend, int(token_B[0])) or "")
-            if stops.has_stopped:
-                break
-        if streamer is not None:
-            streamer.end()
-        return tokens_1T
+    def task(self, body: Body, field: str, prompts: Sequence[list[int]], n: int = 1) -> Task:
+        """What a request asks for: `n` samples after every prompt, each with the next seed.
+
+        Args:
+            body: the request.
+            field: what its prompts are called there.
+            prompts: their tokens.
+            n: how many samples.
+
+        Raises:
+            RequestError: for a prompt that leaves no room, or with a token that the model does not know.
+        """
+        longest, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        fields = {**self.defaults, **body.options()}
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        task = Task([], [])
+        for tokens in prompts:
+            if len(tokens) >= longest:
+                message = f"the prompt has {len(tokens)} tokens; the model takes at most {longest - 1}"
+                raise RequestError(400, message, field, "context_length_exceeded")
+            for token in tokens:
+                if not 0 <= token < vocabulary:
+                    message = f"{field} holds {token}, which is outside the vocabulary of {vocabulary} tokens"
+                    raise RequestError(400, message, field)
+            if not tokens:
+                raise RequestError(400, f"{field} is empty; give at least one token", field)
+            room = longest - len(tokens)
+            new_tokens = min(fields.get("max_new_tokens", room), room)
+            for _ in range(n):
+                settings = {**fields, "max_new_tokens": new_tokens, "seed": (seed + len(task.samples)) % 2**63}
+                task.samples.append(Sample("", "", list(tokens)))
+                task.options.append(SamplingOptions(**settings))
+        return task
+
+    async def sample(self, task: Task, request: Request, tell: Callable[[tuple[int, str | None]], None]) -> None:
+        """Samples when its turn has come, and ends at the next token when the client has hung up.
+
+        Args:
+            task: what is asked for; its samples grow.
+            request: by which the client is heard.
+            tell: is told the index of a sample and its next text, and None when it has ended.
+
+        Raises:
+            FloatingPointError: when the model's logits are not finite.
+        """
+        loop = asyncio.get_running_loop()
+        async with self.turn:
+            for index, (sample, options) in enumerate(zip(task.samples, task.options, strict=True)):
+                steps = step_texts(self.model, self.tokenizer, [sample], options, compiled=self.compiled)
+                while True:
+                    if await request.is_disconnected():
+                        return
+                    texts = await loop.run_in_executor(self.thread, next, steps, None)
+                    if texts is None:
+                        break
+                    for _, text in texts:
+                        tell((index, text))
+                tell((index, None))
 
 
-class FastManager(GenerateManager):
-    """The server's generation thread, sampling with `Sampler`; what the model cannot do is refused before."""
+async def _events(sampler: Sampler, task: Task, answer: Answer, request: Request) -> AsyncIterator[str]:
+    """The events of a streamed answer; sampling does not wait for a client that reads slowly."""
+    told: asyncio.Queue[tuple[int, str | None] | None] = asyncio.Queue()
+    sampling = asyncio.create_task(sampler.sample(task, request, told.put_nowait))
+    sampling.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        for event in answer.began():
+            yield sent(event)
+        while (piece := await told.get()) is not None:
+            index, text = piece
+            for event in answer.ended(index) if text is None else answer.came(index, text):
+                yield sent(event)
+        try:
+            await sampling
+        except Exception as error:
+            # It is too late for another status.
+            LOG.exception("sampling failed")
+            for event in answer.failed(RequestError(500, f"the model failed: {error}")):
+                yield sent(event)
+            return
+        for event in answer.finished():
+            yield sent(event)
+        yield answer.end
+    finally:
+        sampling.cancel()
 
-    def __init__(self, compiled: bool) -> None:
-        super().__init__()
-        self.compiled = compiled
 
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
-    ) -> Any:
-        _check(model, inputs, gen_config)
-        sampler: Any = Sampler(model, self.compiled)
-        return super().generate_streaming(sampler, processor, inputs, gen_config, *args, **kw)
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kw: Any
-    ) -> Any:
-        _check(model, inputs, gen_config)
-        sampler: Any = Sampler(model, self.compiled)
-        return await super().generate_non_streaming(sampler, processor, inputs, gen_config, *args, **kw)
+async def _answered(sampler: Sampler, task: Task, answer: Answer, request: Request) -> Response:
+    if answer.body.stream:
+        return StreamingResponse(_events(sampler, task, answer, request), media_type="text/event-stream")
+    await sampler.sample(task, request, lambda _: None)
+    return JSONResponse(answer.whole())
 
 
-def _check(model: MoDForCausalLM, inputs: Any, config: GenerationConfig) -> None:
-    """Refuses a prompt that leaves no room, and shortens what is asked for to the room there is.
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], field: str, settings: dict[str, Any]
+) -> list[int]:
+    """A conversation as the tokens of a prompt.
 
     Raises:
-        ValueError: naming the setting or the prompt's length.
+        RequestError: when the model has no chat template, or its template refuses the conversation.
     """
-    longest, length = model.config.max_position_embeddings, inputs["input_ids"].shape[1]
-    if length >= longest:
-        raise ValueError(f"the prompt has {length} tokens; the model takes at most {longest - 1}")
-    room = longest - length
-    config.max_new_tokens = room if config.max_new_tokens is None else min(config.max_new_tokens, room)
-    options = sampling_options(config)
-    check_prompts(model, inputs["input_ids"], inputs["attention_mask"], options.max_new_tokens)
+    if tokenizer.chat_template is None:
+        raise RequestError(400, "the model's tokenizer has no chat template; use /v1/completions", field)
+    for name in set(settings) & set(inspect.signature(tokenizer.apply_chat_template).parameters):
+        # A template with loops would hold up all others.
+        message = f"chat_template_kwargs: {name} is not for clients to set; leave it out"
+        raise RequestError(400, message, "chat_template_kwargs")
+    conversation = [message.for_template() for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RequestError(400, f"the model's chat template refuses {field}: {error}", field) from error
+    # The template writes special tokens itself.
+    return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
 
 
-class OneManager(GenerationState):
-    """One generation thread for the one model there is."""
-
-    def __init__(self, compiled: bool) -> None:
-        super().__init__()
-        self.manager = FastManager(compiled)
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        return self.manager
-
-
-class OneModel(ModelManager):
-    """The one model there is, under its name."""
-
-    def __init__(self, model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__()
-        self.pair: Any = (model, tokenizer)
-        self.force_model = name
-
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        return model_id
-
-    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pair
-
-
-def _check_body(body: dict[str, Any]) -> None:
-    """Raises ValueError for what would change the answer and which the library would leave out without a word."""
-    for name, neutral in REFUSED.items():
-        if body.get(name) is not None and body[name] != neutral:
-            raise ValueError(f"{name}={body[name]} is not supported; leave it out")
-    for message in body.get("messages") or []:
-        for part in message["content"] if isinstance(message.get("content"), list) else []:
-            if part["type"] != "text":
-                raise ValueError(f"messages: the model reads text alone, not {part['type']}")
-
-
-class _Checked(BaseHandler):
-    """Answers a request that cannot be understood with status 400 and the reason."""
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        handle: Any = super().handle_request  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            _check_body(body)
-            return await handle(body, request_id)
-        except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
-            raise HTTPException(400, f"the request cannot be answered: {type(error).__name__}: {error}") from error
-
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
-        config = super()._build_generation_config(body, *args, **kwargs)
-        if body.get("temperature"):
-            # The library leaves a model that is greedy by default greedy.
-            config.do_sample = True
-        return config
-
-
-class _Chat(_Checked, ChatCompletionHandler):
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        if "chat_template" in (body.get("chat_template_kwargs") or {}):
-            # One with loops would hold up all others.
-            raise HTTPException(400, "chat_template_kwargs: chat_template is the model's own; leave it out")
-        return await super().handle_request(body, request_id)
-
-
-class _Completion(_Checked, CompletionHandler):
-    pass
-
-
-class _Response(_Checked, ResponseHandler):
-    pass
-
-
-async def _refusal(_request: Request, error: Exception) -> JSONResponse:
-    """The reason in OpenAI's form, of which its clients show the message, and in FastAPI's."""
-    assert isinstance(error, HTTPException)
-    told = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": told, "detail": error.detail}, error.status_code, error.headers)
+def _refusal(_request: Request, error: Exception) -> JSONResponse:
+    """What went wrong, in OpenAI's form."""
+    headers = None
+    if isinstance(error, RequestError):
+        refused = error
+    elif isinstance(error, RequestValidationError):
+        refused = misread(error.errors())
+    elif isinstance(error, HTTPException):
+        refused, headers = RequestError(error.status_code, str(error.detail)), error.headers
+    else:
+        refused = RequestError(500, f"the model failed: {error}")
+    return JSONResponse(refused.told(), refused.status, headers)
 
 
 def application(
-    model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, compiled: bool = False
+    model: MoDForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    compiled: bool = False,
 ) -> FastAPI:
     """The server: chat completions, completions, responses, models and health.
 
     Args:
         model: the model, in evaluation mode.
-        tokenizer: its tokenizer; chat needs a chat template.
+        tokenizer: its tokenizer; chat and responses need a chat template.
         name: what requests call the model.
         compiled: whether to compile the sampling step.
+
+    Raises:
+        ValueError: when the model's own settings of sampling are not supported.
     """
-    models, state = OneModel(model, tokenizer, name), OneManager(compiled)
-    app = build_server(
-        models,
-        _Chat(models, state),
-        completion_handler=_Completion(models, state),
-        response_handler=_Response(models, state),
-        transcription_handler=TranscriptionHandler(models, state),
-        systemone_handler=SystemOneHandler(models, state),
-        generation_state=state,
-    )
-    app.add_exception_handler(HTTPException, _refusal)
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+    sampler = Sampler(model, tokenizer, compiled)
+    # The library's pages would show bodies and answers as it knows them.
+    app = FastAPI(openapi_url=None)
+    for kind in (RequestValidationError, HTTPException, RequestError, Exception):
+        app.add_exception_handler(kind, _refusal)
+    described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
+
+    def check_model(asked: str) -> None:
+        if asked != name:
+            raise RequestError(404, f"the model {asked!r} does not exist; it is {name!r}", "model", "model_not_found")
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [described]}
+
+    @app.get("/v1/models/{asked:path}")
+    def one_model(asked: str) -> dict[str, Any]:
+        check_model(asked)
+        return described
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        check_model(body.model)
+        prompts: list[list[int]] = []
+        for prompt in body.prompt:
+            try:
+                prompts.append(begin(tokenizer, [prompt])[0].tokens if isinstance(prompt, str) else prompt)
+            except ValueError as error:
+                raise RequestError(400, str(error), "prompt") from error
+        task = sampler.task(body, "prompt", prompts, body.n)
+        answer = CompletionAnswer(body, task.samples, sum(map(len, prompts)))
+        return await _answered(sampler, task, answer, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        check_model(body.model)
+        prompt = _rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)
+        task = sampler.task(body, "messages", [prompt], body.n)
+        return await _answered(sampler, task, ChatAnswer(body, task.samples, len(prompt)), request)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        check_model(body.model)
+        messages = list(body.input)
+        if body.instructions is not None:
+            messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
+        prompt = _rendered(tokenizer, messages, "input", {})
+        task = sampler.task(body, "input", [prompt])
+        return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(prompt)), request)
+
     return app
 
 
@@ -267,7 +293,7 @@ def serve(
         ValueError: when the address cannot be listened on, or the model's own settings of sampling are not supported.
     """
     try:
-        sampling_options(model.generation_config)
+        app = application(model, tokenizer, name, compiled)
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
     try:
@@ -279,4 +305,4 @@ def serve(
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
             pass
-    uvicorn.run(application(model, tokenizer, name, compiled), host=host, port=port, log_level="info")
+    uvicorn.run(app, host=host, port=port, log_level="info")

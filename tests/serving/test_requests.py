@@ -1,0 +1,46 @@
+"""The defaults of a request are OpenAI's, under the model's own settings."""
+
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from mixture_of_depths.serving.requests import ChatBody, default_options
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"temperature": 1.0, "top_k": 0, "stop": ()}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "stop": ()},
+        ),
+        ({"do_sample": False}, {"temperature": 0.0, "top_k": 0, "stop": ()}),
+        (
+            {"max_new_tokens": 7, "stop_strings": "end"},
+            {"temperature": 1.0, "top_k": 0, "max_new_tokens": 7, "stop": ("end",)},
+        ),
+    ],
+)
+def test_settings_of_generate_are_defaults_of_requests(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert default_options(GenerationConfig(**settings)) == expected
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"top_k": -3}])
+def test_a_setting_of_generate_that_cannot_be_followed_is_refused(settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value} is"):
+        default_options(GenerationConfig(**settings))
+
+
+def test_a_chat_is_told_to_its_template_as_text() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    said: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None, "tool_calls": None, "annotations": []}
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "me"}, said]
+    body = ChatBody.model_validate({"model": "name", "messages": messages})
+    assert [message.for_template() for message in body.messages] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one\ntwo", "name": "me"},
+        {"role": "assistant", "content": ""},
+    ]
