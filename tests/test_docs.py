@@ -192,7 +192,7 @@ def answers(program: list[str], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = f"http://127.0.0.1:{port}/" + ("v1/models" if "serve" in program else "")
+    page = f"http://127.0.0.1:{port}/" + ("health" if "serve" in program else "")
     with subprocess.Popen([*program, "--port", str(port)], cwd=folder) as process:
         try:
             for _ in range(900):

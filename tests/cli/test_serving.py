@@ -17,3 +17,22 @@ def test_the_playground_refuses_what_it_cannot_show(
     ):
         status, _, errors = run(monkeypatch, capsys, "playground", *arguments)
         assert (status, message in errors) == (2, True)
+
+
+def test_serve_hands_its_keys_on_and_refuses_an_empty_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    handed = []
+    monkeypatch.setattr("mixture_of_depths.serving.openai.serve", lambda *arguments: handed.append(arguments[-1]))
+    for arguments, keys in (
+        ([], ()),
+        (["--api-key", "one"], ("one",)),
+        (["--api-key", "a", "--api-key", "b"], ("a", "b")),
+    ):
+        status, output, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
+        assert (status, handed.pop()) == (0, keys)
+        assert not any(key in output + errors for key in keys)
+    # As an unset variable of the shell leaves it.
+    for arguments in (["--api-key", ""], ["--api-key"]):
+        status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
+        assert (status, "api" in errors, handed) == (2, True, [])

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from models import make_checkpoint
 
@@ -398,6 +399,30 @@ def test_clients_that_hang_up_free_the_server(
     assert time.perf_counter() - start < 10 * whole
 
 
+def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    client = TestClient(application(model, tokenizer, "name", api_keys=["sesame", "schlüssel"]))
+    assert client.get("/health").status_code == 200
+    wrong = (
+        "",
+        "sesame",
+        "Bearer",
+        "Bearer ",
+        "Bearer sesam",
+        "Bearer sesamee",
+        "Basic sesame",
+        "Bearer sesame schlüssel",
+    )
+    for method, path in (("GET", "models"), ("GET", "models/name"), ("POST", "completions"), ("POST", "nowhere")):
+        for header in wrong:
+            answer = client.request(method, f"/v1/{path}", headers={"Authorization": header.encode()}, content="{")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert client.get("/v1/models").status_code == 401
+    for header in ("Bearer sesame", "bearer sesame", "Bearer schlüssel"):
+        assert client.get("/v1/models", headers={"Authorization": header.encode()}).status_code == 200
+
+
 def test_a_model_that_fails_says_so_in_openai_s_form(checkpoint: Path) -> None:
     model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
@@ -408,3 +433,26 @@ def test_a_model_that_fails_says_so_in_openai_s_form(checkpoint: Path) -> None:
         streamed = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint, stream=True)).text.strip()
         last = json.loads(streamed.split("data: ")[-1])
         assert "not finite" in (last["response"] if endpoint == "responses" else last)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warns"),
+    [
+        ("127.0.0.1", (), False),
+        ("localhost", (), False),
+        ("0.0.0.0", (), True),
+        ("", (), True),
+        ("0.0.0.0", ("sesame",), False),
+    ],
+)
+def test_a_server_that_others_reach_without_a_key_warns_in_one_line(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, host: str, keys: tuple[str, ...], warns: bool
+) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    capsys.readouterr()
+    serve(model, tokenizer, "name", host, 0, api_keys=keys)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (captured.err.count("\n"), "--api-key" in captured.err) == (int(warns), warns)
+    assert "sesame" not in captured.err

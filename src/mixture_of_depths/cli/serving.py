@@ -1,6 +1,9 @@
 """The commands that answer others: serve and playground."""
 
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from mixture_of_depths.cli.common import Checkpoint, load_to_sample, quiet_libraries, require_extra
 from mixture_of_depths.options import Precision
@@ -38,6 +41,7 @@ def serve(
     port: int = 8000,
     precision: Precision = "fp32",
     compile: bool = False,
+    api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
 ) -> None:
     """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
 
@@ -49,12 +53,16 @@ def serve(
         port: Port to listen on.
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling step before the first request: many times faster afterwards.
+        api_key: Key that clients must send, as "Authorization: Bearer KEY"; several keys by giving it several times. By
+            default nobody is asked for one.
     """
+    if not all(api_key):
+        raise ValueError("api_key='' is empty; give at least one character")
     _check_before_loading(port, compile, "serve", "fastapi", "uvicorn")
     model, tokenizer = load_to_sample(checkpoint, precision)
     from mixture_of_depths.serving.openai import serve as run
 
-    run(model, tokenizer, str(checkpoint), host, port, compile)
+    run(model, tokenizer, str(checkpoint), host, port, compile, api_key)
 
 
 def _check_before_loading(port: int, compile: bool, extra: str, *modules: str) -> None:

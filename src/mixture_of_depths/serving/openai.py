@@ -8,10 +8,12 @@ import inspect
 import logging
 import secrets
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -191,6 +194,24 @@ def _rendered(
     return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
 
 
+class _Keys:
+    """Asks for one of the keys before anything under /v1 is read."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app, self.keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            # All are compared, and each to its end, so that the time tells nothing.
+            right = [secrets.compare_digest(key.strip(), one) for one in self.keys]
+            if scheme.lower() != b"bearer" or not any(right):
+                told = RequestError(401, "Authorization: Bearer KEY is missing or wrong", code="invalid_api_key").told()
+                await JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
 def _refusal(_request: Request, error: Exception) -> JSONResponse:
     """What went wrong, in OpenAI's form."""
     headers = None
@@ -210,6 +231,7 @@ def application(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     compiled: bool = False,
+    api_keys: Sequence[str] = (),
 ) -> FastAPI:
     """The server: chat completions, completions, responses, models and health.
 
@@ -218,6 +240,7 @@ def application(
         tokenizer: its tokenizer; chat and responses need a chat template.
         name: what requests call the model.
         compiled: whether to compile the sampling step.
+        api_keys: keys of which a client must bring one; none lets everybody in.
 
     Raises:
         ValueError: when the model's own settings of sampling are not supported.
@@ -227,6 +250,8 @@ def application(
     app = FastAPI(openapi_url=None)
     for kind in (RequestValidationError, HTTPException, RequestError, Exception):
         app.add_exception_handler(kind, _refusal)
+    if api_keys:
+        app.add_middleware(_Keys, keys=api_keys)
     described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     def check_model(asked: str) -> None:
@@ -279,6 +304,13 @@ def application(
     return app
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if not host:
+        return False
+    return all(ip_address(address[0]).is_loopback for *_, address in socket.getaddrinfo(host, None))
+
+
 def serve(
     model: MoDForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -286,6 +318,7 @@ def serve(
     host: str,
     port: int,
     compiled: bool = False,
+    api_keys: Sequence[str] = (),
 ) -> None:
     """Serves a model until it is told to stop; see `application`.
 
@@ -293,7 +326,7 @@ def serve(
         ValueError: when the address cannot be listened on, or the model's own settings of sampling are not supported.
     """
     try:
-        app = application(model, tokenizer, name, compiled)
+        app = application(model, tokenizer, name, compiled, api_keys)
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
     try:
@@ -301,6 +334,8 @@ def serve(
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
+    if not api_keys and not is_loopback(host):
+        print(f"warning: whoever reaches host={host} can use the model; --api-key asks them for a key", file=sys.stderr)
     if compiled:
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
