@@ -423,6 +423,33 @@ def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
         assert client.get("/v1/models", headers={"Authorization": header.encode()}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the model's tokenizer has no chat template; use /v1/completions"),
+        ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses .*: roles must alternate"),
+    ],
+)
+def test_a_conversation_that_the_model_has_no_template_for_is_refused(
+    checkpoint: Path, template: str | None, message: str
+) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    tokenizer.chat_template = template
+    client = TestClient(application(model, tokenizer, str(checkpoint)))
+    for endpoint, field in (("chat/completions", "messages"), ("responses", "input")):
+        answer = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+        assert re.search(message, answer.json()["error"]["message"])
+    assert client.post("/v1/completions", json=request_of("completions", checkpoint)).status_code == 200
+
+
+def test_two_limits_and_options_of_a_stream_that_is_none_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:
+    body = request_of("chat/completions", checkpoint)
+    for name, value in (("max_tokens", 5), ("stream_options", {"include_usage": True})):
+        status, error = refusal(client, "chat/completions", {**body, name: value})
+        assert (status, error["param"]) == (400, name)
+
+
 def test_a_model_that_fails_says_so_in_openai_s_form(checkpoint: Path) -> None:
     model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
