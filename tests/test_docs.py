@@ -38,9 +38,9 @@ RUN = (
     "README.md",
 )
 # Commands of other pages: those of reproduction.md are isoflop.md's over the committed records, as is the one of
-# experts.md that the README does not have, and those of scaling.md are for machines with several GPUs;
-# tests/test_distributed.py runs `mod train` in several processes.
-NOT_RUN = {"reproduction.md", "experts.md", "scaling.md"}
+# experts.md that the README does not have, that of tuning.md runs after the page's Python, and those of scaling.md are for
+# machines with several GPUs; tests/test_distributed.py runs `mod train` in several processes.
+NOT_RUN = {"reproduction.md", "experts.md", "scaling.md", "tuning.md"}
 SERVERS = ("serve", "playground")
 
 
@@ -111,6 +111,31 @@ def test_the_python_that_tunes_on_conversations_runs(tmp_path: Path, monkeypatch
     changed = {name for name, weight in left.items() if not torch.equal(weight, tuned[name])}
     assert any("mlp" in name for name in changed)
     assert any("router" in name for name in changed)
+
+
+@pytest.mark.slow
+def test_the_python_that_tunes_with_other_trainers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "runs" / "mod")
+    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
+    pair = {"prompt": "the quick", "chosen": " brown fox", "rejected": " fox"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 100)
+    page = (ROOT / "docs" / "tuning.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block.replace("max_steps=100", "max_steps=3").replace("range(100)", "range(4)"), {})
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "my_texts" / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    (command,) = commands(page)
+    main.main(shlex.split(command)[1:])
+    start = MoDForCausalLM.from_pretrained("runs/mod").state_dict()
+    for name in ("sft", "merged", "dpo", "calibrated"):
+        tuned = MoDForCausalLM.from_pretrained(f"runs/{name}").state_dict()
+        changed = {key for key, weight in start.items() if not torch.equal(weight, tuned[key])}
+        assert any("attn" in key for key in changed)
+        assert any("router" in key for key in changed)
 
 
 def readers_folder(folder: Path) -> None:

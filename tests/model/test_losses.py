@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from models import tiny
 from torch.nn import functional as F
 
@@ -177,3 +178,30 @@ def test_rows_too_short_for_a_choice_teach_nothing(capacity: float) -> None:
         together = model(mixed, attention_mask=whole, labels=mixed).router_loss
         assert together.item() == pytest.approx(alone.item(), abs=1e-12)
         assert router.threshold.item() == pytest.approx(moved.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_of_a_loss_computed_outside_the_routers_take_part_once_a_step(use_reentrant: bool | None) -> None:
+    model = tiny(causal_router="auxiliary_loss", **WEIGHTS).train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    input_ids = torch.randint(0, 31, (4, 12))
+
+    def of_logits() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids).logits.square().mean().backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    passes = []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            passes.append((accelerator.sync_gradients, of_logits()))
+    assert [ends for ends, _ in passes] == [False, True, False, True]
+    last = passes[1][1]
+    model.config.auxiliary_loss_weight = 0.0
+    without = of_logits()
+    for ends, found in passes:
+        assert largest_difference(found, last if ends else without) == 0
+    assert largest_difference(last, without) > 1e-6
+    accelerator.gradient_accumulation_steps = 1

@@ -1,17 +1,22 @@
 """The model against its per-token oracle, Llama, and itself under another order of evaluation."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import LLAMA, TINY, check_gradients, distinct_tokens, layout, tiny
+from models import LLAMA, TINY, TOKENIZER, check_gradients, distinct_tokens, layout, model_with, tiny
+from peft import LoraConfig, get_peft_model
 from reference import reference_forward
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
+from mixture_of_depths.model.modeling import Placement
 
 
 @settings(max_examples=40, deadline=None)
@@ -412,3 +417,121 @@ def test_logits_can_be_kept_for_the_last_or_for_chosen_positions() -> None:
     whole = model(input_ids).logits
     assert torch.allclose(model(input_ids, logits_to_keep=3).logits, whole[:, -3:])
     assert torch.allclose(model(input_ids, logits_to_keep=torch.tensor([1, 6])).logits, whole[:, [1, 6]])
+
+
+def test_documents_packed_for_other_attention_kernels_are_told_apart() -> None:
+    model = tiny().train()
+    input_ids = torch.randint(0, 31, (1, 12))
+    position_ids = torch.tensor([[*range(5), *range(7)]])
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "cu_seq_lens_k": torch.tensor([0, 5, 12])}
+    expected = model(input_ids, position_ids=position_ids).logits
+    assert torch.equal(model(input_ids, max_length_q=7, max_length_k=7, **lengths).logits, expected)
+    assert torch.equal(model(input_ids, position_ids=position_ids, **lengths).logits, expected)
+    assert not torch.equal(model(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_loss_without_logits_is_the_loss_of_the_logits(dtype: torch.dtype) -> None:
+    model = tiny(vocab_size=997).train()
+    torch.nn.Module.to(model, dtype)
+    input_ids, mask = padded_rows(400)
+    labels = input_ids.masked_fill(mask == 0, -100)
+    fields: dict[str, Any] = {"attention_mask": mask, "labels": labels}
+    results = []
+    for skip in (True, False):
+        for count in (None, 700, torch.tensor(700)):
+            model.zero_grad()
+            output = model(input_ids, num_items_in_batch=count, skip_logits=skip, **fields)
+            output.loss.backward()
+            assert (output.logits is None) == skip
+            assert output.lm_loss.dtype in (torch.float32, torch.float64)
+            results.append((output.loss.item(), [weight.grad.clone() for weight in model.parameters()]))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for (loss, grads), (expected, expected_grads) in zip(results[:3], results[3:], strict=True):
+        assert loss == pytest.approx(expected, rel=tolerance)
+        for a, b in zip(grads, expected_grads, strict=True):
+            assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def padded_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of tokens, the second padded on the right, and their mask."""
+    input_ids = torch.randint(0, 31, (2, length))
+    mask = torch.ones_like(input_ids)
+    mask[1, length // 3 :] = 0
+    return input_ids, mask
+
+
+def test_a_head_under_an_adapter_gives_its_own_loss_without_logits() -> None:
+    model = get_peft_model(tiny().float(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
+    input_ids = torch.randint(0, 31, (2, 12))
+    with_logits = model(input_ids=input_ids, labels=input_ids).loss.item()
+    assert model(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.item() == pytest.approx(with_logits)
+    with model.disable_adapter():
+        assert model(input_ids=input_ids, labels=input_ids).loss.item() != pytest.approx(with_logits)
+
+
+def test_the_first_token_after_padding_is_not_predicted_from_padding() -> None:
+    model = tiny(routed_layers=[]).eval()
+    row = torch.randint(0, 31, (1, 8))
+    expected = model(row, labels=row).loss.item()
+    input_ids = torch.cat([torch.zeros(1, 4, dtype=torch.int64), row], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 8])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    assert model(input_ids, attention_mask=mask, labels=labels).loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_labels_that_are_shifted_already_are_taken_as_they_are(skip_logits: bool) -> None:
+    model = tiny().eval()
+    input_ids = torch.randint(0, 31, (2, 9))
+    shifted = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+    expected = model(input_ids, labels=input_ids).loss.item()
+    given = model(input_ids, labels=input_ids, shift_labels=shifted, skip_logits=skip_logits).loss.item()
+    assert given == pytest.approx(expected)
+
+
+def test_a_static_cache_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="cache_implementation='static' has room for every token"):
+        tiny().generate(torch.randint(0, 31, (1, 4)), max_new_tokens=2, cache_implementation="static")
+
+
+def test_sampling_stops_at_strings_of_a_tokenizer() -> None:
+    model = model_with()
+    prompt = TOKENIZER("the quick", return_tensors="pt")
+    free = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    new = TOKENIZER.decode(free[prompt["input_ids"].shape[1] :])
+    stopped = model.generate(**prompt, max_new_tokens=8, do_sample=False, stop_strings=[new[2]], tokenizer=TOKENIZER)
+    assert stopped.shape[1] < len(free)
+
+
+def test_what_a_block_is_given_moves_to_its_device() -> None:
+    real = torch.tensor([[True, False]])
+    placement = Placement(torch.rand(1, 2, 4), torch.rand(1, 2, 4), torch.arange(2)[None], None, None, real)
+    moved = send_to_device({"placement": placement}, torch.device("meta"))["placement"]
+    assert {value.device.type for value in vars(moved).values() if value is not None} == {"meta"}
+    assert moved.documents is None
+    assert placement.cos.device.type == "cpu"
+
+
+def test_blocks_on_several_devices_give_the_losses_of_one(tmp_path: Path) -> None:
+    model = tiny(num_experts=2).float()
+    input_ids = torch.randint(0, 31, (2, 12))
+    expected = model.eval()(input_ids, labels=input_ids, routing="top_k")
+    layers = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+    places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+    dispatched = dispatch_model(model, places, offload_dir=tmp_path, main_device="cpu")
+    output = dispatched(input_ids, labels=input_ids, routing="top_k")
+    assert output.loss.item() == pytest.approx(expected.loss.item())
+    assert torch.equal(output.logits, expected.logits)
+
+
+def test_tuning_under_causal_routing_trains_what_is_sampled() -> None:
+    model = tiny(training_routing="causal", num_experts=2, expert_capacity=0.7)
+    input_ids = torch.randint(0, 31, (2, 12))
+    sampled = model.eval()(input_ids, use_cache=False).logits
+    output = model.train()(input_ids, labels=input_ids)
+    assert torch.equal(output.logits, sampled)
+    assert output.router_loss is None
+    output.loss.backward()
+    assert model.model.layers[1].router.proj.weight.grad.abs().max() > 0
+    assert all(buffer.eq(0).all() for name, buffer in model.named_buffers() if name.endswith("threshold"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -205,11 +206,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         position_BT: Tensor,
         routing: Routing,
         cache: Cache | None,
+        factor: Tensor,
     ) -> tuple[Tensor, Tensor | None, LayerRouting | None, ExpertRouting | None]:
         """Returns the hidden states, what the routers add to the loss, and what they decided.
 
-        The losses lie outside the decisions and hang on the hidden states as well: reentrant checkpointing follows only
-        tensors that are returned by themselves, and a loss computed from logits would leave them out.
+        The loss lies outside the decisions and hangs on the hidden states as well: reentrant checkpointing follows only
+        tensors that are returned by themselves, and whoever computes a loss from logits does not see it. It then counts
+        `factor` times.
         """
         num_tokens = hidden_BTD.shape[1]
         layer_routing = None
@@ -228,7 +231,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             hidden_BTD = add_weighted(hidden_BTD, selection, delta_BKD, weight_BK)
         loss = self.routers_loss(layer_routing, expert_routing)
         if loss is not None:
-            hidden_BTD, loss = with_loss(hidden_BTD, loss)
+            hidden_BTD, loss = with_loss(hidden_BTD, loss, factor)
         return hidden_BTD, loss, layer_routing, expert_routing
 
     def routers_loss(self, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None) -> Tensor | None:
@@ -254,8 +257,8 @@ class MoDModelOutput(BaseModelOutputWithPast):
 
     Attributes:
         routers_loss (torch.Tensor | None): sum of what the blocks' routers add to the loss; None under causal routing
-            and where they add nothing. Its gradient reaches them in any backward pass through the hidden states, with
-            the factor that it has in the loss, or 1 where it is no part of it.
+            and where they add nothing. Its gradient reaches them in any backward pass through the hidden states: with
+            the factor that it has in the loss, or once an optimiser step where it is no part of it.
         routing: one `LayerRouting` a block, None for dense ones.
         expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
     """
@@ -363,12 +366,13 @@ class MoDModel(MoDPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
         position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
+        factor = torch.full((), 1.0 if ends_step() else 0.0, device=hidden_BTD.device)
         layer_routings, expert_routings, hidden_states, losses = [], [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
             hidden_BTD, loss, layer_routing, expert_routing = layer(
-                hidden_BTD, placement=placement, position_BT=position_BT, routing=routing, cache=cache
+                hidden_BTD, placement=placement, position_BT=position_BT, routing=routing, cache=cache, factor=factor
             )
             if loss is not None:
                 losses.append(loss)
@@ -614,6 +618,12 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         )
         return {"routing": "causal", **inputs}
 
+    def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> Cache:
+        raise ValueError(
+            f"cache_implementation={cache_implementation!r} has room for every token, and a routed block keeps only "
+            "those that enter; leave it out, or sample with stream(..., compiled=True), whose buffers are static"
+        )
+
 
 def next_tokens(labels_BT: Tensor, attention_mask_BS: Tensor | None) -> Tensor:
     """What each token is to predict, of shape [B, T]; -100 for nothing, as padding has it and the last token."""
@@ -654,6 +664,15 @@ def chunked_loss(
         options = None if torch.compiler.is_compiling() else options
         loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
     return loss / ((target_N != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@torch.compiler.assume_constant_result
+def ends_step() -> bool:
+    """Whether the gradients of this pass complete those of an optimiser step, as accelerate and its trainers say.
+
+    A loss that a trainer does not see is not averaged over the parts of a batch either: it is taken on the last one.
+    """
+    return GradientState().sync_gradients
 
 
 def packed_positions(cu_seq_lens: Tensor) -> Tensor:

@@ -353,22 +353,23 @@ def add_weighted(hidden_BTD: Tensor, selection: Selection, delta_BKD: Tensor, we
 
 class _WithLoss(torch.autograd.Function):
     @staticmethod
-    def forward(hidden_BTD: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(hidden_BTD: Tensor, loss: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         return hidden_BTD.view_as(hidden_BTD), loss.view_as(loss)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_BTD, torch.where(grad_loss == 0, 1.0, grad_loss)
+    def backward(ctx: Any, grad_BTD: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad_BTD, torch.where(grad_loss == 0, factor.to(grad_loss.dtype), grad_loss), None
 
 
-def with_loss(hidden_BTD: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+def with_loss(hidden_BTD: Tensor, loss: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Ties a loss to hidden states, both unchanged, so that a backward pass through them reaches the loss, too.
 
     Whoever adds the returned loss to one of their own gets its gradient with the factor they gave it. Whoever computes
-    a loss from what comes of the hidden states alone gets it with a factor of 1.
+    a loss from what comes of the hidden states alone gets it with the factor `factor`, a scalar.
     """
-    return _WithLoss.apply(hidden_BTD, loss)  # pyright: ignore[reportReturnType]
+    return _WithLoss.apply(hidden_BTD, loss, factor)  # pyright: ignore[reportReturnType]
