@@ -1,6 +1,8 @@
 """Evaluation gives the model's own losses under both routings, and what its routers and experts do."""
 
 import math
+import weakref
+from typing import Any
 
 import datasets
 import numpy as np
@@ -67,3 +69,23 @@ def test_evaluation_computes_4096_tokens_at_a_time_at_most(corpus: Corpus, monke
         evaluate(model, sequences, 0, 1.0, all_causal_routers=False)
         assert max(sizes) == (batch_size, length)
         assert sum(rows for rows, _ in sizes) == 2 * 20
+
+
+def test_evaluation_holds_one_batch_of_the_text_whatever_its_length() -> None:
+    model = routed_model(num_experts=4, expert_capacity=0.5)
+    held: list[list[weakref.ref[Any]]] = []
+    most = 0
+
+    def count(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        nonlocal most
+        layers = [*output.routing, *output.expert_routing]
+        results = [layer[0] for layer in layers if layer is not None]
+        held.append([weakref.ref(tensor) for tensor in (*given.values(), *results) if isinstance(tensor, torch.Tensor)])
+        most = max(most, sum(any(ref() is not None for ref in batch) for batch in held))
+
+    model.register_forward_hook(count, with_kwargs=True)
+    evaluate(model, some_sequences(40), 0, 1.0, batch_size=2)
+    # Under both routings of both of its causal routers.
+    assert len(held) == 20 * 4
+    # What the loop's variables hold of the batch before is let go while the next is computed.
+    assert most <= 2

@@ -1,10 +1,11 @@
 """Held-out loss under top-k and under causal routing, and what the routers do there."""
 
 import math
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -105,7 +106,11 @@ def evaluate(
     batch_size = batch_size or max(1, min(16, TOKENS // len(sequences[0]["input_ids"])))
     count = len(sequences) if max_sequences is None else min(max_sequences, len(sequences))
     chosen = np.linspace(0, len(sequences) - 1, count).round().astype(int).tolist()
-    batches_of_text = list(batches(sequences, chosen, end_of_text, batch_size, model.device))
+
+    def run(routing: Routing) -> _Pass:
+        name, number = f"{routing.replace('_', '-')} routing", math.ceil(count / batch_size)
+        text = batches(sequences, chosen, end_of_text, batch_size, model.device)
+        return _run(model, track(text, name, total=number, console=console, disable=console is None), routing)
 
     was_training = model.training
     model.eval()
@@ -115,14 +120,16 @@ def evaluate(
     try:
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
-            causal = _run(model, batches_of_text, "causal", console)
-            top_k = _run(model, batches_of_text, "top_k", console) if model.config.looks_ahead else causal
+            causal = run("causal")
+            top_k = run("top_k") if model.config.looks_ahead else causal
             for name in names if all_causal_routers else names[:1]:
                 with using_causal_router(model, name):
                     # The configured one decided above.
-                    decided = causal if name == names[0] else _run(model, batches_of_text, "causal", console)
-                    compared = top_k if name == names[0] else _run(model, batches_of_text, "top_k", console)
-                    by_router[name] = _compared(decided, compared)
+                    decided = causal if name == names[0] else run("causal")
+                    compared = top_k if name == names[0] else run("top_k")
+                    by_router[name] = CausalEvaluation(
+                        decided.loss, sum(compared.agreeing.values()) / len(compared.agreeing), decided.entering
+                    )
     finally:
         model.train(was_training)
     passes: dict[Routing, _Pass] = {"top_k": top_k, "causal": causal}
@@ -132,52 +139,55 @@ def evaluate(
         bits_per_byte=causal.loss / math.log(2) / bytes_per_token,
         causal_routers=by_router,
         experts={name: seen.experts for name, seen in passes.items()} if model.config.has_experts else {},
-        tokens=sum(batch["labels"][:, 1:].numel() for batch in batches_of_text),
+        tokens=causal.tokens,
     )
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """The mean loss; per routed block which tokens entered and the causal logits, of shape [N, T]; and the experts."""
+    """What one pass over the text gave.
+
+    Attributes:
+        loss: mean over the predicted tokens.
+        tokens: number of predicted tokens.
+        entering: share of the tokens that entered each routed block.
+        agreeing: share of the tokens of each routed block that the causal router would have treated alike.
+        experts: figures of each block with experts.
+    """
 
     loss: float
-    routed: dict[int, tuple[Tensor, Tensor]]
+    tokens: int
+    entering: dict[int, float]
+    agreeing: dict[int, float]
     experts: dict[int, ExpertEvaluation]
 
 
-def _run(
-    model: MoDForCausalLM, batches_of_text: list[dict[str, Tensor]], routing: Routing, console: Console | None
-) -> _Pass:
-    total, tokens = 0.0, 0
-    layers: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    experts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for batch in track(
-        batches_of_text, f"{routing.replace('_', '-')} routing", console=console, disable=console is None
-    ):
+def _run(model: MoDForCausalLM, batches_of_text: Iterable[dict[str, Tensor]], routing: Routing) -> _Pass:
+    """Takes the batches through the model one by one; of each only sums are kept."""
+    loss, predicted, seen = 0.0, 0, 0
+    entering: Counter[int] = Counter()
+    agreeing: Counter[int] = Counter()
+    passes: Counter[int] = Counter()
+    experts: dict[int, np.ndarray] = {}
+    for batch in batches_of_text:
         output = model(**batch, use_cache=False, routing=routing, output_routing=True)
-        predicted = batch["labels"][:, 1:].numel()
-        total, tokens = total + output.lm_loss.item() * predicted, tokens + predicted
+        labels = batch["labels"][:, 1:].numel()
+        loss, predicted = loss + output.lm_loss.item() * labels, predicted + labels
+        seen += batch["labels"].numel()
         for layer_idx, layer in enumerate(output.routing):
             if layer is not None:
-                layers[layer_idx].append((layer.entered, layer.causal_logits))
+                entering[layer_idx] += int(layer.entered.sum())
+                agreeing[layer_idx] += int(((layer.causal_logits > 0) == layer.entered).sum())
         for layer_idx, layer in enumerate(output.expert_routing):
             if layer is not None:
-                experts[layer_idx].append((layer.share, layer.dropped))
-    routed = {layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in layers.items()}
-    means = {
-        layer: [torch.stack(parts).mean(dim=0) for parts in zip(*seen, strict=True)] for layer, seen in experts.items()
-    }
+                figures = np.array([*layer.share.tolist(), layer.dropped.item()])
+                experts[layer_idx] = experts.get(layer_idx, 0) + figures
+                passes[layer_idx] += 1
+    means = {layer: (total / passes[layer]).tolist() for layer, total in experts.items()}
     return _Pass(
-        loss=total / tokens,
-        routed=cast(dict[int, tuple[Tensor, Tensor]], routed),
-        experts={layer: ExpertEvaluation(share.tolist(), dropped.item()) for layer, (share, dropped) in means.items()},
-    )
-
-
-def _compared(causal: _Pass, top_k: _Pass) -> CausalEvaluation:
-    agreed = [((logits > 0) == entered).float().mean().item() for entered, logits in top_k.routed.values()]
-    return CausalEvaluation(
-        loss=causal.loss,
-        accuracy=sum(agreed) / len(agreed),
-        share_entering={layer: entered.float().mean().item() for layer, (entered, _) in causal.routed.items()},
+        loss=loss / predicted,
+        tokens=predicted,
+        entering={layer: count / seen for layer, count in entering.items()},
+        agreeing={layer: count / seen for layer, count in agreeing.items()},
+        experts={layer: ExpertEvaluation(share, dropped) for layer, (*share, dropped) in means.items()},
     )
