@@ -4,7 +4,9 @@ from typing import Any
 
 import datasets
 import pytest
-from models import routed_model, some_sequences
+import torch
+from models import left_padded, routed_model, some_sequences
+from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.calibration import calibrate, using_causal_router
@@ -37,13 +39,11 @@ def test_first_tokens_that_enter_anyway_count_in_the_capacity(causal_router: str
     assert evaluate(model, crowded, 0, 1.0).causal_routers[causal_router].share_entering == {0: 0.25, 2: 0.25}
 
 
-def test_experts_are_calibrated_for_the_router_that_decides_in_sampling() -> None:
-    model, sequences = (
-        routed_model(causal_router="auxiliary_loss", num_experts=4, expert_routing="expert_choice"),
-        some_sequences(),
-    )
+@pytest.mark.parametrize("causal_router", ["auxiliary_loss", "threshold"])
+def test_experts_are_calibrated_for_the_configured_router(causal_router: str) -> None:
+    model = routed_model(causal_router=causal_router, num_experts=4, expert_routing="expert_choice")
+    sequences = some_sequences()
     calibrate(model, sequences, end_of_text=0)
-    model.config.causal_router = "threshold"
     for figures in evaluate(model, sequences, 0, 1.0, batch_size=12).experts["causal"].values():
         assert sum(figures.share) == pytest.approx(1.0, abs=0.05)
 
@@ -87,3 +87,126 @@ def test_a_router_the_model_was_not_trained_for_is_refused() -> None:
     ):
         pass
     assert routed_model(router_type="random").config.causal_routers == ()
+
+
+def shares(model: MoDForCausalLM, batches: list[dict[str, torch.Tensor]]) -> dict[int, float]:
+    """The share of the tokens, padding aside, that enters each routed block."""
+    model.eval()
+    entered, tokens = {0: 0, 2: 0}, 0
+    for batch in batches:
+        routing = model(**batch, use_cache=False, output_routing=True).routing
+        tokens += int(batch["attention_mask"].sum())
+        for layer_idx in entered:
+            entered[layer_idx] += int(routing[layer_idx].entered.sum())
+    return {layer_idx: count / tokens for layer_idx, count in entered.items()}
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "threshold"])
+@pytest.mark.parametrize("first_token_enters", [False, True])
+def test_padding_does_not_count_in_what_enters(causal_router: str, first_token_enters: bool) -> None:
+    model = routed_model(causal_router=causal_router, first_token_enters=first_token_enters)
+    padded = [dict(zip(("input_ids", "attention_mask"), left_padded(8, 64), strict=True)) for _ in range(2)]
+    for batch in padded:
+        batch["attention_mask"][5:, :40] = 0
+    calibrate(model, iter(padded))
+    found = shares(model, padded)
+    assert found[2] == pytest.approx(0.125, abs=2e-3)
+    assert found[0] == pytest.approx(0.25, abs=0.04)
+    # Each row by itself, without padding, gives the same.
+    moved = {name: value for name, value in model.state_dict().items() if "router" in name}
+    again = routed_model(causal_router=causal_router, first_token_enters=first_token_enters)
+    again.load_state_dict(model.state_dict())
+    rows = [
+        {"input_ids": ids[mask.bool()][None]}
+        for batch in padded
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    calibrate(again, rows)
+    for name, value in moved.items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_of_padded_batches_take_their_share_of_the_text() -> None:
+    fields: dict[str, Any] = {"num_experts": 4, "expert_routing": "expert_choice", "expert_capacity": 0.6}
+    model = routed_model(routed_layers=[], capacity=0.5, **fields).eval()
+    ids, mask = left_padded(8, 64)
+    mask[4:, :48] = 0
+    calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+    experts = model(input_ids=ids, attention_mask=mask, use_cache=False, output_routing=True).expert_routing
+    for layer in experts:
+        assert layer.share.sum().item() == pytest.approx(0.6, abs=0.03)
+
+
+def test_no_more_than_the_first_rows_of_many_batches_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixture_of_depths.evaluation.calibration.MAX_SEQUENCES", 5)
+    taken: list[int] = []
+
+    def endless() -> Any:
+        while True:
+            taken.append(2)
+            yield {"input_ids": torch.randint(1, 31, (2, 16)), "labels": torch.zeros(2, 16)}
+
+    model = routed_model()
+    rows: list[int] = []
+    model.model.layers[2].register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    calibrate(model, endless())
+    assert len(taken) == 3
+    assert set(rows) == {2, 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "end_of_text", "message"),
+    [
+        (some_sequences(2), None, "end_of_text=None: give the token"),
+        ([{"input_ids": torch.ones(1, 4)}], 0, "end_of_text=0 has no use with batches"),
+        ([{"labels": torch.ones(1, 4)}], None, r"a batch of \['labels'\]; give input_ids"),
+        ([], None, "sequences holds no text"),
+    ],
+)
+def test_text_that_cannot_serve_is_refused(text: Any, end_of_text: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(routed_model(), text, end_of_text)
+
+
+@pytest.mark.parametrize(
+    ("causal_router", "saved"),
+    [
+        ("predictor", None),
+        ("predictor", ["router"]),
+        ("predictor", ["predictor"]),
+        ("threshold", None),
+        ("threshold", ["router"]),
+    ],
+)
+def test_a_model_under_adapters_is_calibrated_with_them(causal_router: str, saved: list[str] | None) -> None:
+    model, sequences = routed_model(causal_router=causal_router), some_sequences()
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=saved, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    without = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    calibrate(adapted, sequences, end_of_text=0)
+    found = evaluate(adapted, sequences, 0, 1.0)
+    assert list(found.causal_routers) == list(model.config.causal_routers)
+    for figures in found.causal_routers.values():
+        assert figures.share_entering[2] == pytest.approx(0.125, abs=2e-3)
+        assert figures.share_entering[0] == pytest.approx(0.25, abs=0.04)
+    if saved:
+        # What lies under an active copy is left alone.
+        assert all(
+            torch.equal(model.state_dict()[name], value) for name, value in without.items() if "original" in name
+        )
+    # The adapters decided with the rest.
+    with adapted.disable_adapter():
+        assert evaluate(adapted, sequences, 0, 1.0).loss_causal != found.loss_causal
+
+
+def test_adapters_put_in_place_are_calibrated_and_others_refused() -> None:
+    sequences = some_sequences()
+    lora = LoraModel(routed_model(), LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    calibrate(lora, sequences, end_of_text=0)
+    share = evaluate(lora, sequences, 0, 1.0).causal_routers["predictor"].share_entering[2]
+    assert share == pytest.approx(0.125, abs=2e-3)
+    prompted = get_peft_model(routed_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="puts tokens before the text"):
+        calibrate(prompted, sequences, end_of_text=0)
+    with pytest.raises(ValueError, match="model=Linear has no routers"):
+        evaluate(torch.nn.Linear(2, 2), sequences, 0, 1.0)  # pyright: ignore[reportArgumentType]

@@ -146,10 +146,10 @@ def calibrate(
     chosen, others = halves(sequences)
     bf16 = precision == "bf16"
     before = evaluation(model, others, end, size, bf16=bf16)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        run(model, chosen, end)
     if model.config.causal_router == "auxiliary_loss":
         model.config.causal_router = "threshold"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        run(model, chosen, end)
     after = evaluation(model, others, end, size, bf16=bf16)
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():

@@ -1,24 +1,60 @@
 """Sets the causal routers so that, on given text, the share of tokens that enters a block equals its capacity.
 
 So too the thresholds of experts with a capacity.
+
+Shapes: B batch, T tokens, N tokens of all batches, E experts, D hidden size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Union, cast
 
 import datasets
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
-from mixture_of_depths.model.routing import LayerRouting
+from mixture_of_depths.model.routing import LayerRouting, Router
 from mixture_of_depths.options import CausalRouter
 from mixture_of_depths.text.batches import batches, spread
 
+if TYPE_CHECKING:
+    from peft import LoraModel, PeftModel
+
 MAX_SEQUENCES = 128
+
+Adapted = Union[MoDForCausalLM, "PeftModel", "LoraModel"]
+
+
+def without_adapters(model: Adapted) -> MoDForCausalLM:
+    """The model under peft's adapters, which stay in its layers; a model without any as it is.
+
+    Raises:
+        ValueError: when the adapters are not in its layers, or it is another model.
+    """
+    if isinstance(model, MoDForCausalLM):
+        return model
+    # A second of loading, which few need.
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    inner: Any = model
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"peft_type={model.active_peft_config.peft_type} puts tokens before the text: not supported"
+            )
+        inner = model.get_base_model()
+    elif isinstance(model, BaseTuner):
+        inner = model.model
+    if not isinstance(inner, MoDForCausalLM):
+        raise ValueError(
+            f"model={type(inner).__name__} has no routers; give a MoDForCausalLM, with peft's adapters or not"
+        )
+    return inner
 
 
 @contextmanager
@@ -28,49 +64,93 @@ def using_causal_router(model: MoDForCausalLM, causal_router: CausalRouter) -> I
     Raises:
         ValueError: when the model was not trained with it.
     """
-    configured = model.config.causal_router
     if causal_router not in model.config.causal_routers:
         raise ValueError(
             f"causal_router={causal_router} is not among those of this model: {model.config.causal_routers}"
         )
-    model.config.causal_router = causal_router
+    # A router that peft trains is a copy, with its own copy of the configuration.
+    configs = [model.config, *(module.config for module in model.modules() if isinstance(module, Router))]
+    configured = model.config.causal_router
+    for config in configs:
+        config.causal_router = causal_router
     try:
         yield
     finally:
-        model.config.causal_router = configured
+        for config in configs:
+            config.causal_router = configured
 
 
 @torch.no_grad()
-def calibrate(model: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, batch_size: int = 16) -> None:
+def calibrate(
+    model: Adapted,
+    sequences: datasets.Dataset | Iterable[Mapping[str, Tensor]],
+    end_of_text: int | None = None,
+    batch_size: int = 16,
+) -> None:
     """Shifts every causal router of a model, in place, so that its block's capacity is what enters on `sequences`.
 
     Blocks are taken in order of depth, each with those before it set already, under the causal routing that sampling
     uses. The threshold moves; of a predictor the last bias does. A router trained with the auxiliary loss has no
-    constant of its own to move: set `config.causal_router = "threshold"` to sample with its calibrated threshold.
-    Experts with a capacity are set to take its share of the tokens that the configured router lets in, or the threshold
-    in the place of the auxiliary loss.
+    constant of its own to move: set `config.causal_router = "threshold"` to sample with its threshold. Experts with a
+    capacity are set to take its share of the tokens that the configured router lets in.
 
     Args:
-        model: the model; it is left in the mode it came in.
-        sequences: data set with the column `input_ids`; text that was not trained on. `MAX_SEQUENCES` of them serve at
-            most, spread evenly.
-        end_of_text: the token after which a new document begins.
-        batch_size: sequences per forward pass.
+        model: the model, under peft's adapters or not; it is left in the mode it came in. Of what peft trains in the
+            place of the model's own, the copy that is active moves.
+        sequences: text that was not trained on. A data set of packed sequences, with the column `input_ids`; or batches
+            as the model is called with, of `input_ids` and, if they have them, `attention_mask` and `position_ids`, all
+            of shape [B, T]: padding then does not count. `MAX_SEQUENCES` rows serve at most, of a data set spread
+            evenly, of batches the first.
+        end_of_text: the token after which a new document begins in a data set's sequences; None for batches.
+        batch_size: sequences of a data set per forward pass.
+
+    Raises:
+        ValueError: for batches without `input_ids`, an `end_of_text` that is missing or has no use, or no text.
     """
-    was_training = model.training
-    model.eval()
-    # Their hidden states are all held in memory between two blocks.
-    sequences = spread(sequences, MAX_SEQUENCES)
-    batches_of_text = list(batches(sequences, range(len(sequences)), end_of_text, batch_size, model.device))
-    names = model.config.causal_routers
-    shifted: tuple[CausalRouter, ...] = tuple(name for name in names if name != "auxiliary_loss")
-    deciding = shifted or (model.config.causal_router,)
-    # A causal pass has shapes that depend on the data, which a compiled block would not accept.
-    with torch.compiler.set_stance("force_eager"):
-        for position, name in enumerate(deciding):
-            with using_causal_router(model, name) if names else nullcontext():
-                _shift_all(model, batches_of_text, name if names else None, with_experts=position == 0)
-    model.train(was_training)
+    base = without_adapters(model)
+    batches_of_text = list(_batches(base.device, sequences, end_of_text, batch_size))
+    if not batches_of_text:
+        raise ValueError("sequences holds no text; give at least one")
+    was_training = base.training
+    base.eval()
+    names: tuple[CausalRouter | None, ...] = base.config.causal_routers or (None,)
+    try:
+        # A causal pass has shapes that depend on the data, which a compiled block would not accept.
+        with torch.compiler.set_stance("force_eager"):
+            for name in names:
+                with nullcontext() if name is None else using_causal_router(base, name):
+                    shifted = None if name == "auxiliary_loss" else name
+                    with_experts = name == names[0] and base.config.expert_capacity is not None
+                    if shifted or with_experts:
+                        _shift_all(base, batches_of_text, shifted, with_experts)
+    finally:
+        base.train(was_training)
+
+
+def _batches(
+    device: torch.device,
+    sequences: datasets.Dataset | Iterable[Mapping[str, Tensor]],
+    end_of_text: int | None,
+    batch_size: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of at most `MAX_SEQUENCES` rows together, whose hidden states are all held between two blocks."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    if isinstance(sequences, datasets.Dataset):
+        if end_of_text is None:
+            raise ValueError("end_of_text=None: give the token that ends a document of a data set, or -1 for none")
+        sequences = spread(sequences, MAX_SEQUENCES)
+        sequences = batches(sequences, range(len(sequences)), end_of_text, batch_size, device)
+    elif end_of_text is not None:
+        raise ValueError(f"end_of_text={end_of_text} has no use with batches, whose positions tell; leave it out")
+    rows = 0
+    for batch in sequences:
+        if "input_ids" not in batch:
+            raise ValueError(f"sequences holds a batch of {sorted(batch)}; give input_ids")
+        left = MAX_SEQUENCES - rows
+        yield {name: batch[name][:left].to(device) for name in names if name in batch}
+        rows += len(batch["input_ids"])
+        if rows >= MAX_SEQUENCES:
+            return
 
 
 def _shift_all(
@@ -79,17 +159,28 @@ def _shift_all(
     causal_router: CausalRouter | None,
     with_experts: bool,
 ) -> None:
-    """Takes all batches through the model together, block by block, each block set before they pass."""
+    """Takes all batches through the model together, block by block, each block set before they pass.
+
+    A block is only ever called as a whole: its weights may be spread over processes, and come together for that.
+    """
     passing = [_entering(model, batch) for batch in batches_of_text]
     for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
         if causal_router is not None and layer.router is not None:
-            placed = [(hidden, others["position_BT"].expand(hidden.shape[:2])) for hidden, others in passing]
-            logits_N = torch.cat([layer.router.logits(*tokens)[1].flatten() for tokens in placed])
-            is_first_N = torch.cat([position_BT.flatten() == 0 for _, position_BT in placed])
-            _shift(model, layer_idx, causal_router, logits_N, is_first_N & model.config.first_token_enters)
-        if with_experts and isinstance(layer.mlp, ExpertMLP) and layer.mlp.router.threshold is not None:
-            decided = (layer(hidden_BTD, **others) for hidden_BTD, others in passing)
-            _shift_experts(layer.mlp.router, ((routing, experts) for *_, routing, experts in decided))
+            logits, is_first = [], []
+            for hidden_BTD, others in passing:
+                _, _, routing, _ = layer(hidden_BTD, **others)
+                assert routing is not None
+                real_BT = _real(hidden_BTD, others)
+                logits.append(routing.causal_logits[real_BT])
+                is_first.append((others["position_BT"] == 0).expand_as(real_BT)[real_BT])
+            forced_N = torch.cat(is_first) & model.config.first_token_enters
+            _shift(layer.router, causal_router, model.config.capacity_fraction(layer_idx), torch.cat(logits), forced_N)
+            _gather_anew(model)
+        if with_experts and isinstance(layer.mlp, ExpertMLP):
+            _shift_experts(
+                layer.mlp.router,
+                ((_real(hidden_BTD, others), *layer(hidden_BTD, **others)[2:]) for hidden_BTD, others in passing),
+            )
         passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
 
 
@@ -100,26 +191,36 @@ def _entering(model: MoDForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, 
     hook = every[0].register_forward_pre_hook(lambda _, args, others: seen.append((args[0], others)), with_kwargs=True)
     model.model.layers = every[:1]
     try:
-        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, routing="causal")
+        model(**batch, use_cache=False, routing="causal", logits_to_keep=1)
     finally:
         model.model.layers = every
         hook.remove()
     return seen[0]
 
 
-def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: Tensor, forced_N: Tensor) -> None:
-    """Moves the constant of one router so that, with the forced ones, the capacity's share of the tokens enters."""
-    entering = round(model.config.capacity_fraction(layer_idx) * len(logits_N)) - int(forced_N.sum())
+def _real(hidden_BTD: Tensor, others: dict[str, Any]) -> Tensor:
+    """False for padding; of shape [B, T]."""
+    real_BT = others["placement"].real
+    return torch.ones_like(hidden_BTD[..., 0], dtype=torch.bool) if real_BT is None else real_BT
+
+
+def _gather_anew(model: MoDForCausalLM) -> None:
+    """Drops what a sharded model may still hold of weights gathered before they were moved."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _shift(router: Router, causal_router: CausalRouter, fraction: float, logits_N: Tensor, forced_N: Tensor) -> None:
+    """Moves the constant of one router so that, with the forced ones, a fraction of the tokens enters."""
     # Where the forced ones fill the capacity, no other enters.
-    entering = max(entering, 0)
+    entering = max(round(fraction * len(logits_N)) - int(forced_N.sum()), 0)
     sorted_N = logits_N[~forced_N].float().sort(descending=True).values
     if len(sorted_N) == 0:
         return
-    last_in = sorted_N[max(entering, 1) - 1]
-    first_out = sorted_N[entering] if entering < len(sorted_N) else torch.tensor(-math.inf)
-    cut = (last_in + first_out) / 2 if first_out.isfinite() else last_in - 1
-    router = cast(DecoderLayer, model.model.layers[layer_idx]).router
-    assert router is not None
+    last_in = sorted_N[max(entering, 1) - 1].item()
+    first_out = sorted_N[entering].item() if entering < len(sorted_N) else -math.inf
+    cut = (last_in + first_out) / 2 if math.isfinite(first_out) else last_in - 1
     if causal_router == "threshold":
         router.threshold.add_(cut)
     else:
@@ -127,13 +228,20 @@ def _shift(model: MoDForCausalLM, layer_idx: int, causal_router: str, logits_N: 
         router.predictor.down_proj.bias.sub_(cut)
 
 
-def _shift_experts(router: ExpertRouter, decisions: Iterator[tuple[LayerRouting | None, ExpertRouting | None]]) -> None:
-    """Sets each expert's threshold so that of the tokens it was asked by, at most its capacity's share passes."""
+def _shift_experts(
+    router: ExpertRouter, decisions: Iterable[tuple[Tensor, LayerRouting | None, ExpertRouting | None]]
+) -> None:
+    """Sets each expert's threshold so that of the tokens it was asked by, at most its capacity's share passes.
+
+    Args:
+        router: the experts' router.
+        decisions: of every batch, which tokens are no padding, and what the routers of the block decided.
+    """
     tokens, scores = 0, []
-    for routing, experts in decisions:
+    for real_BT, routing, experts in decisions:
         if experts is not None:
             scores.append(experts.scores.flatten(0, 1))
-            tokens += len(scores[-1]) if routing is None else int(routing.entered.sum())
+            tokens += int((real_BT if routing is None else routing.entered).sum())
     assert router.threshold is not None
     if tokens == 0:
         return

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mixture_of_depths.evaluation.calibration import using_causal_router
+from mixture_of_depths.evaluation.calibration import Adapted, using_causal_router, without_adapters
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.text.batches import batches
@@ -80,7 +80,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: MoDForCausalLM,
+    model: Adapted,
     sequences: datasets.Dataset,
     end_of_text: int,
     bytes_per_token: float,
@@ -93,7 +93,7 @@ def evaluate(
     """Evaluates a model on packed sequences.
 
     Args:
-        model: the model; it is left in the mode it came in.
+        model: the model, under peft's adapters or not; it is left in the mode it came in.
         sequences: data set with the column `input_ids`.
         end_of_text: the token after which a new document begins.
         bytes_per_token: bytes of UTF-8 per token of this text.
@@ -103,27 +103,28 @@ def evaluate(
         all_causal_routers: whether to try every causal router the model has, or only the configured one.
         console: where progress is shown; None for nowhere.
     """
+    base = without_adapters(model)
     batch_size = batch_size or max(1, min(16, TOKENS // len(sequences[0]["input_ids"])))
     count = len(sequences) if max_sequences is None else min(max_sequences, len(sequences))
     chosen = np.linspace(0, len(sequences) - 1, count).round().astype(int).tolist()
 
     def run(routing: Routing) -> _Pass:
         name, number = f"{routing.replace('_', '-')} routing", math.ceil(count / batch_size)
-        text = batches(sequences, chosen, end_of_text, batch_size, model.device)
-        return _run(model, track(text, name, total=number, console=console, disable=console is None), routing)
+        text = batches(sequences, chosen, end_of_text, batch_size, base.device)
+        return _run(base, track(text, name, total=number, console=console, disable=console is None), routing)
 
-    was_training = model.training
-    model.eval()
-    precision = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
-    names = model.config.causal_routers
+    was_training = base.training
+    base.eval()
+    precision = torch.autocast(base.device.type, torch.bfloat16) if bf16 else nullcontext()
+    names = base.config.causal_routers
     by_router: dict[str, CausalEvaluation] = {}
     try:
         # The causal pass has shapes that depend on the data, which a compiled block would not accept.
         with precision, torch.compiler.set_stance("force_eager"):
             causal = run("causal")
-            top_k = run("top_k") if model.config.looks_ahead else causal
+            top_k = run("top_k") if base.config.looks_ahead else causal
             for name in names if all_causal_routers else names[:1]:
-                with using_causal_router(model, name):
+                with using_causal_router(base, name):
                     # The configured one decided above.
                     decided = causal if name == names[0] else run("causal")
                     compared = top_k if name == names[0] else run("top_k")
@@ -131,14 +132,14 @@ def evaluate(
                         decided.loss, sum(compared.agreeing.values()) / len(compared.agreeing), decided.entering
                     )
     finally:
-        model.train(was_training)
+        base.train(was_training)
     passes: dict[Routing, _Pass] = {"top_k": top_k, "causal": causal}
     return Evaluation(
         loss_top_k=top_k.loss,
         loss_causal=causal.loss,
         bits_per_byte=causal.loss / math.log(2) / bytes_per_token,
         causal_routers=by_router,
-        experts={name: seen.experts for name, seen in passes.items()} if model.config.has_experts else {},
+        experts={name: seen.experts for name, seen in passes.items()} if base.config.has_experts else {},
         tokens=causal.tokens,
     )
 
