@@ -141,6 +141,9 @@ class TrainOptions:
     """Steps between checkpoints; by default a fifth of the run."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of initialisation, data order and random routing."""
+    calibrate: bool = True
+    """Whether half of the held-out text sets the causal routers at the end, so that the capacity enters, and the other
+    half evaluates; --no-calibrate leaves them as trained and evaluates on all of it."""
 
 
 @dataclass(frozen=True)

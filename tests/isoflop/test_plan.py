@@ -84,6 +84,7 @@ SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
         ({"learning_rates": {"baseline": 1e-2}}, "learning_rates needs a rate above 0 for mod"),
         ({"baseline": "dense"}, "baseline=dense is none"),
         ({"training": {"max_steps": 3}}, "max_steps comes from the study"),
+        ({"training": {"calibrate": True}}, "calibrate is the same in every study"),
         ({"training": {"batch_size": "many"}}, "training.batch_size='many'"),
     ],
 )

@@ -42,6 +42,9 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
     assert [record["name"] for record in records] == [item.run.name for item in planned]
     for record, item in zip(records, planned, strict=True):
         assert record["flops"] == item.length.flops
+        # As they were trained, on all of the held-out text.
+        assert not record["calibrated"]
+        assert record["evaluation"]["tokens"] == len(corpus.validation) * 15
         assert record["parameters"] == item.parameters
     assert run_here(planned, corpus, out, quiet)
     assert len(read_records(out / "records.jsonl")) == len(planned)

@@ -25,6 +25,7 @@ from mixture_of_depths.retrofitting.measure import routed_from, routers_of
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training.run import train
 
 TUNING = TrainOptions(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_sequences=2)
@@ -94,8 +95,8 @@ def test_what_calibrates_and_what_is_compared_are_the_two_halves_of_the_held_out
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {"calibrate": [], "evaluate": []}
-    for name in seen:
-        function = getattr(retrofit_module, name)
+    for name, module in (("calibrate", run_module), ("evaluate", retrofit_module)):
+        function = getattr(module, name)
 
         def recorded(
             model: Any, sequences: Any, *others: Any, name: str = name, function: Any = function, **kw: Any
@@ -103,11 +104,16 @@ def test_what_calibrates_and_what_is_compared_are_the_two_halves_of_the_held_out
             seen[name].append(sequences["input_ids"])
             return function(model, sequences, *others, **kw)
 
-        monkeypatch.setattr(retrofit_module, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
     retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
     (calibrated,), (of_dense, of_retrofitted) = seen["calibrate"], seen["evaluate"]
     assert of_dense == of_retrofitted
     assert sorted([*calibrated, *of_dense]) == sorted(corpus.validation["input_ids"])
+    seen["evaluate"].clear()
+    as_tuned = replace(TUNING, calibrate=False)
+    retrofit(dense_for(corpus), "dense", corpus, ROUTING, as_tuned, tmp_path / "as-tuned", console=QUIET)
+    assert len(seen["calibrate"]) == 1
+    assert seen["evaluate"] == [corpus.validation["input_ids"]] * 2
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])

@@ -62,7 +62,7 @@ def test_the_library_s_arguments_are_those_of_the_options(corpus: Corpus, tmp_pa
     options = replace(
         OPTIONS, max_steps=100, warmup_fraction=0.2, gradient_accumulation_steps=2, precision="bf16", seed=7
     )
-    arguments = trainer_arguments(options, horizon(options, config_for(corpus), 16), tmp_path)
+    arguments = trainer_arguments(options, config_for(corpus), horizon(options, config_for(corpus), 16), tmp_path)
     settings = {
         "max_steps": 100,
         "per_device_train_batch_size": 2,

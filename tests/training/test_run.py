@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from runs import QUIET, config_for, records
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training.run import train
@@ -97,8 +99,8 @@ def test_a_run_leaves_its_model_records_and_curve(corpus: Corpus, tmp_path: Path
     evaluation = [r for r in records(tmp_path / "run") if "eval_loss" in r][-1]
     assert {"eval_loss_top_k", "eval_loss_causal", "eval_causal_accuracy", "eval_share_entering_1"} <= evaluation.keys()
     loaded = MoDForCausalLM.from_pretrained(tmp_path / "run")
-    again = evaluate(loaded, corpus.validation, corpus.end_of_text, corpus.facts.validation_bytes_per_token)
-    assert again == result.evaluation
+    _, others = halves(corpus.validation)
+    assert evaluate(loaded, others, corpus.end_of_text, corpus.facts.validation_bytes_per_token) == result.evaluation
     described = json.loads((tmp_path / "run" / "result.json").read_text())
     assert {"git_commit", "command", "versions", "machine"} <= described.keys()
 
@@ -112,6 +114,100 @@ def test_resuming_a_finished_run_only_evaluates_it_again(corpus: Corpus, tmp_pat
     assert again == first
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "run" / "result.json").exists()
+
+
+OPTIONS = TrainOptions(max_steps=4, batch_size=4, learning_rate=1e-2, eval_sequences=2)
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "threshold", "auxiliary_loss"])
+def test_a_run_ends_with_the_capacity_entering_and_says_so(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], causal_router: Any
+) -> None:
+    config = config_for(corpus, causal_router=causal_router)
+    _, result = train(config, corpus, OPTIONS, tmp_path / "run", console=Console(width=200))
+    said, described = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result.evaluation is not None
+    assert described["calibrated"] is result.calibrated is True
+    model = MoDForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.causal_router == causal_router
+    calibration, others = halves(corpus.validation)
+    found = evaluate(model, calibration, corpus.end_of_text, 1.0).causal_routers
+    for name, figures in found.items():
+        if name != "auxiliary_loss":
+            assert figures.share_entering[1] == pytest.approx(0.25, abs=0.005)
+    assert result.evaluation.tokens == len(others) * 15
+    share = result.evaluation.causal_routers[causal_router].share_entering[1]
+    assert f"{100 * share:.1f} % of the tokens enter the routed blocks (capacity 25.0 %)" in said
+    assert ("`mod calibrate` lets it decide" in said) == (causal_router == "auxiliary_loss")
+
+
+def test_a_run_that_does_not_calibrate_is_left_as_trained_and_evaluated_on_all_text(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(OPTIONS, calibrate=False)
+    _, plain = train(config_for(corpus), corpus, options, tmp_path / "run", console=Console(width=200))
+    assert "of the tokens enter the routed blocks (capacity 25.0 %)" in capsys.readouterr().out
+    saved = [load_file(path / "model.safetensors") for path in (tmp_path / "run", tmp_path / "run" / "checkpoint-4")]
+    assert all(torch.equal(weight, saved[1][name]) for name, weight in saved[0].items())
+    assert plain.evaluation is not None
+    assert (plain.calibrated, plain.evaluation.tokens) == (False, len(corpus.validation) * 15)
+    # The end of a finished run may be made anew, either way, and from the weights as trained.
+    for calibrate in (True, True, False):
+        again = replace(OPTIONS, calibrate=calibrate)
+        _, result = train(config_for(corpus), corpus, again, tmp_path / "run", resume=True, console=QUIET)
+        assert result.calibrated is calibrate
+        assert (result == plain) is not calibrate
+    assert all(
+        torch.equal(weight, saved[0][name])
+        for name, weight in load_file(tmp_path / "run" / "model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "calibrated"),
+    [
+        ({"routed": False}, False),
+        ({"router_type": "random"}, False),
+        ({"routed": False, "num_experts": 3, "expert_capacity": 0.7}, True),
+        ({"router_type": "random", "num_experts": 3, "expert_capacity": 0.7}, True),
+    ],
+)
+def test_models_without_learned_routers_are_evaluated_on_the_same_half(
+    corpus: Corpus, tmp_path: Path, changes: dict[str, Any], calibrated: bool
+) -> None:
+    _, result = train(config_for(corpus, **changes), corpus, OPTIONS, tmp_path / "run", console=QUIET)
+    assert result.evaluation is not None
+    assert (result.calibrated, result.evaluation.tokens) == (calibrated, len(corpus.validation) // 2 * 15)
+    saved = [load_file(path / "model.safetensors") for path in (tmp_path / "run", tmp_path / "run" / "checkpoint-4")]
+    moved = {name for name, weight in saved[0].items() if not torch.equal(weight, saved[1][name])}
+    assert bool(moved) is calibrated
+    assert all(name.endswith("mlp.router.threshold") for name in moved)
+
+
+def test_held_out_text_of_one_sequence_calibrates_nothing_and_the_run_says_so(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = replace(corpus, validation=corpus.validation.select([0]))
+    _, result = train(config_for(corpus), single, OPTIONS, tmp_path / "run", console=Console(width=200))
+    said = capsys.readouterr().out
+    assert "the held-out text is one sequence, which cannot be halved: the model is not calibrated" in said
+    assert result.evaluation is not None
+    assert (result.calibrated, result.evaluation.tokens) == (False, 15)
+
+
+def test_what_is_saved_is_configured_as_the_model_was(corpus: Corpus, tmp_path: Path) -> None:
+    config = config_for(corpus)
+    MoDForCausalLM(config_for(corpus)).save_pretrained(tmp_path / "plain")
+    options = replace(OPTIONS, gradient_checkpointing=True, precision="bf16")
+    trained, _ = train(config, corpus, options, tmp_path / "run", console=QUIET)
+    assert trained.config.use_cache
+    for name in ("config.json", "generation_config.json"):
+        expected = json.loads((tmp_path / "plain" / name).read_text())
+        assert json.loads((tmp_path / "run" / name).read_text()) == expected
+        assert json.loads((tmp_path / "run" / "checkpoint-4" / name).read_text()) == expected
+    config.use_cache = False
+    train(config, corpus, OPTIONS, tmp_path / "other", console=QUIET)
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["use_cache"] is False
 
 
 def test_resuming_passes_over_a_damaged_checkpoint_and_a_cut_off_record(corpus: Corpus, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_k
 HORIZON_FIELDS = ("max_steps", "max_tokens", "max_flops", "seed", "learning_rate")
 # When a run is looked at and saved decides nothing.
 WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
+# The same in every study: models are compared as they were trained, on all of the held-out text.
+FIXED_FIELDS = ("calibrate",)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,9 @@ def load_study(path: Path) -> Study:
     _known(raw_study, Study, str(path))
     for name, kind in (("ladder", Ladder), ("data", DataOptions), ("training", TrainOptions)):
         _known(raw_study.get(name, {}), kind, f"{path}: {name}")
+    for name in FIXED_FIELDS:
+        if name in raw_study.get("training", {}):
+            raise ValueError(f"study={path}: training: {name} is the same in every study; leave it out")
     sweeps = raw_study.get("sweeps")
     for number, sweep in enumerate(sweeps if isinstance(sweeps, list) else []):
         _known(sweep, Sweep, f"{path}: sweeps[{number}]")
@@ -210,7 +215,9 @@ def runs(study: Study) -> list[Run]:
                         size = study.ladder.size(depth)
                         rate = study.learning_rates[family] * (study.learning_rate_width / size["hidden_size"]) ** 0.5
                         changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
-                        training = replace(study.training, max_flops=budget, seed=seed, learning_rate=rate)
+                        training = replace(
+                            study.training, max_flops=budget, seed=seed, learning_rate=rate, calibrate=False
+                        )
                         run = Run(family, depth, budget, seed, changes, training)
                         if runs_by_name.setdefault(run.name, run) != run:
                             raise ValueError(f"two runs are called {run.name}: budgets differ too little; round them")
@@ -244,7 +251,11 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
             length = horizon(run.training, config, study.data.sequence_length)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
-        training = {name: value for name, value in _changes(run.training).items() if name not in WATCHING_FIELDS}
+        training = {
+            name: value
+            for name, value in _changes(run.training).items()
+            if name not in (*WATCHING_FIELDS, *FIXED_FIELDS)
+        }
         described = {"model": _changes(run.model), "training": training, "text": corpus.key}
         planned.append(
             PlannedRun(

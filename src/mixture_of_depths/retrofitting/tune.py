@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.model.configuration import MoDConfig, capacity_tokens
@@ -38,12 +37,12 @@ from mixture_of_depths.retrofitting.measure import (
     routers_of,
     set_routers,
 )
-from mixture_of_depths.text.batches import halves, spread
+from mixture_of_depths.text.batches import spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 from mixture_of_depths.training.folder import check_folder, check_unchanged, read_run
 from mixture_of_depths.training.horizon import horizon
-from mixture_of_depths.training.run import Tuning, train
+from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
 from mixture_of_depths.training.trainer import MoDTrainer
 
@@ -174,8 +173,8 @@ def retrofit(
 ) -> tuple[MoDForCausalLM, RetrofitResult]:
     """Routes blocks of a pretrained model, tunes it, and leaves it with its tokenizer and records in `folder`.
 
-    Of every second held-out sequence, up to `evaluation.calibration.MAX_SEQUENCES` calibrate the causal routers; on the
-    others the model is compared with the dense one.
+    Unless `training.calibrate` is off, of every second held-out sequence up to `evaluation.calibration.MAX_SEQUENCES`
+    calibrate the causal routers; on the others the model is compared with the dense one.
 
     Args:
         dense: the model; it is not changed.
@@ -198,8 +197,11 @@ def retrofit(
         raise ValueError(
             f"max_flops={training.max_flops:g} cannot be kept while the capacity falls; give max_steps or max_tokens"
         )
-    if len(corpus.validation) < 2:
-        raise ValueError("data holds out fewer than 2 sequences; give more text, or raise validation_fraction")
+    if training.calibrate and len(corpus.validation) < 2:
+        raise ValueError(
+            "data holds out fewer than 2 sequences, and calibrating needs one of them; give more text, or raise "
+            "validation_fraction"
+        )
     # Nothing is measured for what will be refused.
     length = len(corpus.train[0]["input_ids"])
     dense.config.check_length(length)
@@ -250,15 +252,12 @@ def retrofit(
         model.requires_grad_(False)
     for router in routers_of(model).values():
         router.requires_grad_()
-    calibration, others = halves(corpus.validation)
-
     schedule = CapacitySchedule(model, options.lowering_fraction)
 
     def finish(tuned: MoDForCausalLM) -> MoDForCausalLM:
         schedule.lower(1.0)
         if adapters is not None:
             tuned = cast(MoDForCausalLM, adapters.merge_and_unload())
-        calibrate(tuned, calibration, end)
         return tuned
 
     tuning = Tuning(
@@ -273,6 +272,7 @@ def retrofit(
     with patched if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
     share = flops_share(dense.config, chosen, placed, length)
+    _, others = split_held_out(corpus, training)
     size = corpus.facts.validation_bytes_per_token
     result = RetrofitResult(
         finished=trained.finished,

@@ -58,8 +58,8 @@ def open_folder(
             )
         for part in ("model", "train", "tuning"):
             for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
-                # What transformers adds of its own accord may differ.
-                if name in ("transformers_version", "architectures", "dtype"):
+                # What transformers adds of its own accord may differ, and what comes after the training.
+                if name in ("transformers_version", "architectures", "dtype", "calibrate"):
                     continue
                 old = earlier.get(part, {}).get(name, defaults[part].get(name))
                 check_unchanged(folder, name, old, described[part].get(name))

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import torch
 from rich.console import Console
@@ -16,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers import TrainingArguments as HFTrainingArguments
 
 from mixture_of_depths.distributed import failing_together, from_main, is_main
+from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.inspect.curves import training_curve
@@ -24,6 +27,7 @@ from mixture_of_depths.model.flops import model_parameters, training_flops_per_t
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
+from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
 from mixture_of_depths.training.checkpoint import load_weights, whole_weights
@@ -43,7 +47,7 @@ class Tuning:
             the run is resumed.
         trainer: the trainer's class.
         callbacks: further callbacks.
-        finish: turns the trained model into the one that is saved and evaluated.
+        finish: turns the trained model into the one that is calibrated, saved and evaluated.
     """
 
     model: MoDForCausalLM
@@ -62,7 +66,9 @@ class TrainResult:
         steps, tokens, flops: what was done, in all; the FLOPs of a retrofit at its final capacity, without the teacher.
         parameters: number of weights.
         train_seconds: time spent in training steps, without evaluation and checkpoints; compiling counts.
-        evaluation: figures on the whole held-out text, when finished.
+        calibrated: whether half of the held-out text set the causal routers or the experts.
+        evaluation: figures on the held-out text, when finished; on the half that calibrates no model, or with
+            `calibrate=False`, or of a single sequence, on all of it.
     """
 
     finished: bool
@@ -71,7 +77,15 @@ class TrainResult:
     flops: float
     parameters: int
     train_seconds: float
+    calibrated: bool
     evaluation: Evaluation | None
+
+
+def split_held_out(corpus: Corpus, options: TrainOptions) -> tuple[datasets.Dataset | None, datasets.Dataset]:
+    """What calibrates, None for nothing, and what evaluates: the same for every model, so that they compare."""
+    if not options.calibrate or len(corpus.validation) < 2:
+        return None, corpus.validation
+    return halves(corpus.validation)
 
 
 def train(
@@ -106,7 +120,7 @@ def train(
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     check_memory(config)
-    arguments = trainer_arguments(options, length, folder)
+    arguments = trainer_arguments(options, config, length, folder)
     with ExitStack() as held:
 
         def begin() -> tuple[Path, int] | None:
@@ -149,17 +163,23 @@ def _train(
     else:
         steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
 
-    finished = steps >= length.steps
+    finished, calibrated = steps >= length.steps, False
     evaluation = None
     if finished:
         model = tuning.finish(model)
+        calibration, others = split_held_out(corpus, options)
+        if calibration is not None:
+            calibrated = _calibrate(model, calibration, corpus, options)
+        elif options.calibrate and _has_constants(model.config):
+            console.print("the held-out text is one sequence, which cannot be halved: the model is not calibrated")
         weights = whole_weights(model)
         with failing_together():
             if is_main():
                 model.save_pretrained(folder, state_dict=weights)
                 corpus.tokenizer.save_pretrained(str(folder))
                 training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
-        evaluation = evaluate_held_out(model, corpus, options, max_sequences=None, every_router=True)
+        evaluation = evaluate_held_out(model, others, corpus, options)
+        _say_what_enters(evaluation, model.config, calibrated, console)
     result = TrainResult(
         finished=finished,
         steps=steps,
@@ -167,6 +187,7 @@ def _train(
         flops=steps * length.flops / length.steps,
         parameters=model_parameters(config),
         train_seconds=recorder.train_seconds,
+        calibrated=calibrated,
         evaluation=evaluation,
     )
     with failing_together():
@@ -174,6 +195,35 @@ def _train(
             record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
             write_aside(folder / "result.json", record)
     return model, result
+
+
+def _has_constants(config: MoDConfig) -> bool:
+    """Whether anything of a model can be calibrated."""
+    return bool(config.causal_routers) or config.expert_capacity is not None
+
+
+def _calibrate(model: MoDForCausalLM, sequences: datasets.Dataset, corpus: Corpus, options: TrainOptions) -> bool:
+    """Calibrates what a model has, in the run's precision; whether it has anything.
+
+    Of several processes each does the same, from the same weights and on the same text.
+    """
+    if not _has_constants(model.config):
+        return False
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        calibrate(model, sequences, corpus.end_of_text)
+    return True
+
+
+def _say_what_enters(evaluation: Evaluation, config: MoDConfig, calibrated: bool, console: Console) -> None:
+    if not config.causal_routers:
+        return
+    entering = fmean(evaluation.causal_routers[config.causal_router].share_entering.values())
+    capacity = fmean(config.capacity_fraction(layer_idx) for layer_idx in config.routed_layers or [])
+    console.print(f"{100 * entering:.1f} % of the tokens enter the routed blocks (capacity {100 * capacity:.1f} %)")
+    if calibrated and config.causal_router == "auxiliary_loss":
+        console.print(
+            "the auxiliary loss leaves no constant to calibrate: the threshold was, and `mod calibrate` lets it decide"
+        )
 
 
 def _run(

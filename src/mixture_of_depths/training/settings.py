@@ -93,7 +93,7 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
         )
 
 
-def trainer_arguments(options: TrainOptions, length: Horizon, folder: Path) -> HFTrainingArguments:
+def trainer_arguments(options: TrainOptions, config: MoDConfig, length: Horizon, folder: Path) -> HFTrainingArguments:
     """The library's own arguments for a run; raises ValueError when this process sees several GPUs."""
     part = math.ceil(length.steps / 5)
     arguments = HFTrainingArguments(
@@ -128,6 +128,8 @@ def trainer_arguments(options: TrainOptions, length: Horizon, folder: Path) -> H
         # Every weight gets its gradient in every step, and thresholds follow each process' own rows.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        # Else the library sets the model's own to false, and saves it so.
+        use_cache=config.use_cache,
         ddp_timeout=int(LONGEST_WAIT.total_seconds()),
     )
     if arguments.n_gpu > 1:

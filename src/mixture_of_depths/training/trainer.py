@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from safetensors import SafetensorError
@@ -107,7 +108,12 @@ class MoDTrainer(Trainer):
         assert isinstance(self.model, MoDForCausalLM)
         self.average_thresholds()
         evaluation = evaluate_held_out(
-            self.model, self.corpus, self.run_options, self.run_options.eval_sequences, every_router=False
+            self.model,
+            self.corpus.validation,
+            self.corpus,
+            self.run_options,
+            self.run_options.eval_sequences,
+            every_router=False,
         )
         metrics = {
             "eval_loss": evaluation.loss_causal,
@@ -222,11 +228,17 @@ class MoDTrainer(Trainer):
 
 
 def evaluate_held_out(
-    model: MoDForCausalLM, corpus: Corpus, options: TrainOptions, max_sequences: int | None, every_router: bool
+    model: MoDForCausalLM,
+    sequences: datasets.Dataset,
+    corpus: Corpus,
+    options: TrainOptions,
+    max_sequences: int | None = None,
+    every_router: bool = True,
 ) -> Evaluation:
+    """Evaluates on sequences of the text that is held out, in the run's precision."""
     return evaluate(
         model,
-        corpus.validation,
+        sequences,
         corpus.end_of_text,
         corpus.facts.validation_bytes_per_token,
         max_sequences=max_sequences,
