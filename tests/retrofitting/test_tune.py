@@ -199,6 +199,41 @@ def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, t
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_share_of_distillation_is_the_same_in_several_processes(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = dense_for(corpus)
+    model = routed_from(dense, routed_layers=[1, 2], capacity=0.25).train()
+    trainer = DistillationTrainer(
+        corpus,
+        TUNING,
+        teacher=dense,
+        share=0.3,
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+        train_dataset=corpus.train,
+    )
+
+    def gradients(*parts: dict[str, Any], count: int) -> list[torch.Tensor]:
+        """The mean over the processes, each of which has a part of the batch."""
+        model.zero_grad()
+        for part in parts:
+            (trainer.compute_loss(model, dict(part), num_items_in_batch=count) / len(parts)).backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    whole = next(batches(corpus.train, range(4), corpus.end_of_text, 4, model.device))
+    # As many labels in either part: the routers' losses count by their share of them.
+    whole["labels"][::2, 4:9] = -100
+    count = int((whole["labels"][:, 1:] != -100).sum())
+    expected = gradients(whole, count=count)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    found = gradients(
+        *({name: value[rows] for name, value in whole.items()} for rows in (slice(2), slice(2, 4))), count=count
+    )
+    for mean, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [

@@ -87,14 +87,25 @@ class DistillationTrainer(MoDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        def distilled(**arguments: Any) -> MoDCausalLMOutput:
+            output = model(**arguments)
+            divergence = self._divergence(output, inputs, num_items_in_batch)
+            output.loss = output.loss + self.share * (divergence - output.lm_loss)
+            return output
+
+        # The library scales what the model returns by the number of processes, over which it then takes the mean.
+        return super().compute_loss(cast(nn.Module, distilled), inputs, return_outputs, num_items_in_batch)
+
+    def _divergence(
+        self, output: MoDCausalLMOutput, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """The divergence from the dense model's predictions, averaged as the loss of the text is."""
         labels = inputs["labels"]
-        loss, returned = super().compute_loss(model, inputs, True, num_items_in_batch)
-        output = cast(MoDCausalLMOutput, returned)
         with torch.no_grad():
             teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
                 wanted = self.teacher(**teacher_inputs, use_cache=False).logits
-        assert output.logits is not None and output.lm_loss is not None
+        assert output.logits is not None
         kept = labels[:, 1:] != -100
         divergence = F.kl_div(
             output.logits[:, :-1][kept].float().log_softmax(dim=-1),
@@ -102,9 +113,7 @@ class DistillationTrainer(MoDTrainer):
             reduction="sum",
             log_target=True,
         )
-        divergence = divergence / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
-        loss = loss + self.share * (divergence - output.lm_loss)
-        return (loss, output) if return_outputs else loss
+        return divergence / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def with_adapters(model: MoDForCausalLM, rank: int) -> LoraModel:
