@@ -88,7 +88,8 @@ def sequences(out: Path, processes: int) -> dict[int, list[list[list[int]]]]:
 
 
 def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, tmp_path: Path) -> None:
-    steps = ("--max-steps", "4", "--eval-every", "2", "--causal-router", "threshold")
+    # Predictors are sharded, thresholds are not, and calibration moves both.
+    steps = ("--max-steps", "4", "--eval-every", "2")
     one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
     launch(tmp_path, 2, job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP))
     launch(tmp_path, 1, job(text, one, *steps))
@@ -114,6 +115,25 @@ def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, 
         )
     assert not list((ddp / "checkpoint-4").glob("shard-*"))
     assert len(list((fsdp / "checkpoint-4").glob("shard-*.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_processes_route_at_random_each_by_numbers_of_its_own_and_go_on_with_them(text: Path, tmp_path: Path) -> None:
+    steps = ("--max-steps", "6", "--router-type", "random", "--eval-every", "6")
+    whole, parts, grown = (tmp_path / name for name in ("whole", "parts", "grown"))
+    launch(tmp_path, 1, job(text, grown, *steps, stop=[0, 3]))
+    jobs = [job(text, whole, *steps), job(text, parts, *steps, stop=[1, 3]), job(text, parts, *steps, "--resume")]
+    launch(tmp_path, 2, *jobs, job(text, grown, *steps, "--resume"))
+    numbers = [load_file(parts / "checkpoint-6" / f"generators{name}.safetensors")["torch"] for name in ("", "-1")]
+    assert not torch.equal(*numbers)
+    expected, found = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert is_whole(parts / "checkpoint-6")
+    # A process that the run did not have before draws numbers that none drew.
+    assert statuses(grown, 2) == ["0", "0"]
+    drawn = [load_file(grown / "checkpoint-6" / f"generators{name}.safetensors")["torch"] for name in ("", "-1")]
+    assert not any(torch.equal(state, other) for state in drawn for other in numbers)
+    assert not torch.equal(*drawn)
 
 
 @pytest.mark.slow

@@ -1,24 +1,37 @@
 """A checkpoint is whole or not there, whatever stops its writing and whatever happens to it afterwards."""
 
+import random
 import resource
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import QUIET, config_for
+from transformers import set_seed
 
 from mixture_of_depths import files
 from mixture_of_depths.files import is_whole, seal
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training import checkpoint as checkpoint_module
 from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training import trainer as trainer_module
-from mixture_of_depths.training.checkpoint import ASIDE, drop_checkpoints, latest_checkpoint
+from mixture_of_depths.training.checkpoint import (
+    ASIDE,
+    drop_checkpoints,
+    latest_checkpoint,
+    load_generators,
+    save_generators,
+    set_own_seed,
+)
 from mixture_of_depths.training.run import train
 
 OPTIONS = TrainOptions(max_steps=6, batch_size=4, save_every=2)
@@ -100,6 +113,36 @@ def test_the_oldest_checkpoints_go_whatever_the_clock_said(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
     drop_checkpoints(tmp_path, 20, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30"]
+
+
+def test_each_process_keeps_its_own_random_numbers_and_a_new_one_draws_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), torch.rand(()).item()]
+
+    def be(rank: int) -> None:
+        monkeypatch.setattr(checkpoint_module, "processes", lambda: SimpleNamespace(process_index=rank))
+
+    expected, at_first = [], []
+    for rank in range(3):
+        be(rank)
+        set_seed(7)
+        set_own_seed(7)
+        at_first.append(draw())
+        if rank < 2:
+            save_generators(tmp_path)
+            expected.append(draw())
+    set_seed(7)
+    assert at_first[0] == draw()
+    # The third joins when the run goes on.
+    for rank in (2, 1, 0):
+        be(rank)
+        set_seed(7)
+        load_generators(tmp_path, 7, 10)
+        at_first.append(draw())
+    assert at_first[:2:-1][:2] == expected
+    assert len({tuple(numbers) for numbers in at_first}) == len(at_first)
 
 
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(

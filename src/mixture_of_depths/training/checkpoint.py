@@ -2,7 +2,8 @@
 
 A checkpoint is written aside, sealed with the checksums of its files, and only then renamed to where it is looked for.
 Its tensors lie in one file a kind, or in one file a process that holds that process' shards of them all. Both are read
-by name, each process its own part, so that any number of processes goes on from what any other number wrote.
+by name, each process its own part, so that any number of processes goes on from what any other number wrote. Random
+generators lie in files of each process: as many processes go on bit for bit, and one more than before draws anew.
 """
 
 import json
@@ -26,9 +27,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
-from mixture_of_depths.distributed import is_main
+from mixture_of_depths.distributed import is_main, processes
 from mixture_of_depths.files import is_whole, read_json
 
 OPTIMIZER, SCHEDULE, GENERATORS = "optimizer", "schedule.json", "generators"
@@ -134,30 +135,53 @@ def _fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
         raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
 
 
+def set_own_seed(seed: int, steps: int = 0) -> None:
+    """Seeds the random generators of every process but the first anew, each in a way of its own.
+
+    All start from one seed, so that they build the same model. The rows of each are to be routed at random by other
+    numbers than those of the others, and after some steps by other numbers than at first.
+    """
+    rank = processes().process_index
+    if rank:
+        set_seed(int(np.random.SeedSequence(seed, spawn_key=(rank, steps)).generate_state(1)[0]))
+
+
+def _generators() -> str:
+    """The name of the files of this process' generators."""
+    rank = processes().process_index
+    return f"{GENERATORS}-{rank}" if rank else GENERATORS
+
+
 def save_generators(folder: Path) -> None:
-    """Writes the states of Python's, NumPy's and PyTorch's random generators."""
+    """Writes the states of Python's, NumPy's and PyTorch's random generators of this process, and of its device."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(states, folder / f"{GENERATORS}.safetensors")
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"{_generators()}.safetensors")
     numpy_state = [name, np.asarray(keys).tolist(), position, has_gauss, cached]
-    (folder / f"{GENERATORS}.json").write_text(json.dumps({"python": random.getstate(), "numpy": numpy_state}))
+    (folder / f"{_generators()}.json").write_text(json.dumps({"python": random.getstate(), "numpy": numpy_state}))
 
 
-def load_generators(folder: Path) -> None:
-    """Restores what `save_generators` wrote."""
-    states = read_json(folder / f"{GENERATORS}.json")
+def load_generators(folder: Path, seed: int, steps: int) -> None:
+    """Restores what `save_generators` wrote in this process.
+
+    One that the run did not have before has none, and draws from a seed made of the run's, its own number and the steps
+    done.
+    """
+    if not (folder / f"{_generators()}.json").exists():
+        set_own_seed(seed, steps)
+        return
+    states = read_json(folder / f"{_generators()}.json")
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    tensors = load_file(folder / f"{GENERATORS}.safetensors")
+    tensors = load_file(folder / f"{_generators()}.safetensors")
     torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+    # The run may have been on another kind of device.
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:

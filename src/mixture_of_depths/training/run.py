@@ -30,7 +30,7 @@ from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
-from mixture_of_depths.training.checkpoint import load_weights, whole_weights
+from mixture_of_depths.training.checkpoint import load_weights, set_own_seed, whole_weights
 from mixture_of_depths.training.folder import check_folder, only_run, open_folder
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_memory, check_options, trainer_arguments
@@ -258,6 +258,7 @@ def _run(
             callbacks=[Board(corpus), *tuning.callbacks, recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
+        set_own_seed(options.seed)
         with warnings.catch_warnings():
             # Nothing is changed in place, and what accelerate passes on is its own affair.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -175,6 +175,8 @@ class MoDTrainer(Trainer):
         try:
             with failing_together():
                 super()._save_checkpoint(model, trial)
+            # Once every process has written its files.
+            with failing_together():
                 if is_main():
                     seal(folder / ASIDE / name)
         except SafetensorError as error:
@@ -218,13 +220,11 @@ class MoDTrainer(Trainer):
         cast(LRScheduler, self.lr_scheduler).load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # All processes draw the same numbers.
-        if is_main():
-            save_generators(Path(output_dir))
+        save_generators(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_generators(Path(checkpoint))
+            load_generators(Path(checkpoint), self.run_options.seed, self.state.global_step)
 
 
 def evaluate_held_out(
