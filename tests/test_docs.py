@@ -38,8 +38,8 @@ RUN = (
     "README.md",
 )
 # Commands of other pages: those of reproduction.md are isoflop.md's over the committed records, as is the one of
-# experts.md that the README does not have, that of tuning.md runs after the page's Python, and those of scaling.md are for
-# machines with several GPUs; tests/test_distributed.py runs `mod train` in several processes.
+# experts.md that the README does not have, that of tuning.md runs after the page's Python, and those of scaling.md are
+# for machines with several GPUs; tests/test_distributed.py runs `mod train` in several processes.
 NOT_RUN = {"reproduction.md", "experts.md", "scaling.md", "tuning.md"}
 SERVERS = ("serve", "playground")
 
@@ -129,7 +129,8 @@ def test_the_python_that_tunes_with_other_trainers_runs(tmp_path: Path, monkeypa
     (tmp_path / "my_texts").mkdir()
     (tmp_path / "my_texts" / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
     (command,) = commands(page)
-    main.main(shlex.split(command)[1:])
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    main.main()
     start = MoDForCausalLM.from_pretrained("runs/mod").state_dict()
     for name in ("sft", "merged", "dpo", "calibrated"):
         tuned = MoDForCausalLM.from_pretrained(f"runs/{name}").state_dict()

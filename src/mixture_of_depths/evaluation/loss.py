@@ -171,7 +171,7 @@ def _run(model: MoDForCausalLM, batches_of_text: Iterable[dict[str, Tensor]], ro
     passes: Counter[int] = Counter()
     experts: dict[int, np.ndarray] = {}
     for batch in batches_of_text:
-        output = model(**batch, use_cache=False, routing=routing, output_routing=True)
+        output = model(**batch, use_cache=False, routing=routing, output_routing=True, skip_logits=True)
         labels = batch["labels"][:, 1:].numel()
         loss, predicted = loss + output.lm_loss.item() * labels, predicted + labels
         seen += batch["labels"].numel()

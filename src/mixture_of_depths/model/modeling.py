@@ -66,11 +66,11 @@ class Placement:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Placement":
         """The same on another device, as accelerate asks of what a block is given when blocks lie on several."""
-
-        def moved(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device, non_blocking=non_blocking)
-
-        return Placement(**{name: moved(values) for name, values in vars(self).items()})
+        fields: dict[str, Any] = {
+            name: None if values is None else values.to(device, non_blocking=non_blocking)
+            for name, values in vars(self).items()
+        }
+        return Placement(**fields)
 
     def of(self, selection: Selection) -> "Placement":
         """The placement of the chosen tokens, which attend to one another only."""
@@ -662,6 +662,9 @@ def chunked_loss(
         # A compiled graph has its own way of not holding the logits.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=HEAD_TOKENS, chunking_method=None)
         options = None if torch.compiler.is_compiling() else options
+        if not torch.is_grad_enabled():
+            # Gradients are computed together with the loss, for what asks for them.
+            head_VD = head_VD.detach()
         loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
     return loss / ((target_N != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 

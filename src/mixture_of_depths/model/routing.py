@@ -361,8 +361,8 @@ class _WithLoss(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        (factor,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_BTD, grad_loss), (factor,) = grad_outputs, ctx.saved_tensors
         return grad_BTD, torch.where(grad_loss == 0, factor.to(grad_loss.dtype), grad_loss), None
 
 

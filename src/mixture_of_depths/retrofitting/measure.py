@@ -150,7 +150,7 @@ def measure_importance(
         total = 0.0
         for batch in batches_of_text:
             with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16):
-                total += model(**batch, use_cache=False, routing="top_k").lm_loss.item()
+                total += model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item()
         return total / len(batches_of_text)
 
     before, every, importance = loss(), model.model.layers, []

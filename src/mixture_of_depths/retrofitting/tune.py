@@ -88,7 +88,7 @@ class DistillationTrainer(MoDTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         def distilled(**arguments: Any) -> MoDCausalLMOutput:
-            output = model(**arguments)
+            output = model(**{**arguments, "skip_logits": False})
             divergence = self._divergence(output, inputs, num_items_in_batch)
             output.loss = output.loss + self.share * (divergence - output.lm_loss)
             return output

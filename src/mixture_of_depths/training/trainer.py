@@ -10,7 +10,7 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
@@ -86,6 +86,16 @@ class MoDTrainer(Trainer):
         if cast(FullyShardedDataParallelPlugin, state.fsdp_plugin).cpu_ram_efficient_loading:
             # accelerate takes every entry of the state for a sharded weight, and thresholds are buffers.
             raise ValueError("fsdp_cpu_ram_efficient_loading=true is not supported; set it to false")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss, without the logits of the whole vocabulary in memory."""
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, return_outputs, num_items_in_batch)
 
     def average_thresholds(self) -> None:
         """Makes the routers' thresholds those of the whole batches.
