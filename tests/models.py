@@ -1,13 +1,17 @@
 """What tests share: small models and their layouts, tokenizers, texts, sequences and checkpoints."""
 
 import copy
+import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import gguf
 import torch
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.options import DataOptions
@@ -90,6 +94,68 @@ def make_checkpoint(folder: Path, max_position_embeddings: int = 128) -> None:
         initializer_range=0.3,
     )
     MoDForCausalLM(config).save_pretrained(folder)
+
+
+def write_gguf(path: Path, model: PreTrainedModel, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A Llama, Qwen2 or Qwen3 model as llama.cpp's converter writes it, with tokens of 300 for its vocabulary.
+
+    Args:
+        path: the file.
+        model: the model.
+        facts: metadata of the architecture to add, or to leave out where the value is None.
+        tensors: tensors to add by their names in the file.
+    """
+    fields: Any = model.config
+    tokenizer = train_tokenizer(["Once upon a time"], 300)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    vocabulary += [f"<unused {i}>" for i in range(fields.vocab_size - len(vocabulary))]
+    special: Any = tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)
+    architecture = fields.model_type
+    heads = {"attn_q": fields.num_attention_heads, "attn_k": fields.num_key_value_heads}
+    head_dim = getattr(fields, "head_dim", None) or fields.hidden_size // fields.num_attention_heads
+    stated = {
+        "context_length": fields.max_position_embeddings,
+        "embedding_length": fields.hidden_size,
+        "block_count": fields.num_hidden_layers,
+        "feed_forward_length": fields.intermediate_size,
+        "attention.head_count": fields.num_attention_heads,
+        "attention.head_count_kv": fields.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": fields.rms_norm_eps,
+        "rope.freq_base": fields.rope_parameters["rope_theta"],
+        "vocab_size": fields.vocab_size,
+    }
+    stated |= {"rope.dimension_count": head_dim} if architecture == "llama" else {}
+    writer = gguf.GGUFWriter(path, architecture)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in {**stated, **facts}.items():
+        if value is not None:
+            add[type(value)](f"{architecture}.{name}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if i in special else 1 for i in range(len(vocabulary))])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    writer.add_eos_token_id(special[0])
+    writer.add_bos_token_id(special[0])
+    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(kind, fields.num_hidden_layers)
+    for full_name, weight in model.state_dict().items():
+        name, _, suffix = full_name.rpartition(".")
+        short = names.get_name(name)
+        assert short is not None
+        part = short.rpartition(".")[2]
+        if architecture == "llama" and part in heads:
+            # It rotates neighbours where transformers rotates halves.
+            weight = weight.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
+        if full_name != "lm_head.weight" or not fields.tie_word_embeddings:
+            writer.add_tensor(f"{short}.{suffix}", weight.float().contiguous().numpy())
+    for name, weight in tensors.items():
+        writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def distinct_tokens(batch: int, length: int) -> torch.Tensor:

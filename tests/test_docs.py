@@ -15,11 +15,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 import yaml
-from models import TASK, make_checkpoint
+from models import TASK, make_checkpoint, write_gguf
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.cli import isoflop, main
@@ -157,48 +157,10 @@ def readers_folder(folder: Path) -> None:
     study["sweeps"] = [{"budgets": [2.0e10], "families": ["baseline", "mod", "stochastic-12"], "depths": [2, 4]}]
     (folder / "recipes").mkdir()
     (folder / "recipes" / "isoflop-cpu.yaml").write_text(yaml.safe_dump(study))
-    write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def write_gguf(path: Path) -> None:
-    """A small random Llama with the tokens of all bytes, in a file of the form of SmolLM2's."""
-    width, blocks, heads, wide = 32, 8, 2, 64
-    tokenizer = train_tokenizer(["Once upon a time"], 300)
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    special = tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(width)
-    writer.add_block_count(blocks)
-    writer.add_feed_forward_length(wide)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if i in special else 1 for i in range(len(vocabulary))])
-    writer.add_token_merges(
-        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
-    )
-    writer.add_eos_token_id(special[0])
-    writer.add_bos_token_id(special[0])
-    shapes = {"token_embd": (len(vocabulary), width), "output_norm": (width,)}
-    for i in range(blocks):
-        shapes |= {f"blk.{i}.{name}": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-        shapes |= {f"blk.{i}.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{i}.ffn_gate": (wide, width), f"blk.{i}.ffn_up": (wide, width)}
-        shapes |= {f"blk.{i}.ffn_down": (width, wide)}
     torch.manual_seed(0)
-    for name, shape in shapes.items():
-        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / width**0.5
-        writer.add_tensor(f"{name}.weight", weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    fields: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    fields |= {"vocab_size": 300, "num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+    write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf", LlamaForCausalLM(LlamaConfig(**fields)), {}, {})
 
 
 def shorter(line: str) -> list[str]:

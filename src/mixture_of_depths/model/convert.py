@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mixture_of_depths.model.configuration import ROPE_TYPES, MoDConfig
+from mixture_of_depths.model.gguf import gguf_fields
 from mixture_of_depths.model.modeling import MoDForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -106,13 +107,18 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
     """
     place = source
     gguf: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     if source.endswith(".gguf"):
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"source={source} is no file; name a GGUF file, a folder or a model of the hub")
         place, gguf = str(path.parent), {"gguf_file": path.name}
     try:
+        if gguf:
+            stated = gguf_fields(Path(source))
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf)
+        for name, value in stated.items():
+            setattr(config, name, value)
         if not isinstance(config, MoDConfig):
             # Before the weights are read.
             config_from(config)
@@ -122,6 +128,7 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         # The library annotates the model alone; asked for it, it returns what it found beside the model.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
+            config=config,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=None if gguf else True,
