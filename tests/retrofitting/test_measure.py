@@ -1,6 +1,9 @@
 """A retrofitted model starts as the dense one, with routers fitted to it, and its blocks' importance is measured."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -56,6 +59,25 @@ def test_fitted_routers_are_the_least_squares_of_how_much_a_block_adds(corpus: C
         weight_D = torch.linalg.solve(x_ND.T @ x_ND + ridge, x_ND.T @ (y_N - y_N.mean()))
         weight_D = weight_D / (x_ND @ weight_D).std(correction=0)
         assert torch.allclose(fitted[layer_idx].double(), weight_D, atol=1e-3)
+
+
+THREADS = """
+import datasets, torch
+torch.set_num_threads(2)
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.retrofitting.measure import fit_routers
+config = MoDConfig(vocab_size=31, hidden_size=576, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1,
+                   head_dim=2, initializer_range=0.3, routed_layers=[])
+sequences = datasets.Dataset.from_dict({"input_ids": torch.randint(1, 31, (20, 40)).tolist()})
+weights_LD = fit_routers(MoDForCausalLM(config), sequences, 0)
+assert weights_LD.isfinite().all() and (weights_LD.norm(dim=1) > 0).all()
+"""
+
+
+def test_routers_of_a_width_of_576_are_fitted_whatever_the_number_of_threads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importance_is_what_the_loss_rises_by(corpus: Corpus) -> None:

@@ -101,15 +101,26 @@ def fit_routers(dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text:
     finally:
         for hook in hooks:
             hook.remove()
-    # The intercept, last, is not held back.
-    ridge_LD = RIDGE * moments_LDD.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).repeat(1, size + 1)
-    ridge_LD[:, -1] = 0
-    weights_LD = torch.linalg.solve(moments_LDD + torch.diag_embed(ridge_LD), products_LD)[:, :-1]
+    weights_LD = _ridge(moments_LDD, products_LD)[:, :-1].to(moments_LDD.dtype)
     count = moments_LDD[:, -1:, -1]
     means_LD = moments_LDD[:, -1, :-1] / count
     outer_LDD = moments_LDD[:, :-1, :-1] / count[..., None] - means_LD[:, :, None] * means_LD[:, None, :]
     variance_L = (weights_LD[:, None] @ outer_LDD @ weights_LD[..., None]).flatten()
     return weights_LD / variance_L.clamp(min=1e-12).sqrt()[:, None]
+
+
+def _ridge(moments_LDD: Tensor, products_LD: Tensor) -> Tensor:
+    """Weights of least squares with decay, in float64, from sums over inputs whose last entry is a constant 1."""
+    weights = []
+    # One by one, and not by LU: that of a batch fails in some builds of MKL once the number of threads is set.
+    for moments_DD, products_D in zip(moments_LDD, products_LD, strict=True):
+        moments_DD, products_D = moments_DD.double(), products_D.double()
+        decay_D = RIDGE * moments_DD.diagonal().mean().repeat(len(products_D))
+        # The intercept is not held back.
+        decay_D[-1] = 0
+        lower_DD = torch.linalg.cholesky(moments_DD + decay_D.diag())
+        weights.append(torch.cholesky_solve(products_D[:, None], lower_DD)[:, 0])
+    return torch.stack(weights)
 
 
 def routers_of(model: MoDForCausalLM) -> dict[int, Router]:
