@@ -175,7 +175,7 @@ WHOLE = [
     parquet("body", ["a"]),
     b"x" * 100_000,
 ]
-SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".bin", ""]
+SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".parquet.gz", ".bin", ""]
 
 
 @FEW

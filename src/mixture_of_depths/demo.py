@@ -44,6 +44,7 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
         if not resume and (out / name).exists():
             raise ValueError(f"out={out} holds a demo; name another folder, or give resume to go on with it")
     corpus = prepare(data)
+    console.print(str(corpus.facts))
     options = TrainOptions(max_flops=max_flops, batch_size=4, learning_rate=4e-3, seed=seed)
     models: dict[str, MoDForCausalLM] = {}
     results: dict[str, TrainResult] = {}

@@ -1,5 +1,6 @@
 """Reading, splitting, tokenising, packing and caching text."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from models import SENTENCE, options, read, sentence_tokenizer, write_files
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 
-from mixture_of_depths.text.corpus import prepare
+from mixture_of_depths.files import seal
+from mixture_of_depths.text.corpus import load_prepared, prepare
 from mixture_of_depths.text.documents import split_documents
 from mixture_of_depths.text.pieces import tokenized
 from mixture_of_depths.text.tokenizer import END_OF_TEXT, start_of_text, train_tokenizer
@@ -64,6 +66,28 @@ def test_prepared_text_is_cached_by_content(tmp_path: Path) -> None:
     (tmp_path / "000.txt").write_text("other " + SENTENCE * 20)
     prepare(opts)
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 4
+
+
+def test_what_was_left_out_is_that_of_the_files_read_though_others_of_the_same_text_are_cached(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    opts = options(tmp_path, str(tmp_path / "*.txt"))
+    first = prepare(opts)
+    (tmp_path / "empty.txt").write_text("")
+    again = prepare(opts)
+    assert (first.key, first.facts.skipped.empty) == (again.key, 0)
+    assert again.facts.skipped.empty == 1
+
+
+def test_an_entry_of_before_records_without_text_were_counted_is_still_read(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    opts = options(tmp_path, str(tmp_path / "*.txt"))
+    first = prepare(opts)
+    entry = opts.cache_dir / first.key
+    facts = json.loads((entry / "facts.json").read_text())
+    del facts["skipped"]["no_text"]
+    (entry / "facts.json").write_text(json.dumps(facts))
+    seal(entry)
+    assert load_prepared(opts, first.key).facts == first.facts
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])

@@ -33,9 +33,11 @@ def test_every_kind_of_file_gives_its_text(tmp_path: Path) -> None:
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "seven"}'))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["eight", None]}), folder / "g.parquet")
     (folder / "h.bin").write_bytes(b"no text")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["nine"]}), tmp_path / "i.parquet")
+    (folder / "i.parquet.gz").write_bytes(gzip.compress((tmp_path / "i.parquet").read_bytes()))
     documents, skipped = read(options(tmp_path, str(folder)))
-    assert documents == ["one", "two", "three = 3", "four", "five", "six", "seven", "eight"]
-    assert skipped == Skipped(empty=1)
+    assert documents == ["one", "two", "three = 3", "four", "five", "six", "seven", "eight", "nine"]
+    assert skipped == Skipped(no_text=1)
 
 
 def test_files_and_globs_are_read_in_order(tmp_path: Path) -> None:
@@ -58,19 +60,30 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe not utf-8")
     (tmp_path / "b.txt").write_text("  \n")
     (tmp_path / "c.jsonl").write_text('{"text": "kept"}\n{"text": \n{"text": ""}')
+    (tmp_path / "d.jsonl").write_text('{"body": "x"}\n[1]\n"x"\nnull\n{"text": 5}\n{"text": null}\n{"text": "also"}')
     documents, skipped = read(options(tmp_path, str(tmp_path)))
-    assert documents == ["kept"]
-    assert skipped == Skipped(not_utf8=1, empty=2, not_json=1)
+    assert documents == ["kept", "also"]
+    assert skipped == Skipped(not_utf8=1, empty=2, not_json=1, no_text=6)
+
+
+def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}')
+    assert read(options(tmp_path, f"hub:{folder}")) == (["one", "two"], Skipped(no_text=1))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"body": "x"}', "text_column=text is missing in line 1 of .*a.jsonl, which has: body"),
-        ("a.jsonl", b"[1]", "text_column=text is missing in line 1"),
-        ("a.jsonl", b'{"text": 5}', "text_column=text of .*a.jsonl holds int, not text"),
+        ("a.jsonl", b'{"body": "x"}\n[1]', "text_column=text holds text in no line of .*a.jsonl; line 1 has: body"),
+        ("a.jsonl", b"\n[1]", "text_column=text holds text in no line of .*a.jsonl; line 2 has: list"),
+        ("a.jsonl", b'{"text": 5}', "text_column=text holds text in no line of .*a.jsonl; line 1 has: int"),
+        ("a.jsonl", b'{"text": null}', r"holds no text \(skipped: .*, 1 without text\)"),
         ("a.txt.gz", b"no gzip", "a.txt.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-12], "a.txt.gz is not a whole gzip file"),
+        ("a.parquet.gz", b"no gzip", "a.parquet.gz is not a whole gzip file"),
+        ("a.parquet.gz", gzip.compress(b"no parquet"), "a.parquet.gz is not a Parquet file"),
         ("a.parquet", b"no parquet", "a.parquet is not a Parquet file"),
         ("a.csv", b"x", "a.csv is not one of"),
         ("a.txt", b"", "holds no text"),
@@ -88,6 +101,9 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, content: 
 def test_a_parquet_file_without_the_column_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"text_column=text is missing in .*, which has: body"):
+        prepare(options(tmp_path, str(tmp_path / "a.parquet")))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"text_column=text of .*a\.parquet holds int, not text"):
         prepare(options(tmp_path, str(tmp_path / "a.parquet")))
 
 

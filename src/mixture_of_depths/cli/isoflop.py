@@ -24,7 +24,7 @@ def plan(study: Study) -> None:
 
     from mixture_of_depths.isoflop.plan import flops_per_second
 
-    planned, _ = _planned(study)
+    planned, corpus = _planned(study)
     speed = flops_per_second()
     table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
@@ -36,6 +36,7 @@ def plan(study: Study) -> None:
         sizes = (parameters, f"{length.steps:,}", tokens, f"{item.flops_per_token:.3g}")
         table.add_row(item.run.name, *sizes, f"{minutes:.1f}")
     console = Console()
+    console.print(str(corpus.facts))
     console.print(table)
     total = sum(item.length.flops for item in planned)
     console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
@@ -56,6 +57,7 @@ def run(study: Study, out: Path, ray: str | None = None, cpus: int = 2) -> None:
 
     planned, corpus = _planned(study)
     console = Console()
+    console.print(str(corpus.facts))
     if ray is None:
         finished = run_here(planned, corpus, out, console)
     else:

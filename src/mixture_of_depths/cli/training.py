@@ -34,12 +34,8 @@ def train(
 
     quiet_libraries()
     console = Console(quiet=not is_main())
-    corpus = load_prepared(data, from_main(lambda: prepare_cache(data)))
-    facts = corpus.facts
-    console.print(
-        f"{facts.train_documents} documents, {facts.train_tokens:,} tokens to train on; held out "
-        f"{facts.validation_documents} ({facts.split}), {facts.validation_tokens:,} tokens; skipped: {facts.skipped}"
-    )
+    corpus = load_prepared(data, *from_main(lambda: prepare_cache(data)))
+    console.print(str(corpus.facts))
     config = model_config(model, corpus.tokenizer, data.sequence_length)
     length = horizon(training, config, data.sequence_length)
     console.print(f"{length.steps:,} steps, {length.tokens:,} tokens, {length.flops:.3g} training FLOPs")
@@ -87,6 +83,7 @@ def retrofit(
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
     corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
+    console.print(str(corpus.facts))
     _, result = run(dense, source, corpus, routing, training, out, resume, console)
     if not result.finished:
         console.print("stopped; go on with the same command and --resume")

@@ -32,6 +32,12 @@ class CorpusFacts:
     split: str
     skipped: Skipped = field(default_factory=Skipped)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.train_documents} documents, {self.train_tokens:,} tokens to train on; held out "
+            f"{self.validation_documents} ({self.split}), {self.validation_tokens:,} tokens; skipped: {self.skipped}"
+        )
+
     @property
     def validation_bytes_per_token(self) -> float:
         return self.validation_bytes / self.validation_tokens
@@ -67,13 +73,13 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
     Raises:
         ValueError: when there is no text, a path or column is missing, or the text is shorter than one sequence.
     """
-    corpus = load_prepared(options, prepare_cache(options, tokenizer))
+    corpus = load_prepared(options, *prepare_cache(options, tokenizer))
     # The cache's copy cuts text alike, but a chat template may differ.
     return corpus if tokenizer is None else replace(corpus, tokenizer=tokenizer)
 
 
-def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    """Puts prepared text into the cache if it is not there, and returns its key; see `prepare`."""
+def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[str, Skipped]:
+    """Puts prepared text into the cache if it is not there; returns its key, and what was left out; see `prepare`."""
     _check(options)
     skipped = Skipped()
     documents = list(read_documents(options, skipped))
@@ -90,18 +96,24 @@ def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | Non
             # Another process may have written it meanwhile.
             if not is_whole(folder):
                 _write_cache(folder, options, documents, own_tokenizer, skipped)
-    return folder.name
+    return folder.name, skipped
 
 
-def load_prepared(options: DataOptions, key: str) -> Corpus:
-    """The text under a key of the cache; the text itself is not read again."""
+def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None) -> Corpus:
+    """The text under a key of the cache; the text itself is not read again.
+
+    Args:
+        options: the text, and how it is cut.
+        key: its key.
+        skipped: what was left out, where this text was read from others than the files that the entry was made of.
+    """
     folder = options.cache_dir / key
     facts = json.loads((folder / "facts.json").read_text())
     return Corpus(
         datasets.Dataset.load_from_disk(str(folder / "train")),
         datasets.Dataset.load_from_disk(str(folder / "validation")),
         load_tokenizer(str(folder / "tokenizer")),
-        CorpusFacts(**{**facts, "skipped": Skipped(**facts["skipped"])}),
+        CorpusFacts(**{**facts, "skipped": skipped or Skipped(**facts["skipped"])}),
         options,
         key,
     )

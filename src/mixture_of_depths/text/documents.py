@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,10 @@ class Skipped:
     not_utf8: int = 0
     empty: int = 0
     not_json: int = 0
+    no_text: int = 0
 
     def __str__(self) -> str:
-        return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON"
+        return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON, {self.no_text} without text"
 
 
 def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
@@ -51,7 +53,7 @@ def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterato
     if source == BUILTIN:
         yield from _read_files(builtin_files(), options, skipped)
     elif source.startswith("hub:"):
-        yield from _read_hub(source.removeprefix("hub:"), options)
+        yield from _read_hub(source.removeprefix("hub:"), options, skipped)
     else:
         yield from _read_files(find_files(source), options, skipped)
 
@@ -94,15 +96,16 @@ def _kind(path: Path) -> str | None:
 def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str]:
     for path in paths:
         kind = _kind(path)
-        if kind == ".parquet":
-            yield from _read_parquet(path, options.text_column)
-            continue
         try:
-            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else None
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
+        if kind == ".parquet":
+            # Left on the disk where it can be: it is read in parts.
+            yield from _read_parquet(path, path if raw is None else BytesIO(raw), options.text_column, skipped)
+            continue
         try:
-            text = raw.decode("utf-8-sig")
+            text = (path.read_bytes() if raw is None else raw).decode("utf-8-sig")
         except UnicodeDecodeError:
             skipped.not_utf8 += 1
             continue
@@ -113,6 +116,8 @@ def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -
 
 
 def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterator[str]:
+    """The texts of a file's records; those without are counted, and refused where no record has the column."""
+    is_there, without = False, ""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -121,32 +126,38 @@ def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterato
         except (json.JSONDecodeError, RecursionError):
             skipped.not_json += 1
             continue
-        if not isinstance(record, dict) or column not in record:
-            names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"text_column={column} is missing in line {number} of {path}, which has: {names}")
-        yield _text(record[column], column, path)
+        has_column = isinstance(record, dict) and column in record
+        value = record[column] if has_column else record
+        if has_column and isinstance(value, str | None):
+            is_there = True
+            yield from _texts([value], column, path, skipped)
+            continue
+        skipped.no_text += 1
+        names = ", ".join(value) if isinstance(value, dict) and not has_column else type(value).__name__
+        without = without or f"line {number} has: {names}"
+    if without and not is_there:
+        raise ValueError(f"text_column={column} holds text in no line of {path}; {without}")
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, file: Path | BytesIO, column: str, skipped: Skipped) -> Iterator[str]:
     try:
-        file = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"data={path} is not a Parquet file: {error}") from error
-    names = file.schema_arrow.names
+    names = table.schema_arrow.names
     if column not in names:
         raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
-    for batch in file.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield _text(value, column, path)
+    for batch in table.iter_batches(columns=[column]):
+        yield from _texts(batch.column(0).to_pylist(), column, path, skipped)
 
 
-def _read_hub(name: str, options: DataOptions) -> Iterator[str]:
+def _read_hub(name: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
     name, _, config = name.partition(":")
     for record in _records_of_hub(name, config, options.split):
         if options.text_column not in record:
             names = ", ".join(record)
             raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {names}")
-        yield _text(record[options.text_column], options.text_column, name)
+        yield from _texts([record[options.text_column]], options.text_column, name, skipped)
 
 
 def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
@@ -158,13 +169,16 @@ def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, An
         raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error
 
 
-def _text(value: object, column: str, source: object) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
-    # JSON can spell half a surrogate pair, which is no text.
-    return value.encode("utf-8", "replace").decode("utf-8")
+def _texts(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:
+    """The texts of a column of one kind; those that are null are counted."""
+    for value in values:
+        if value is None:
+            skipped.no_text += 1
+        elif isinstance(value, str):
+            # JSON can spell half a surrogate pair, which is no text.
+            yield value.encode("utf-8", "replace").decode("utf-8")
+        else:
+            raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
 
 
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str], str]:
