@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import run
+from command import TINY, data, run
+from models import write_numbers
 from safetensors.torch import load_file, save_file
 
 
@@ -28,6 +29,58 @@ def test_train_then_evaluate_gives_the_figures_of_the_run(
     assert rounded["loss_causal"] == pytest.approx(found["loss_causal"], rel=0.02)
     status, output, _ = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--data", str(text / "*.txt"))
     assert json.loads(output)["tokens"] > found["tokens"]
+
+
+def test_the_held_out_text_is_taken_from_the_cache_or_prepared_again_or_missed_in_both_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    write_numbers(text)
+    assert run(monkeypatch, capsys, "train", "--out", str(out), *data(text), *TINY, "--max-steps", "1")[0] == 0
+
+    def evaluated() -> Any:
+        status, output, errors = run(monkeypatch, capsys, "evaluate", str(out))
+        return json.loads(output)["loss_causal"] if status == 0 else (status, " ".join(errors.split()))
+
+    loss = evaluated()
+    # Prepared again where the entry is damaged.
+    (entry,) = (path for path in (text / "cache").iterdir() if path.is_dir())
+    (entry / "facts.json").write_text("{")
+    assert evaluated() == loss
+    assert json.loads((entry / "facts.json").read_text())
+    # Neither edited nor gone does the text matter to what was held out.
+    (text / "1.txt").write_text("another text " * 50)
+    assert evaluated() == loss
+    text.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved" / "cache", text / "cache")
+    assert evaluated() == loss
+    status, output, _ = run(monkeypatch, capsys, "calibrate", str(out), "--out", str(tmp_path / "calibrated"))
+    assert (status, json.loads(output)["before"]["tokens"] > 0) == (0, True)
+    # Without the cache both are named.
+    shutil.rmtree(text / "cache")
+    status, said = evaluated()
+    assert (status, f"is not whole in the cache, as {entry}," in said) == (2, True)
+    assert "cannot be prepared again" in said
+    assert "holds no file" in said
+    shutil.copy(tmp_path / "moved" / "1.txt", text)
+    shutil.copy(tmp_path / "moved" / "2.txt", text)
+    status, said = evaluated()
+    assert (status, f"is not whole in the cache, as {entry}," in said) == (2, True)
+    assert "has changed since the training" in said
+
+
+def test_what_is_left_out_of_the_text_is_shown(
+    text: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(text.glob("*.txt"))]
+    (tmp_path / "some.jsonl").write_text("\n".join([*lines, '{"body": "x"}', "{"]))
+    shown = "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 1 without text"
+    status, _, errors = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--data", str(tmp_path / "some.jsonl"))
+    assert (status, shown in errors) == (0, True)
+    small = ["--data", str(tmp_path / "some.jsonl"), *data(text)[2:], *TINY, "--max-steps", "1"]
+    status, output, _ = run(monkeypatch, capsys, "train", "--out", str(tmp_path / "run"), *small)
+    assert (status, shown in " ".join(output.split())) == (0, True)
 
 
 def test_calibrate_writes_a_model_whose_blocks_take_their_capacity(

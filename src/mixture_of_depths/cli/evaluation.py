@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,9 +185,12 @@ def _text_for(
         raise ValueError(f"sequence_length={sequence_length} must be at least 2")
     if data:
         length = sequence_length or text["options"]["sequence_length"]
-        documents = list(read_documents(DataOptions(data=data, text_column=text_column), Skipped()))
+        skipped = Skipped()
+        documents = list(read_documents(DataOptions(data=data, text_column=text_column), skipped))
         if not documents:
-            raise ValueError(f"data={' '.join(data)} holds no text")
+            raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
+        if skipped != Skipped():
+            print(f"skipped: {skipped}", file=sys.stderr)
         tokens = tokenize(documents, tokenizer)
         sequences = pack(tokens, length, "given")
         bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
@@ -200,14 +204,15 @@ def _text_for(
 
 
 def _held_out(checkpoint: Path) -> "Corpus":
-    """The text that a model's training held out.
+    """The text that a model's training held out: from the cache, or prepared again where it is not whole there.
 
     Raises:
-        ValueError: when it is not known any more.
+        ValueError: when it is in neither place.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from mixture_of_depths.text.corpus import prepare
+    from mixture_of_depths.files import is_whole
+    from mixture_of_depths.text.corpus import load_prepared, prepare
     from mixture_of_depths.text.tokenizer import load_tokenizer
     from mixture_of_depths.training.folder import read_run
 
@@ -219,10 +224,19 @@ def _held_out(checkpoint: Path) -> "Corpus":
         options = TypeAdapter(DataOptions).validate_python(text["options"])
     except ValidationError as error:
         raise ValueError(f"{trained} is damaged: the text's options: {error.errors()[0]['msg']}") from error
+    entry = options.cache_dir / str(text["key"])
+    if is_whole(entry):
+        return load_prepared(options, entry.name)
+    absent = f"the text that the training held out is not whole in the cache, as {entry},"
     # The model's own copy: the one it was trained with may have moved.
-    corpus = prepare(options, load_tokenizer(str(checkpoint)) if options.tokenizer else None)
+    tokenizer = load_tokenizer(str(checkpoint)) if options.tokenizer else None
+    try:
+        corpus = prepare(options, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{absent} and cannot be prepared again; give other data: {error}") from error
     if corpus.key != text["key"]:
         raise ValueError(
-            f"data={' '.join(options.data)} has changed since the training; bring it back, or give other data"
+            f"{absent} and data={' '.join(options.data)} has changed since the training; bring one of them back, or "
+            "give other data"
         )
     return corpus
