@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def follow_umask(paths: Iterable[Path]) -> None:
+    """Gives files the mode that any other new one has; safetensors leaves its own to their owner alone."""
+    # It can only be read by setting it: for a moment, to the strictest.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)
+
+
 def seal(folder: Path) -> None:
-    """Writes the checksums of all files in a folder into it, last, and everything to the disk."""
+    """Writes the checksums of all files in a folder into it, last, and all to the disk; the umask gives the modes."""
+    follow_umask(path for path in folder.rglob("*") if path.is_file())
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():

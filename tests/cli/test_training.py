@@ -1,6 +1,7 @@
 """The commands that train: train, retrofit and demo."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from command import TINY, data, run
+from models import write_numbers
 
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 
@@ -31,6 +33,26 @@ def test_ctrl_c_saves_and_ends_with_status_130(text: Path, tmp_path: Path) -> No
     assert process.returncode == 130
     assert "Traceback" not in shown
     assert latest_checkpoint(out)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_all_that_is_written_has_the_mode_of_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_numbers(tmp_path)
+        out, calibrated = tmp_path / "run", tmp_path / "calibrated"
+        train = ["train", "--out", str(out), *data(tmp_path), *TINY, "--max-steps", "2", "--save-every", "1"]
+        assert run(monkeypatch, capsys, *train)[0] == 0
+        assert run(monkeypatch, capsys, "calibrate", str(out), "--out", str(calibrated))[0] == 0
+    finally:
+        os.umask(before)
+    weights = [path.parent.name for path in tmp_path.rglob("model.safetensors")]
+    assert sorted(weights) == ["calibrated", "checkpoint-1", "checkpoint-2", "run"]
+    assert (tmp_path / "cache").is_dir()
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: oct(found) for path, found in modes.items() if found != mode} == {}
 
 
 def test_a_model_with_experts_goes_the_same_ways(

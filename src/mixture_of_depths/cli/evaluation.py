@@ -130,6 +130,7 @@ def calibrate(
 
     from mixture_of_depths.evaluation.calibration import calibrate as run
     from mixture_of_depths.evaluation.loss import evaluate as evaluation
+    from mixture_of_depths.files import follow_umask
     from mixture_of_depths.text.batches import halves
     from mixture_of_depths.text.tokenizer import end_of_text
 
@@ -156,6 +157,7 @@ def calibrate(
     if (checkpoint / "run.json").exists():
         shutil.copy(checkpoint / "run.json", out)
     model.save_pretrained(out)
+    follow_umask(out.glob("*.safetensors"))
     tokenizer.save_pretrained(str(out))
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
 
