@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,12 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.model.flops import (
+    block_flops,
     cache_bytes,
     decode_bytes,
     decode_flops,
+    dense_token_flops,
     forward_flops,
     forward_flops_per_token,
     model_parameters,
+    share_saved,
+    token_flops,
     training_flops_per_token,
 )
 
@@ -153,3 +158,15 @@ def test_a_routed_block_is_read_when_any_row_enters() -> None:
     assert one.weights < four.weights < decode_bytes(dense, 100, batch_size=4).weights + 4 * 2 * 5000
     assert cache_bytes(config, 100) == pytest.approx(cache_bytes(dense, 100) * (3 + 2 * 0.125) / 5)
     assert decode_bytes(config, 100, bytes_per_element=2).total == one.total / 2
+
+
+def test_what_skipping_saves_counts_projections_attention_and_mlp_of_who_skips() -> None:
+    config = config_of({"route_every": 2})
+    inside_LT = np.ones((config.num_hidden_layers, 10), dtype=bool)
+    met_LT = np.zeros_like(inside_LT)
+    assert share_saved(config, inside_LT, met_LT) == 0
+    assert token_flops(config, inside_LT, met_LT) == pytest.approx(dense_token_flops(config, 10))
+    inside_LT[1, 4:] = False
+    everything = sum(dense_token_flops(config, 10))
+    skipped = block_flops(config, 6, 10 * 11 / 2 - 4 * 5 / 2, 0).total
+    assert share_saved(config, inside_LT, met_LT) == pytest.approx(skipped / everything)

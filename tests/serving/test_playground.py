@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from browser import watched
-from models import make_checkpoint
+from models import TOKENIZER, make_checkpoint, model_with
 from playwright.sync_api import sync_playwright
 
 from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths.inspect.depth import coloured
+from mixture_of_depths.inspect.report import report
 from mixture_of_depths.inspect.trace import trace_tokens
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import sample_texts
@@ -36,12 +38,25 @@ def test_the_frames_are_the_sample_with_the_blocks_its_tokens_used(pair: Any) ->
         frames[0].used == trace_tokens(model, tokenizer, sample.tokens[: frames[0].prompt_tokens]).blocks_used.tolist()
     )
     assert len(frames[0].pieces) == frames[0].prompt_tokens
-    assert len(frames) == 1 + 20
-    tokens = sample.tokens[: len(frames[-1].pieces)]
-    used = trace_tokens(model, tokenizer, tokens).blocks_used.tolist()
-    assert frames[-1].used == used[:-1]
-    assert all(len(frame.used) == len(frame.pieces) - 1 for frame in frames[1:])
-    assert 0 <= frames[-1].saved < 1
+    assert len(frames) == 1 + 20 + 1
+    used = trace_tokens(model, tokenizer, sample.tokens).blocks_used.tolist()
+    assert frames[-1].used == used
+    assert frames[-2].used == used[:-1]
+    assert all(len(frame.used) == len(frame.pieces) - 1 for frame in frames[1:-1])
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 3, "num_noop_experts": 1}])
+def test_the_share_saved_is_that_of_generate_and_inspect(experts: dict[str, Any]) -> None:
+    model = model_with(**experts)
+    *_, before, last = play(model, TOKENIZER, "the fox", SamplingOptions(max_new_tokens=20, seed=1))
+    (sample,) = sample_texts(model, TOKENIZER, ["the fox"], SamplingOptions(max_new_tokens=20, seed=1))
+    traced = trace_tokens(model, TOKENIZER, sample.tokens)
+    figure = f"{1 - traced.flops.sum() / traced.dense_flops.sum():.1%}"
+    assert f"{figure} of the compute saved" in shown(last, model)
+    assert f"{figure} of the compute saved" in coloured(model, TOKENIZER, sample.tokens).plain
+    assert f"{figure} less than if every token" in report(traced, {})
+    if not experts:
+        assert before.saved == pytest.approx(trace_tokens(model, TOKENIZER, sample.tokens[:-1]).saved)
 
 
 def test_a_model_that_ends_at_once_leaves_the_prompt(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +121,7 @@ def test_a_browser_samples_from_two_models_side_by_side(pair: Any, width: int) -
         assert [element.text_content() for element in opened.locator(".sample").all()] == stopped
         assert len(stopped) < 2 or stopped[1] != stopped[0]
         for facts in opened.locator(".facts").all():
-            assert re.fullmatch(r"[\d.]+ tokens/s, \d+% of the compute saved", facts.inner_text())
+            assert re.fullmatch(r"[\d.]+ tokens/s, [\d.]+% of the compute saved", facts.inner_text())
         opened.get_by_label("Prompt").fill("")
         opened.get_by_role("button", name="Sample").click()
         opened.get_by_text("is empty; give at least one character").first.wait_for(timeout=20_000)

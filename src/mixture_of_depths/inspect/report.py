@@ -164,14 +164,13 @@ def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
 
 def _facts(trace: Trace) -> dict[str, str]:
     routing = "causal: each token decides by itself" if trace.routing == "causal" else "top-k, which looks ahead"
-    saved = 1 - trace.flops.sum() / trace.dense_flops.sum()
     most = "entered every block" if trace.experts_met is None else "met an expert with every choice in every block"
     facts = {
         "tokens": f"{len(trace.pieces):,}",
         "routing": routing,
         "blocks": f"{trace.num_hidden_layers}, of them routed {len(trace.routed_layers)}",
         figures.engagement_name(trace): f"{trace.engagement.mean():.2f} on average",
-        "FLOPs": f"{saved:.1%} less than if every token {most}",
+        "FLOPs": f"{trace.saved:.1%} less than if every token {most}",
         "loss": f"{np.nanmean(trace.loss):.3f} nats per token" if len(trace.pieces) > 1 else "-",
     }
     correlation = figures.engagement_against_entropy(trace)

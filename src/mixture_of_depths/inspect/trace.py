@@ -15,9 +15,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertRouting
-from mixture_of_depths.model.flops import block_flops, expert_rows_per_token, router_flops
+from mixture_of_depths.model.flops import dense_token_flops, expert_rows_per_token, share_saved, token_flops
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.text.pieces import pieces, tokenized
@@ -49,6 +48,7 @@ class Trace:
         flops (np.ndarray): operations spent on the token in a forward pass, head included; of shape [T].
         dense_flops (np.ndarray): what it would have cost to enter every block, and to meet an expert there with every
             choice; of shape [T].
+        saved: share of the operations that all tokens together spared of those.
     """
 
     pieces: list[str]
@@ -67,6 +67,7 @@ class Trace:
     loss: np.ndarray
     flops: np.ndarray
     dense_flops: np.ndarray
+    saved: float
 
     @property
     def inside(self) -> np.ndarray:
@@ -183,8 +184,9 @@ def trace_tokens(
         experts_expected=None if all_alike else expert_rows_per_token(config),
         entropy=-(log_p.exp() * log_p).sum(dim=-1).cpu().numpy(),
         loss=np.concatenate([[np.nan], loss.cpu().numpy()]).astype(np.float32),
-        flops=_flops(config, inside, experts_met),
-        dense_flops=_flops(config, np.ones_like(inside), np.full(inside.shape, _most_experts(config))),
+        flops=token_flops(config, inside, experts_met),
+        dense_flops=dense_token_flops(config, len(tokens)),
+        saved=share_saved(config, inside, experts_met),
     )
 
 
@@ -213,21 +215,3 @@ def _experts_met(routing: tuple[ExpertRouting | None, ...], inside: np.ndarray) 
         if experts is not None:
             met_T[inside_T] = experts.taken[0].sum(dim=-1).cpu().numpy()
     return met
-
-
-def _most_experts(config: MoDConfig) -> float:
-    """How many experts a token meets in a block if none of its choices is lost; on average, where experts choose."""
-    if config.expert_routing == "expert_choice":
-        return expert_rows_per_token(config)
-    return config.most_experts_per_token
-
-
-def _flops(config: MoDConfig, inside: np.ndarray, experts_met: np.ndarray) -> np.ndarray:
-    """Operations per token, of shape [T]; for who is inside which block, and the experts met there, each [L, T]."""
-    # The cost of a token is that of itself, of the pairs it attends with and of its experts.
-    fixed = block_flops(config, 1, 0, 0).total
-    pair = block_flops(config, 0, 1, 0).total
-    expert = block_flops(config, 0, 0, 1).total
-    total = (inside * (fixed + pair * inside.cumsum(axis=1)) + expert * experts_met).sum(axis=0)
-    routers = len(config.routed_layers or []) * router_flops(config, 1).total
-    return total + routers + 2.0 * config.hidden_size * config.vocab_size

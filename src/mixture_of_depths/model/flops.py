@@ -7,10 +7,14 @@ S tokens. A backward pass costs twice its forward pass, so training is three tim
 
 A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2). Experts
 work for the tokens that ask for them, up to their capacity; no-ops are taken to get the share that is their target.
+
+Shapes: T tokens, L blocks.
 """
 
 from dataclasses import dataclass
 from typing import Literal, cast
+
+import numpy as np
 
 from mixture_of_depths.model.configuration import MoDConfig
 
@@ -130,6 +134,40 @@ def forward_flops_per_token(config: MoDConfig, sequence_length: int) -> float:
 def training_flops_per_token(config: MoDConfig, sequence_length: int) -> float:
     """Operations per token of a forward and backward pass: three times the forward count."""
     return 3 * forward_flops_per_token(config, sequence_length)
+
+
+def token_flops(config: MoDConfig, inside_LT: np.ndarray, experts_met_LT: np.ndarray) -> np.ndarray:
+    """Forward operations spent on each token of a text, head included; of shape [T].
+
+    Args:
+        config: the model.
+        inside_LT: which tokens went through each block, dense ones included; bool, of shape [L, T].
+        experts_met_LT: how many experts took each token in each block, of shape [L, T]; not looked at without experts.
+    """
+    # The cost of a token is that of itself, of the pairs it attends with and of its experts.
+    fixed = block_flops(config, 1, 0, 0).total
+    pair = block_flops(config, 0, 1, 0).total
+    expert = block_flops(config, 0, 0, 1).total
+    total = (inside_LT * (fixed + pair * inside_LT.cumsum(axis=1)) + expert * experts_met_LT).sum(axis=0)
+    routers = len(config.routed_layers or []) * router_flops(config, 1).total
+    return total + routers + 2.0 * config.hidden_size * config.vocab_size
+
+
+def dense_token_flops(config: MoDConfig, tokens: int) -> np.ndarray:
+    """What `token_flops` would be if each of `tokens` tokens entered every block; of shape [T].
+
+    Every choice of an expert then meets one; where experts choose, a token meets as many as on average.
+    """
+    is_expert_choice = config.expert_routing == "expert_choice"
+    most = expert_rows_per_token(config) if is_expert_choice else config.most_experts_per_token
+    shape = (config.num_hidden_layers, tokens)
+    return token_flops(config, np.ones(shape, dtype=bool), np.full(shape, most))
+
+
+def share_saved(config: MoDConfig, inside_LT: np.ndarray, experts_met_LT: np.ndarray) -> float:
+    """The share of a text's operations that was spared, by what was skipped; for the arguments see `token_flops`."""
+    spent_T = token_flops(config, inside_LT, experts_met_LT)
+    return float(1 - spent_T.sum() / dense_token_flops(config, len(spent_T)).sum())
 
 
 def decode_flops(config: MoDConfig, context_length: int) -> FlopCount:

@@ -11,13 +11,14 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio
+import numpy as np
 import torch
 from gradio import themes
 from transformers import PreTrainedTokenizerBase
 
-from mixture_of_depths.inspect.depth import saved
 from mixture_of_depths.inspect.report import SHADES, shade_of
 from mixture_of_depths.inspect.trace import trace_tokens
+from mixture_of_depths.model.flops import expert_rows_per_token, share_saved
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.step import State
@@ -34,7 +35,7 @@ class Frame:
 
     Attributes:
         pieces: text of the prompt's and the new tokens.
-        used: blocks that each of them used; one fewer after a new token, which has not been read.
+        used: blocks that each of them used; one fewer while tokens come, the newest of which has not been read.
         prompt_tokens: how many of them are the prompt's.
         tokens_per_second: speed after the first new token; 0 before.
         saved: share of the compute that the tokens read so far spared.
@@ -54,23 +55,25 @@ def play(
     options: SamplingOptions,
     compiled: bool = False,
 ) -> Iterator[Frame]:
-    """Samples after a prompt: one frame of the prompt alone, and one a token.
+    """Samples after a prompt: one frame of the prompt alone, one a token, and one with all tokens read.
+
+    Before the last frame the experts a token met are taken to be as many as expected.
 
     Raises:
         ValueError: for a prompt the model cannot go on from.
     """
     (sample,) = begin(tokenizer, [prompt])
-    used: list[int] = trace_tokens(model, tokenizer, sample.tokens).blocks_used.tolist()
-    tokens, stored = list(sample.tokens), 0
+    traced = trace_tokens(model, tokenizer, sample.tokens)
+    tokens, inside_LT, stored_L = list(sample.tokens), traced.inside, None
 
     def watch(state: State) -> None:
-        nonlocal stored
-        before, stored = stored, sum(int(layer.length_B[0]) for layer in state.layers)
-        if before:
-            used.append(stored - before)
+        nonlocal inside_LT, stored_L
+        before_L, stored_L = stored_L, np.array([int(layer.length_B[0]) for layer in state.layers])
+        if before_L is not None:
+            inside_LT = np.column_stack([inside_LT, stored_L > before_L])
 
-    prompt_tokens = len(tokens)
-    yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, 0.0, saved(model.config, used))
+    prompt_tokens, speed = len(tokens), 0.0
+    yield Frame(traced.pieces, traced.blocks_used.tolist(), prompt_tokens, speed, traced.saved)
     ends, first = end_tokens(model), None
     for token_B in stream(
         model, torch.tensor([tokens], device=model.device), options=options, compiled=compiled, watch=watch
@@ -78,11 +81,16 @@ def play(
         now = time.perf_counter()
         first = first or now
         if int(token_B[0]) in ends:
-            return
+            break
         tokens.append(int(token_B[0]))
         count = len(tokens) - prompt_tokens - 1
         speed = count / (now - first) if count else 0.0
-        yield Frame(pieces(tokenizer, tokens), list(used), prompt_tokens, speed, saved(model.config, used))
+        used = inside_LT.sum(axis=0).tolist()
+        saved = share_saved(model.config, inside_LT, inside_LT * expert_rows_per_token(model.config))
+        yield Frame(pieces(tokenizer, tokens), used, prompt_tokens, speed, saved)
+    if len(tokens) > prompt_tokens:
+        traced = trace_tokens(model, tokenizer, tokens)
+        yield Frame(traced.pieces, traced.blocks_used.tolist(), prompt_tokens, speed, traced.saved)
 
 
 def shown(frame: Frame, model: MoDForCausalLM) -> str:
@@ -101,7 +109,7 @@ def shown(frame: Frame, model: MoDForCausalLM) -> str:
             spans.append(f'<span title="{frame.used[i]} blocks" style="{style}">{sign}{escape(piece)}</span>')
         else:
             spans.append(f"<span>{escape(piece)}</span>")
-    facts = f"{frame.tokens_per_second:.1f} tokens/s, {frame.saved:.0%} of the compute saved"
+    facts = f"{frame.tokens_per_second:.1f} tokens/s, {frame.saved:.1%} of the compute saved"
     # Each line goes in the direction of its first letter.
     box = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace;unicode-bidi:plaintext"
     return (
