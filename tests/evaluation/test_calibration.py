@@ -1,5 +1,7 @@
 """Calibration makes the capacity's share of the tokens enter, and the threshold follows the top-k choice."""
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -8,7 +10,7 @@ import torch
 from models import left_padded, routed_model, some_sequences
 from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
 
-from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.evaluation.calibration import calibrate, using_causal_router
 from mixture_of_depths.evaluation.loss import evaluate
 
@@ -210,3 +212,49 @@ def test_adapters_put_in_place_are_calibrated_and_others_refused() -> None:
         calibrate(prompted, sequences, end_of_text=0)
     with pytest.raises(ValueError, match="model=Linear has no routers"):
         evaluate(torch.nn.Linear(2, 2), sequences, 0, 1.0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])
+def test_after_400_padded_steps_the_capacity_enters_text_that_was_not_trained_on(causal_router: Any, side: str) -> None:
+    config = MoDConfig(
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        initializer_range=0.1,
+        capacity=0.125,
+        causal_router=causal_router,
+    )
+    model = MoDForCausalLM(config).train()
+    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+
+    def batch_of(first: int, last: int) -> dict[str, torch.Tensor]:
+        """Eight pieces of the text between two places, of 8 to 64 bytes, padded."""
+        lengths = torch.randint(8, 65, (8, 1))
+        starts = torch.randint(first, last - 64, (8, 1))
+        slots = torch.arange(64)
+        mask = slots < lengths if side == "right" else slots >= 64 - lengths
+        return {"input_ids": text[starts + slots] * mask, "attention_mask": mask.long()}
+
+    cut = len(text) * 3 // 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        batch = batch_of(0, cut)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    calibrate(model, [batch_of(cut, len(text)) for _ in range(16)])
+    model.eval()
+    deciding = "threshold" if causal_router == "auxiliary_loss" else causal_router
+    with using_causal_router(model, deciding), torch.no_grad():
+        passes = [
+            (batch["attention_mask"].bool(), model(**batch, use_cache=False, output_routing=True).routing)
+            for batch in (batch_of(cut, len(text)) for _ in range(16))
+        ]
+    for layer in config.routed_layers:
+        entered = torch.cat([routing[layer].entered[real] for real, routing in passes])
+        assert entered.float().mean().item() == pytest.approx(0.125, rel=0.2)
