@@ -11,7 +11,6 @@ from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import LLAMA, TINY, TOKENIZER, check_gradients, distinct_tokens, layout, model_with, tiny
-from peft import LoraConfig, get_peft_model
 from reference import reference_forward
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -428,66 +427,6 @@ def test_documents_packed_for_other_attention_kernels_are_told_apart() -> None:
     assert torch.equal(model(input_ids, max_length_q=7, max_length_k=7, **lengths).logits, expected)
     assert torch.equal(model(input_ids, position_ids=position_ids, **lengths).logits, expected)
     assert not torch.equal(model(input_ids).logits, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_loss_without_logits_is_the_loss_of_the_logits(dtype: torch.dtype) -> None:
-    model = tiny(vocab_size=997).train()
-    torch.nn.Module.to(model, dtype)
-    input_ids, mask = padded_rows(400)
-    labels = input_ids.masked_fill(mask == 0, -100)
-    fields: dict[str, Any] = {"attention_mask": mask, "labels": labels}
-    results = []
-    for skip in (True, False):
-        for count in (None, 700, torch.tensor(700)):
-            model.zero_grad()
-            output = model(input_ids, num_items_in_batch=count, skip_logits=skip, **fields)
-            output.loss.backward()
-            assert (output.logits is None) == skip
-            assert output.lm_loss.dtype in (torch.float32, torch.float64)
-            results.append((output.loss.item(), [weight.grad.clone() for weight in model.parameters()]))
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    for (loss, grads), (expected, expected_grads) in zip(results[:3], results[3:], strict=True):
-        assert loss == pytest.approx(expected, rel=tolerance)
-        for a, b in zip(grads, expected_grads, strict=True):
-            assert (a - b).abs().max() <= tolerance * b.abs().max()
-
-
-def padded_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of tokens, the second padded on the right, and their mask."""
-    input_ids = torch.randint(0, 31, (2, length))
-    mask = torch.ones_like(input_ids)
-    mask[1, length // 3 :] = 0
-    return input_ids, mask
-
-
-def test_a_head_under_an_adapter_gives_its_own_loss_without_logits() -> None:
-    model = get_peft_model(tiny().float(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
-    input_ids = torch.randint(0, 31, (2, 12))
-    with_logits = model(input_ids=input_ids, labels=input_ids).loss.item()
-    assert model(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.item() == pytest.approx(with_logits)
-    with model.disable_adapter():
-        assert model(input_ids=input_ids, labels=input_ids).loss.item() != pytest.approx(with_logits)
-
-
-def test_the_first_token_after_padding_is_not_predicted_from_padding() -> None:
-    model = tiny(routed_layers=[]).eval()
-    row = torch.randint(0, 31, (1, 8))
-    expected = model(row, labels=row).loss.item()
-    input_ids = torch.cat([torch.zeros(1, 4, dtype=torch.int64), row], dim=1)
-    mask = torch.tensor([[0] * 4 + [1] * 8])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    assert model(input_ids, attention_mask=mask, labels=labels).loss.item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("skip_logits", [True, False])
-def test_labels_that_are_shifted_already_are_taken_as_they_are(skip_logits: bool) -> None:
-    model = tiny().eval()
-    input_ids = torch.randint(0, 31, (2, 9))
-    shifted = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
-    expected = model(input_ids, labels=input_ids).loss.item()
-    given = model(input_ids, labels=input_ids, shift_labels=shifted, skip_logits=skip_logits).loss.item()
-    assert given == pytest.approx(expected)
 
 
 def test_a_static_cache_is_refused_by_name() -> None:

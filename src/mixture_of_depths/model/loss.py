@@ -1,0 +1,56 @@
+"""The loss of the next token, without the logits of the whole vocabulary for all tokens in memory.
+
+Shapes: B batch, T tokens given, S tokens known (past and given), N tokens of all rows, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Tokens of which the head's logits are in memory at once, where they serve the loss alone.
+HEAD_TOKENS = 256
+
+
+def next_tokens(labels_BT: Tensor, attention_mask_BS: Tensor | None) -> Tensor:
+    """What each token is to predict, of shape [B, T]; -100 for nothing, as padding has it and the last token."""
+    target_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    if attention_mask_BS is None:
+        return target_BT
+    # The first token after padding on the left would be predicted from padding.
+    return target_BT.masked_fill(attention_mask_BS[:, -labels_BT.shape[1] :] == 0, -100)
+
+
+def chunked_loss(
+    hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Cross-entropy of the next token in nats, of which the logits of a few tokens at a time are in memory.
+
+    Args:
+        hidden_BTD (torch.Tensor): hidden states after the final norm, of shape [B, T, D].
+        head_VD (torch.Tensor): the head's weight, of shape [V, D].
+        target_BT (torch.Tensor): what each token is to predict, -100 for nothing; of shape [B, T].
+        num_items_in_batch: the number of predictions to average over; None for those there are.
+    """
+    hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
+    device = hidden_ND.device.type
+    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
+
+    def summed(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), target_N, reduction="sum")
+
+    if hidden_ND.dtype in (torch.float16, torch.bfloat16):
+        # PyTorch's own would return the loss in this precision, which has three digits.
+        parts = zip(hidden_ND.split(HEAD_TOKENS), target_N.split(HEAD_TOKENS), strict=True)
+        loss = torch.stack([checkpoint(summed, *part, use_reentrant=False) for part in parts]).sum()
+    else:
+        # A compiled graph has its own way of not holding the logits.
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=HEAD_TOKENS, chunking_method=None)
+        options = None if torch.compiler.is_compiling() else options
+        if not torch.is_grad_enabled():
+            # Gradients are computed together with the loss, for what asks for them.
+            head_VD = head_VD.detach()
+        loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
+    return loss / ((target_N != -100).sum() if num_items_in_batch is None else num_items_in_batch)
