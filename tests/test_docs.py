@@ -119,7 +119,7 @@ def test_the_python_that_tunes_with_other_trainers_runs(tmp_path: Path, monkeypa
     make_checkpoint(tmp_path / "runs" / "mod")
     turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
     (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
-    pair = {"prompt": "the quick", "chosen": " brown fox", "rejected": " fox"}
+    pair = {"prompt": "the quick", "chosen": " brown fox jumps" * 8, "rejected": " over the lazy dog" * 8}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 100)
     page = (ROOT / "docs" / "tuning.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
