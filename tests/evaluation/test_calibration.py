@@ -1,12 +1,14 @@
 """Calibration makes the capacity's share of the tokens enter, and the threshold follows the top-k choice."""
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import left_padded, routed_model, some_sequences
 from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
 
@@ -258,3 +260,23 @@ def test_after_400_padded_steps_the_capacity_enters_text_that_was_not_trained_on
     for layer in config.routed_layers:
         entered = torch.cat([routing[layer].entered[real] for real, routing in passes])
         assert entered.float().mean().item() == pytest.approx(0.125, rel=0.2)
+
+
+def test_an_adapter_that_keeps_no_routers_is_warned_of() -> None:
+    batches = [{"input_ids": torch.randint(0, 31, (4, 32))}]
+    without = get_peft_model(routed_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="the adapter does not keep the routers"):
+        calibrate(without, batches)
+    keeping = get_peft_model(routed_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"]))
+    for model in (keeping.requires_grad_(False), routed_model()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            calibrate(model, batches)
+
+
+def test_a_model_of_which_blocks_are_offloaded_is_refused(tmp_path: Path) -> None:
+    layers = {f"model.layers.{layer}": "disk" for layer in range(3)}
+    places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(routed_model(), places, offload_dir=tmp_path, main_device="cpu")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.router is offloaded"):
+        calibrate(model, [{"input_ids": torch.randint(0, 31, (4, 32))}])

@@ -1,11 +1,14 @@
 """The loss of the next token, with and without the logits in memory."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import tiny
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -66,3 +69,23 @@ def test_labels_that_are_shifted_already_are_taken_as_they_are(skip_logits: bool
     expected = model(input_ids, labels=input_ids).loss.item()
     given = model(input_ids, labels=input_ids, shift_labels=shifted, skip_logits=skip_logits).loss.item()
     assert given == pytest.approx(expected)
+
+
+def test_a_head_that_is_offloaded_gives_its_own_loss_without_logits(tmp_path: Path) -> None:
+    model = tiny().float().eval()
+    input_ids = torch.randint(0, 31, (2, 12))
+    expected = model(input_ids, labels=input_ids).loss.item()
+    dispatched = dispatch_model(model, {"model": "cpu", "lm_head": "disk"}, offload_dir=tmp_path, main_device="cpu")
+    output = dispatched(input_ids, labels=input_ids, skip_logits=True)
+    assert output.loss.item() == pytest.approx(expected)
+    assert output.logits is None
+
+
+def test_the_librarys_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
+    model = tiny(routed_layers=[], attention_bias=True).float()
+    input_ids = torch.randint(0, 31, (2, 12))
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    expected = model.train()(**batch).loss.item()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[])
+    loss = Trainer(model, arguments).compute_loss(model, dict(batch))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)

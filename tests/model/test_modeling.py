@@ -474,3 +474,20 @@ def test_tuning_under_causal_routing_trains_what_is_sampled() -> None:
     output.loss.backward()
     assert model.model.layers[1].router.proj.weight.grad.abs().max() > 0
     assert all(buffer.eq(0).all() for name, buffer in model.named_buffers() if name.endswith("threshold"))
+
+
+def test_random_routing_is_tuned_as_it_is_sampled_under_causal_routing() -> None:
+    model = tiny(router_type="random", training_routing="causal")
+    input_ids = torch.randint(0, 31, (2, 24))
+    assert torch.equal(model.train()(input_ids).logits, model.eval()(input_ids, use_cache=False).logits)
+
+
+def test_thresholds_that_are_offloaded_are_loaded_with_their_routers(tmp_path: Path) -> None:
+    model = tiny(causal_router="threshold").float().eval()
+    model.model.layers[1].router.threshold.fill_(0.3)
+    input_ids = torch.randint(0, 31, (2, 24))
+    expected = model(input_ids, use_cache=False).logits
+    layers = {f"model.layers.{layer}": "disk" for layer in range(3)}
+    places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+    dispatched = dispatch_model(model, places, offload_dir=tmp_path, offload_buffers=True, main_device="cpu")
+    assert torch.equal(dispatched(input_ids, use_cache=False).logits, expected)

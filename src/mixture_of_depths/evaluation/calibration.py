@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N tokens of all batches, E experts, D hidden size.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Union, cast
@@ -105,9 +106,14 @@ def calibrate(
         batch_size: sequences of a data set per forward pass.
 
     Raises:
-        ValueError: for batches without `input_ids`, an `end_of_text` that is missing or has no use, or no text.
+        ValueError: for batches without `input_ids`, an `end_of_text` that is missing or has no use, or no text; and for
+            a model of which blocks are offloaded.
+
+    Warns:
+        UserWarning: when the routers are not among what an adapter keeps, so that it is saved without what is set here.
     """
     base = without_adapters(model)
+    _check_constants(model, base)
     batches_of_text = list(_batches(base.device, sequences, end_of_text, batch_size))
     if not batches_of_text:
         raise ValueError("sequences holds no text; give at least one")
@@ -125,6 +131,24 @@ def calibrate(
                         _shift_all(base, batches_of_text, shifted, with_experts)
     finally:
         base.train(was_training)
+
+
+def _check_constants(model: Adapted, base: MoDForCausalLM) -> None:
+    """Refuses constants that are not in memory, and warns of those that the adapter at work does not keep."""
+    routers = {name: module for name, module in base.named_modules() if isinstance(module, Router | ExpertRouter)}
+    for name, router in routers.items():
+        if any(weight.is_meta for weight in router.parameters()):
+            raise ValueError(f"{name} is offloaded, where it cannot be set; load the model without offloading")
+    is_kept = any(
+        ".modules_to_save." in name or any(weight.requires_grad for weight in router.parameters())
+        for name, router in routers.items()
+    )
+    if model is not base and routers and not is_kept:
+        warnings.warn(
+            "the adapter does not keep the routers: it will be saved without what is set here; name them in "
+            "modules_to_save, or merge the adapter before",
+            stacklevel=3,
+        )
 
 
 def _batches(
@@ -176,9 +200,9 @@ def _shift_all(
             forced_N = torch.cat(is_first) & model.config.first_token_enters
             _shift(layer.router, causal_router, model.config.capacity_fraction(layer_idx), torch.cat(logits), forced_N)
             _gather_anew(model)
-        if with_experts and isinstance(layer.mlp, ExpertMLP):
+        if with_experts:
             _shift_experts(
-                layer.mlp.router,
+                cast(ExpertMLP, layer.mlp).router,
                 ((_real(hidden_BTD, others), *layer(hidden_BTD, **others)[2:]) for hidden_BTD, others in passing),
             )
         passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -31,6 +32,7 @@ from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouti
 from mixture_of_depths.model.loss import chunked_loss, next_tokens
 from mixture_of_depths.model.routing import (
     LayerRouting,
+    PreciseLinear,
     Predictor,
     Router,
     Routing,
@@ -191,7 +193,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         """What the block adds to the residual stream of the tokens it is given: f(X) of the paper's equation 1."""
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past, num_tokens)
         normed_BTD = self.post_attention_layernorm(hidden_BTD + attended_BTD)
-        if isinstance(self.mlp, ExpertMLP):
+        if self.config.has_experts:
             mlp_BTD, expert_routing = self.mlp(normed_BTD, placement.real, routing)
             return attended_BTD + mlp_BTD, expert_routing
         return attended_BTD + self.mlp(normed_BTD), None
@@ -217,7 +219,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
             hidden_BTD = hidden_BTD + delta_BTD
         else:
-            selection, layer_routing = self.router.select(hidden_BTD, position_BT, placement.real, routing)
+            selection, layer_routing = self.router(hidden_BTD, position_BT, placement.real, routing)
             if selection.index_BK.shape[1] == 0:
                 if cache is not None:
                     cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
@@ -396,17 +398,17 @@ class MoDModel(MoDPreTrainedModel):
     ) -> None:
         """Moves the running averages of the thresholds towards where top-k and the experts' capacity cut.
 
-        Those of frozen routers stay with the weights they belong to: adapters keep no buffers.
+        Those of frozen routers, and of routers of which only parts are trained in the place of the model's own, stay
+        with the weights they belong to: adapters keep no buffers but of modules that they keep whole.
         """
         moved = []
         if layer_routing is not None and layer_routing.boundary is not None:
             assert layer.router is not None
             moved.append((layer.router, layer_routing.boundary))
         if expert_routing is not None and expert_routing.boundary is not None:
-            assert isinstance(layer.mlp, ExpertMLP)
-            moved.append((layer.mlp.router, expert_routing.boundary))
+            moved.append((cast(ExpertMLP, layer.mlp).router, expert_routing.boundary))
         for router, boundary in moved:
-            if router.proj.weight.requires_grad:
+            if isinstance(router.proj, PreciseLinear) and router.proj.weight.requires_grad:
                 threshold = router.threshold
                 boundary = torch.where(boundary.isfinite(), boundary.to(threshold.dtype), threshold)
                 threshold.lerp_(boundary, 1 - self.config.threshold_decay)
@@ -564,8 +566,9 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         )
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = loss = lm_loss = router_loss = balance_loss = z_loss = None
-        # An adapter on the head does more than its weight says.
-        if not (skip_logits and isinstance(self.lm_head, nn.Linear)):
+        # An adapter on the head does more than its weight says, and where it lies elsewhere only its call brings it.
+        is_plain = isinstance(self.lm_head, nn.Linear) and self.lm_head.weight.device == hidden_BTD.device
+        if not (skip_logits and is_plain):
             logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
         if labels is not None:
             target_BT = kwargs.get("shift_labels")
@@ -649,3 +652,5 @@ def _mean_over_blocks(losses: list[Tensor | None]) -> Tensor | None:
 
 AutoModel.register(MoDConfig, MoDModel)
 AutoModelForCausalLM.register(MoDConfig, MoDForCausalLM)
+# Where the library's trainer looks whether labels are to be shifted before it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoDConfig.model_type] = MoDForCausalLM.__name__

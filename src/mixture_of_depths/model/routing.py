@@ -143,10 +143,11 @@ class Router(PreciseModule):
             return hidden_BTD
         return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], eps=self.config.rms_norm_eps)
 
-    def logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, hidden_BTD: Tensor, position_BT: Tensor, routing: Routing = "causal") -> tuple[Tensor, Tensor]:
         """Returns the router's logits and the causal logits, both of shape [B, T], in float32 at least."""
         if self.is_random:
-            router_logits_BT = self._random_logits(hidden_BTD, position_BT)
+            is_fresh = self.training and routing == "top_k"
+            router_logits_BT = self._random_logits(hidden_BTD, position_BT, is_fresh)
             return router_logits_BT, router_logits_BT - normal_quantile(1 - self.capacity)
         with full_precision(hidden_BTD.device):
             router_logits_BT = self.proj(self.input_of(hidden_BTD)).squeeze(-1)
@@ -159,9 +160,9 @@ class Router(PreciseModule):
                 case _:
                     return router_logits_BT, router_logits_BT
 
-    def _random_logits(self, hidden_BTD: Tensor, position_BT: Tensor) -> Tensor:
+    def _random_logits(self, hidden_BTD: Tensor, position_BT: Tensor, is_fresh: bool) -> Tensor:
         dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        if self.training:
+        if is_fresh:
             return torch.randn(hidden_BTD.shape[:2], dtype=dtype, device=hidden_BTD.device)
         # Drawn from the position: decoding token by token must repeat the decisions of the full forward pass, and
         # evaluation must not disturb the generator that training uses.
@@ -184,7 +185,7 @@ class Router(PreciseModule):
             case _:
                 return router_logits
 
-    def select(
+    def forward(
         self, hidden_BTD: Tensor, position_BT: Tensor, real_BT: Tensor | None, routing: Routing
     ) -> tuple[Selection, LayerRouting]:
         """Chooses the tokens that enter.
@@ -195,7 +196,7 @@ class Router(PreciseModule):
             real_BT (torch.Tensor | None): False for padding, which is never chosen; None when there is none.
             routing: "top_k" or "causal".
         """
-        router_logits_BT, causal_logits_BT = self.logits(hidden_BTD, position_BT)
+        router_logits_BT, causal_logits_BT = self.logits(hidden_BTD, position_BT, routing)
         is_first_BT = (position_BT == 0).expand_as(router_logits_BT) if self.config.first_token_enters else None
         if routing == "causal":
             entered_BT = causal_logits_BT > 0
