@@ -15,7 +15,7 @@ def provenance() -> dict[str, Any]:
 
     return {
         "git_commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("mixture-of-depths", "torch", "transformers", "tokenizers")},
@@ -28,6 +28,12 @@ def provenance() -> dict[str, Any]:
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _program() -> str:
+    """The script, or the package that `python -m` runs."""
+    script = Path(sys.argv[0])
+    return f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
 
 
 def _git_commit() -> str | None:

@@ -83,9 +83,9 @@ def test_right_and_wrong_decisions_are_all_decisions() -> None:
 @pytest.mark.parametrize("text", [TEXT, "a"])
 def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
     found = trace(model_with(**changes), TOKENIZER, text)
-    with drawn(found, trace(model_with(**changes), TOKENIZER, text, "top_k")) as figures:
-        assert sorted(figures) == ["causal-decisions", "entropy", "kinds", "router-weights", "routing-map", "shares"]
-        written = save(figures, tmp_path)
+    figures = drawn(found, trace(model_with(**changes), TOKENIZER, text, "top_k"))
+    assert sorted(figures) == ["causal-decisions", "entropy", "kinds", "router-weights", "routing-map", "shares"]
+    written = save(figures, tmp_path)
     assert len(written) == 12
     assert all(path.stat().st_size > 1000 for path in written)
     assert plt.get_fignums() == []
@@ -95,11 +95,11 @@ def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], tex
 def test_figures_show_where_no_expert_took_a_token(routed: dict[str, Any]) -> None:
     found = trace(model_with(num_experts=3, num_noop_experts=2, noop_share=0.4, **routed), TOKENIZER, TEXT, "top_k")
     assert found.experts_met is not None
-    with drawn(found, None) as figures:
-        names = sorted(figures)
-        axes = figures["experts"].axes[0]
-        heights = [bar.get_height() for bar in axes.patches]
-        outlines = {patch.get_gid(): patch.get_path() for patch in figures["routing-map"].axes[0].patches}
+    figures = drawn(found, None)
+    names = sorted(figures)
+    axes = figures["experts"].axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    outlines = {patch.get_gid(): patch.get_path() for patch in figures["routing-map"].axes[0].patches}
     expected = ["entropy", "experts", "kinds", "routing-map"]
     assert names == sorted(expected + (["router-weights", "shares"] if found.routed_layers else []))
     assert heights == pytest.approx(found.experts_met.sum(axis=1) / found.inside.sum(axis=1))
@@ -113,11 +113,11 @@ def test_the_same_trace_draws_the_same_picture() -> None:
     found = trace(model_with(), TOKENIZER, TEXT)
     pictures = []
     for _ in range(2):
-        with drawn(found, None) as figures:
-            pictures.append(svg(figures["shares"]))
+        figures = drawn(found, None)
+        pictures.append(svg(figures["shares"]))
     assert pictures[0] == pictures[1]
-    with drawn(trace(model_with(routed_layers=[]), TOKENIZER, TEXT), None) as figures:
-        assert figures == {}
+    figures = drawn(trace(model_with(routed_layers=[]), TOKENIZER, TEXT), None)
+    assert figures == {}
 
 
 @pytest.mark.parametrize("changes", [{}, {"route_every": 1, "route_from": 0}])

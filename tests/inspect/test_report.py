@@ -61,8 +61,8 @@ def traced(text: str, **changes: Any) -> Trace:
 
 
 def page_of(found: Trace, title: str = "A page") -> str:
-    with drawn(found, None) as figures:
-        return report(found, figures, title)
+    figures = drawn(found, None)
+    return report(found, figures, title)
 
 
 def test_every_token_is_escaped_and_shown_as_itself() -> None:

@@ -191,17 +191,18 @@ def _text_for(
         documents = list(read_documents(DataOptions(data=data, text_column=text_column), skipped))
         if not documents:
             raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
-        if skipped != Skipped():
-            print(f"skipped: {skipped}", file=sys.stderr)
         tokens = tokenize(documents, tokenizer)
         sequences = pack(tokens, length, "given")
         bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
     else:
         corpus = _held_out(checkpoint)
+        skipped = corpus.facts.skipped
         length = corpus.options.sequence_length
         sequences, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
         if sequence_length not in (None, length):
             raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
+    if skipped != Skipped():
+        print(f"skipped: {skipped}", file=sys.stderr)
     return sequences, bytes_per_token, length
 
 

@@ -58,14 +58,14 @@ def inspect(
         top_k = under_top_k(model, tokenizer, traced)
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with drawn(traced, top_k) as images:
-        page = report(traced, images, f"{checkpoint.name}: where the compute goes")
-        out.write_text(page, encoding="utf-8")
-        print(out)
-        if trace is not None:
-            (traced.write_json if trace.suffix == ".json" else traced.write_parquet)(trace)
-            print(trace)
-        if figures is not None and not images:
-            print(f"no figures in {figures}: the model has no routed blocks", file=sys.stderr)
-        elif figures is not None:
-            print(*save(images, figures), sep="\n")
+    images = drawn(traced, top_k)
+    page = report(traced, images, f"{checkpoint.name}: where the compute goes")
+    out.write_text(page, encoding="utf-8")
+    print(out)
+    if trace is not None:
+        (traced.write_json if trace.suffix == ".json" else traced.write_parquet)(trace)
+        print(trace)
+    if figures is not None and not images:
+        print(f"no figures in {figures}: the model has no routed blocks", file=sys.stderr)
+    elif figures is not None:
+        print(*save(images, figures), sep="\n")

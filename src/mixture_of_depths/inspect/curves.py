@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 
 def training_curve(runs: dict[str, Path], out: Path) -> None:
@@ -16,7 +13,8 @@ def training_curve(runs: dict[str, Path], out: Path) -> None:
         runs: a label and the `metrics.jsonl` of each run.
         out: the PNG to write.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    figure = Figure(figsize=(7, 4.5), dpi=150)
+    axes = figure.subplots()
     for (label, path), colour in zip(runs.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [record for record in records if "loss" in record]
@@ -39,7 +37,6 @@ def training_curve(runs: dict[str, Path], out: Path) -> None:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(out)
-    plt.close(figure)
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:

@@ -2,17 +2,12 @@
 
 import io
 import keyword
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
@@ -90,7 +85,8 @@ def accuracy(top_k: Trace) -> list[tuple[float, float, float]]:
 
 
 def _axes(height: float = 3.2) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -236,9 +232,8 @@ def kinds_figure(trace: Trace) -> Figure:
     return figure
 
 
-@contextmanager
-def drawn(trace: Trace, top_k: Trace | None) -> Iterator[dict[str, Figure]]:
-    """All figures that the traces allow, by name, to be used inside; there are none where all tokens cost the same.
+def drawn(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
+    """All figures that the traces allow, by name; there are none where all tokens cost the same.
 
     Args:
         trace: the text's trace.
@@ -255,17 +250,13 @@ def drawn(trace: Trace, top_k: Trace | None) -> Iterator[dict[str, Figure]]:
         figures |= {"entropy": entropy_figure(trace), "kinds": kinds_figure(trace)}
     if top_k is not None:
         figures["causal-decisions"] = causal_decisions(top_k)
-    try:
-        yield figures
-    finally:
-        for figure in figures.values():
-            plt.close(figure)
+    return figures
 
 
 def svg(figure: Figure) -> str:
     """A figure as SVG, the same for the same figure."""
     buffer = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": "mixture-of-depths"}):
+    with matplotlib.rc_context({"svg.hashsalt": "mixture-of-depths"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 

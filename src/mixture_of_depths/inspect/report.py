@@ -157,8 +157,8 @@ def held_out_report(model: MoDForCausalLM, corpus: Corpus, path: Path) -> None:
     top_k = under_top_k(model, corpus.tokenizer, trace)
     with failing_together():
         if is_main():
-            with figures.drawn(trace, top_k) as drawn:
-                page = report(trace, drawn, "Where the compute goes on held-out text")
+            drawn = figures.drawn(trace, top_k)
+            page = report(trace, drawn, "Where the compute goes on held-out text")
             path.write_text(page, encoding="utf-8")
 
 

@@ -6,10 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -55,7 +51,6 @@ def draw(records: Records, baseline: str, mod: str, capacities: dict[str, float]
             figure.tight_layout()
             paths.append(out / f"{name}.png")
             figure.savefig(paths[-1], dpi=150)
-            plt.close(figure)
     return paths
 
 
@@ -66,7 +61,8 @@ def _panels(
     records: Records, baseline: str, styles: Styles, fill: Callable[[Axes, dict[str, Records], str, Styles], None]
 ) -> Figure:
     budgets = sorted(group(records).items())
-    figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.2), squeeze=False)
+    figure = Figure(figsize=(5 * len(budgets), 4.2))
+    axes = figure.subplots(1, len(budgets), squeeze=False)
     for panel, (budget, families) in zip(axes[0], budgets, strict=True):
         panel.set_title(f"{budget:g} training FLOPs")
         panel.grid(alpha=0.3)
@@ -107,7 +103,8 @@ def _routing(records: Records, styles: Styles) -> Figure | None:
     routed = [record for record in records if record["evaluation"]["causal_routers"]]
     if not routed:
         return None
-    figure, axes = plt.subplots(figsize=(5, 4.2))
+    figure = Figure(figsize=(5, 4.2))
+    axes = figure.subplots()
     for name in sorted({record["family"] for record in routed}):
         evaluations = [record["evaluation"] for record in routed if record["family"] == name]
         top_k, causal = [e["loss_top_k"] for e in evaluations], [e["loss_causal"] for e in evaluations]
@@ -115,7 +112,7 @@ def _routing(records: Records, styles: Styles) -> Figure | None:
     low = axes.get_xlim()[0]
     axes.axline((low, low), slope=1, color="grey", lw=0.8)
     axes.set_xlabel("held-out loss, top-k routing")
-    axes.set_ylabel("loss of part of the held-out text, causal routing")
+    axes.set_ylabel("held-out loss, causal routing")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -132,7 +129,8 @@ def _capacity(records: Records, baseline: str, capacities: dict[str, float]) -> 
     }
     if not swept:
         return None
-    figure, axes = plt.subplots(figsize=(5, 4.2))
+    figure = Figure(figsize=(5, 4.2))
+    axes = figure.subplots()
     for (budget, depth), by_family in swept.items():
         points = sorted((capacities[name], fmean(losses)) for name, losses in by_family.items() if name in capacities)
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{budget:g} FLOPs, {depth} blocks")
@@ -149,7 +147,8 @@ def _capacity(records: Records, baseline: str, capacities: dict[str, float]) -> 
 
 def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path) -> Figure | None:
     families = group(records)[max(record["budget"] for record in records)]
-    figure, axes = plt.subplots(figsize=(6, 4.2))
+    figure = Figure(figsize=(6, 4.2))
+    axes = figure.subplots()
     for name in names:
         runs = families.get(name, [])
         if not runs:
@@ -167,7 +166,6 @@ def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path)
                 **styles[name],
             )
     if not axes.lines:
-        plt.close(figure)
         return None
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("loss of part of the held-out text, causal routing")

@@ -182,8 +182,9 @@ def retrofit(
 ) -> tuple[MoDForCausalLM, RetrofitResult]:
     """Routes blocks of a pretrained model, tunes it, and leaves it with its tokenizer and records in `folder`.
 
-    Unless `training.calibrate` is off, of every second held-out sequence up to `evaluation.calibration.MAX_SEQUENCES`
-    calibrate the causal routers; on the others the model is compared with the dense one.
+    Unless `training.calibrate` is off, every second held-out sequence calibrates the causal routers, up to
+    `evaluation.calibration.MAX_SEQUENCES` of them; on up to `COMPARED_SEQUENCES` of the others the model is compared
+    with the dense one.
 
     Args:
         dense: the model; it is not changed.

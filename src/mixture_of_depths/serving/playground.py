@@ -136,9 +136,13 @@ def page(models: Models, compiled: bool = False) -> gradio.Blocks:
             for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
                 pass
 
-    def answer(prompt: str, new_tokens: float, temperature: float, top_k: float, top_p: float, seed: float) -> Any:
+    def answer(
+        prompt: str, new_tokens: float, temperature: float, top_k: float, top_p: float, seed: float | None
+    ) -> Any:
         outputs = [""] * len(models)
         try:
+            if seed is None:
+                raise ValueError("Seed is empty; give a whole number")
             options = SamplingOptions(
                 max_new_tokens=int(new_tokens), temperature=temperature, top_k=int(top_k), top_p=top_p, seed=int(seed)
             )

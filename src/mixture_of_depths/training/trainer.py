@@ -52,7 +52,7 @@ class NumberedCollator(Collator):
 
 
 class MoDTrainer(Trainer):
-    """The library's trainer; its own are only the evaluation, the FLOP count and the form of its checkpoints.
+    """The library's trainer, with its own evaluation, FLOP count, decay, thresholds and form of checkpoints.
 
     How several processes share the work is accelerate's: DDP, or FSDP2 when its configuration says so.
 
