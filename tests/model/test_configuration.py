@@ -1,5 +1,6 @@
 """What a configuration derives, and what it refuses."""
 
+import math
 from typing import Any
 
 import pytest
@@ -147,6 +148,13 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
             {"num_experts": 4, "num_noop_experts": 1, "num_experts_per_tok": 4, "noop_share": 0.9},
             "noop_share=0.9 cannot be reached: .* between 0 and 0.25",
         ),
+        ({"rope_parameters": {"rope_theta": 0.0}}, r"rope_parameters has rope_theta=0\.0; give a positive number"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters has rope_theta=-1"),
+        ({"rope_parameters": {"rope_theta": math.nan}}, "rope_parameters has rope_theta=nan"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters has rope_theta='x'"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_parameters has rope_theta=None"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": math.inf}}, "has factor=inf"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -4.0}}, r"has factor=-4\.0"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )

@@ -1,5 +1,6 @@
 """A GGUF file gives the logits of the model it was written from, and what it states beyond that is refused by name."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,18 @@ def test_heads_of_any_width_biases_and_norms_are_honoured(tmp_path: Path, archit
     [
         ({"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type='longrope' of this file"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 0.5}, r"llama\.rope\.scaling\.factor=0\.5"),
+        ({"rope.scaling.factor": -2.0}, r"llama\.rope\.scaling\.factor=-2\.0 of this file must be one positive"),
+        ({"rope.scaling.factor": math.inf}, r"llama\.rope\.scaling\.factor=inf of this file must be one positive"),
+        ({"rope.scaling.factor": math.nan}, r"llama\.rope\.scaling\.factor=nan of this file must be one positive"),
+        ({"rope.scale_linear": math.inf}, r"llama\.rope\.scale_linear=inf of this file must be one positive"),
+        ({"rope.freq_base": 0.0}, r"llama\.rope\.freq_base=0\.0 of this file must be one positive number"),
+        ({"rope.freq_base": -1.0}, r"llama\.rope\.freq_base=-1\.0 of this file must be one positive number"),
+        ({"rope.freq_base": math.nan}, r"llama\.rope\.freq_base=nan of this file must be one positive number"),
+        ({"rope.freq_base": "x"}, r"llama\.rope\.freq_base='x' of this file must be one positive number"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": "x"},
+            r"llama\.rope\.scaling\.yarn_beta_fast='x' of this file must be one positive number",
+        ),
         ({"rope.scaling.attn_factor": 1.5}, r"llama\.rope\.scaling\.attn_factor=1\.5"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier=0\.1"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor=0\.5"),
@@ -183,6 +196,10 @@ def test_facts_that_change_nothing_are_taken(tmp_path: Path) -> None:
     [
         ({}, {FREQS: divisors(llama3(8.0, 64, low=2.0))}, r"rope_freqs\.weight of this file is no scaling"),
         ({}, {FREQS: torch.linspace(1, 8, 8)}, r"rope_freqs\.weight of this file is no scaling"),
+        ({}, {FREQS: torch.zeros(8)}, r"rope_freqs\.weight of this file is no scaling"),
+        ({}, {FREQS: -torch.ones(8)}, r"rope_freqs\.weight of this file is no scaling"),
+        ({}, {FREQS: torch.full((8,), torch.inf)}, r"rope_freqs\.weight of this file is no scaling"),
+        ({}, {FREQS: torch.ones(2, 4)}, r"rope_freqs\.weight of this file is no scaling"),
         ({}, {FREQS: torch.linspace(1, 8, 4)}, r"rope_freqs\.weight of this file is no scaling"),
         ({"rope.scaling.factor": 2.0}, {FREQS: divisors(llama3(8.0, 64))}, r"rope_freqs\.weight of this file is no"),
         (

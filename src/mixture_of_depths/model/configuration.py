@@ -19,6 +19,18 @@ from mixture_of_depths.options import (
 )
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+# With these at None, transformers takes the value of the scaling's paper.
+OPTIONAL_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow")
 Weight = Annotated[float, Ge(0)]
 Capacity = Annotated[float, Gt(0), Le(1)]
 
@@ -219,6 +231,12 @@ class MoDConfig(PreTrainedConfig):
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}; choose one of {', '.join(ROPE_TYPES)}")
+        for name in ROPE_NUMBERS:
+            value = self.rope_parameters.get(name, 1)
+            if value is None and name in OPTIONAL_ROPE_NUMBERS:
+                continue
+            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"rope_parameters has {name}={value!r}; give a positive number")
         self.validate_rope()
         self._validate_routed_layers()
         self._validate_experts()

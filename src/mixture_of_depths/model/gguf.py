@@ -91,6 +91,11 @@ def _unknown(name: str, value: object) -> ValueError:
     return ValueError(f"{name}={value!r} of this file cannot be represented")
 
 
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"{name}={value!r} of this file must be one positive number")
+
+
 def _check(prefix: str, facts: dict[str, Any], head_dim: int) -> None:
     """Refuses each fact that is neither read nor at the value at which it changes nothing."""
     is_yarn = facts.get("rope.scaling.type") == "yarn"
@@ -143,6 +148,12 @@ def _check_tensors(architecture: str, names: set[str], block_count: int) -> None
 def _rope(prefix: str, facts: dict[str, Any]) -> dict[str, Any]:
     """RoPE's parameters as the metadata states them; the defaults are llama.cpp's."""
     kind = facts.get("rope.scaling.type", "linear")
+    for name in ("freq_base", "scaling.attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"):
+        _check_positive(f"{prefix}rope.{name}", facts.get(f"rope.{name}", 1))
+    for name in ("scaling.factor", "scale_linear", "scaling.original_context_length"):
+        # 0 is how a file says that it states none.
+        if (value := facts.get(f"rope.{name}", 0)) != 0:
+            _check_positive(f"{prefix}rope.{name}", value)
     factor = float(facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 0))) or 1.0
     attention_factor = float(facts.get("rope.scaling.attn_factor", 1))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(facts.get("rope.freq_base", 10000))}
@@ -172,13 +183,14 @@ def _with_divisors(rope: dict[str, Any], divisors: Tensor, head_dim: int, facts:
     The file holds the result alone. The largest divisor is the factor where the lowest frequency is scaled in full, and
     the original context is that which the metadata states, or a power of two.
     """
-    if bool((divisors == 1).all()):
+    fits = divisors.shape == (head_dim // 2,) and bool((divisors.isfinite() & (divisors > 0)).all())
+    if fits and bool((divisors == 1).all()):
         return rope
     context = int(facts["context_length"])
     originals = [2**exponent for exponent in range(context.bit_length()) if 2**exponent < context]
     if "rope.scaling.original_context_length" in facts:
         originals.insert(0, int(facts["rope.scaling.original_context_length"]))
-    if rope["rope_type"] == "default" and len(divisors) == head_dim // 2:
+    if fits and rope["rope_type"] == "default":
         plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
         for factor in (float(divisors.max()), *LLAMA3_FACTORS):
             for original in originals:
