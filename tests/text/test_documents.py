@@ -66,6 +66,11 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
     assert skipped == Skipped(not_utf8=1, empty=2, not_json=1, no_text=6)
 
 
+def test_a_line_with_a_number_too_long_to_read_is_counted_as_no_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "lost", "id": ' + "9" * 5000 + '}\n{"text": "two"}')
+    assert read(options(tmp_path, str(tmp_path / "a.jsonl"))) == (["one", "two"], Skipped(not_json=1))
+
+
 def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     folder.mkdir()

@@ -123,7 +123,8 @@ def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterato
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        # A number of very many digits is refused by a plain ValueError.
+        except (ValueError, RecursionError):
             skipped.not_json += 1
             continue
         has_column = isinstance(record, dict) and column in record
