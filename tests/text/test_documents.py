@@ -71,6 +71,11 @@ def test_a_line_with_a_number_too_long_to_read_is_counted_as_no_json(tmp_path: P
     assert read(options(tmp_path, str(tmp_path / "a.jsonl"))) == (["one", "two"], Skipped(not_json=1))
 
 
+def test_a_line_that_is_not_utf_8_is_counted_and_the_others_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "lo\xffst"}\n{"text": "tw\xc3\xb6"}\n\xff\n')
+    assert read(options(tmp_path, str(tmp_path / "a.jsonl"))) == (["one", "twö"], Skipped(not_utf8=2))
+
+
 def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     folder.mkdir()

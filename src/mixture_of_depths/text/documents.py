@@ -5,6 +5,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -104,22 +105,28 @@ def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -
             # Left on the disk where it can be: it is read in parts.
             yield from _read_parquet(path, path if raw is None else BytesIO(raw), options.text_column, skipped)
             continue
-        try:
-            text = (path.read_bytes() if raw is None else raw).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.not_utf8 += 1
-            continue
+        content = (path.read_bytes() if raw is None else raw).removeprefix(BOM_UTF8)
         if kind == ".jsonl":
-            yield from _read_jsonl(path, text, options.text_column, skipped)
-        else:
+            yield from _read_jsonl(path, content, options.text_column, skipped)
+        elif (text := _decoded(content, skipped)) is not None:
             yield text
 
 
-def _read_jsonl(path: Path, text: str, column: str, skipped: Skipped) -> Iterator[str]:
+def _decoded(content: bytes, skipped: Skipped) -> str | None:
+    """The text of UTF-8; None where it is not, which is counted."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        skipped.not_utf8 += 1
+        return None
+
+
+def _read_jsonl(path: Path, content: bytes, column: str, skipped: Skipped) -> Iterator[str]:
     """The texts of a file's records; those without are counted, and refused where no record has the column."""
     is_there, without = False, ""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        line = _decoded(raw, skipped)
+        if line is None or not line.strip():
             continue
         try:
             record = json.loads(line)
