@@ -108,6 +108,23 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, content: 
         prepare(options(tmp_path, str(path)))
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "data='' names no text; give a file"),
+        ("hub:", "data=hub: names no data set; give hub:NAME"),
+        ("hub::english", "data=hub: names no data set; give hub:NAME"),
+    ],
+)
+def test_a_source_without_a_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text of the working directory")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read(options(tmp_path, source))
+
+
 def test_a_parquet_file_without_the_column_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"text_column=text is missing in .*, which has: body"):

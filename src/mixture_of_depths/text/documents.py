@@ -73,6 +73,9 @@ def find_files(source: str) -> list[Path]:
     Raises:
         ValueError: when there is none.
     """
+    if not source:
+        # As a path it would be the working directory.
+        raise ValueError(f"data={source!r} names no text; give a file, folder, glob, hub:NAME or {BUILTIN}")
     path = Path(source)
     if path.is_file():
         if not _kind(path):
@@ -161,6 +164,8 @@ def _read_parquet(path: Path, file: Path | BytesIO, column: str, skipped: Skippe
 
 def _read_hub(name: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
     name, _, config = name.partition(":")
+    if not name:
+        raise ValueError("data=hub: names no data set; give hub:NAME or hub:NAME:CONFIGURATION")
     for record in _records_of_hub(name, config, options.split):
         if options.text_column not in record:
             names = ", ".join(record)
