@@ -45,7 +45,9 @@ def test_all_that_is_written_has_the_mode_of_the_umask(
         out, calibrated = tmp_path / "run", tmp_path / "calibrated"
         train = ["train", "--out", str(out), *data(tmp_path), *TINY, "--max-steps", "2", "--save-every", "1"]
         assert run(monkeypatch, capsys, *train)[0] == 0
+        (out / "run.json").chmod(0o640)
         assert run(monkeypatch, capsys, "calibrate", str(out), "--out", str(calibrated))[0] == 0
+        (out / "run.json").chmod(mode)
     finally:
         os.umask(before)
     weights = [path.parent.name for path in tmp_path.rglob("model.safetensors")]

@@ -1,6 +1,7 @@
 """The model against its per-token oracle, Llama, and itself under another order of evaluation."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -491,3 +492,13 @@ def test_thresholds_that_are_offloaded_are_loaded_with_their_routers(tmp_path: P
     places = {"model.embed_tokens": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
     dispatched = dispatch_model(model, places, offload_dir=tmp_path, offload_buffers=True, main_device="cpu")
     assert torch.equal(dispatched(input_ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_saved_weights_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        tiny().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode

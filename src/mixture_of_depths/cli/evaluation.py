@@ -130,7 +130,6 @@ def calibrate(
 
     from mixture_of_depths.evaluation.calibration import calibrate as run
     from mixture_of_depths.evaluation.loss import evaluate as evaluation
-    from mixture_of_depths.files import follow_umask
     from mixture_of_depths.text.batches import halves
     from mixture_of_depths.text.tokenizer import end_of_text
 
@@ -155,9 +154,9 @@ def calibrate(
     after = evaluation(model, others, end, size, bf16=bf16)
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():
-        shutil.copy(checkpoint / "run.json", out)
+        # Without its mode: the new file's is the umask's.
+        shutil.copyfile(checkpoint / "run.json", out / "run.json")
     model.save_pretrained(out)
-    follow_umask(out.glob("*.safetensors"))
     tokenizer.save_pretrained(str(out))
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
 

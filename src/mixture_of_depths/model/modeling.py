@@ -8,7 +8,9 @@ Shapes: B batch, T tokens given, S tokens known (past and given), K chosen token
 H heads, h head width, V vocabulary. A slot is a token's place in the padded row (see `cache.py`).
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from mixture_of_depths.files import follow_umask
 from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
@@ -301,6 +304,10 @@ class MoDPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["router"]
     _supports_sdpa = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(Path(save_directory).glob("*.safetensors"))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

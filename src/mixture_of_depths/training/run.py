@@ -20,7 +20,7 @@ from transformers import TrainingArguments as HFTrainingArguments
 from mixture_of_depths.distributed import failing_together, from_main, is_main
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation
-from mixture_of_depths.files import follow_umask, write_aside
+from mixture_of_depths.files import write_aside
 from mixture_of_depths.inspect.curves import training_curve
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import model_parameters, training_flops_per_token
@@ -176,7 +176,6 @@ def _train(
         with failing_together():
             if is_main():
                 model.save_pretrained(folder, state_dict=weights)
-                follow_umask(folder.glob("*.safetensors"))
                 corpus.tokenizer.save_pretrained(str(folder))
                 training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
         evaluation = evaluate_held_out(model, others, corpus, options)
