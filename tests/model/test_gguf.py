@@ -167,6 +167,14 @@ def test_heads_of_any_width_biases_and_norms_are_honoured(tmp_path: Path, archit
             {"attention.layer_norm_rms_epsilon": None},
             r"llama\.attention\.layer_norm_rms_epsilon=None of this file must",
         ),
+        ({"attention.head_count": 0}, r"llama\.attention\.head_count=0 of this file must be one positive whole number"),
+        ({"attention.head_count": 4.5}, r"llama\.attention\.head_count=4\.5 of this file must be one positive whole"),
+        ({"attention.head_count": 65}, r"llama\.attention\.head_count=65 of this file"),
+        ({"attention.key_length": 0}, r"llama\.attention\.key_length=0 of this file must be one positive whole number"),
+        ({"embedding_length": 0}, r"llama\.embedding_length=0 of this file must be one positive whole number"),
+        ({"vocab_size": "x"}, r"llama\.vocab_size='x' of this file must be one positive whole number"),
+        ({"feed_forward_length": 47}, r"layers\.0\.mlp\.down_proj\.weight has shape \[64, 48\], not \[64, 47\]"),
+        ({"vocab_size": 310}, r"do not fit .*: lm_head\.weight has shape \[300, 64\], not \[310, 64\]"),
         ({"attention.head_count_kv": None}, r"llama\.attention\.head_count_kv=None of this file must"),
     ],
 )
@@ -218,3 +226,12 @@ def test_tensors_without_a_place_are_refused_by_name(
     write_gguf(tmp_path / "a.gguf", llama(), facts, tensors)
     with pytest.raises(ValueError, match=message):
         load_dense(str(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 24, 200, 2000, -2000, -1])
+def test_a_file_that_is_cut_off_is_refused_as_such(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.gguf"
+    write_gguf(path, llama(), {}, {})
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"a\.gguf cannot be read: the file is cut off or damaged"):
+        load_dense(str(path))

@@ -51,8 +51,11 @@ def gguf_fields(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the fact or the tensor of the file that cannot be represented.
     """
-    reader = GGUFReader(path)
-    stated = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        reader = GGUFReader(path)
+        stated = {name: field.contents() for name, field in reader.fields.items()}
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the file is cut off or damaged, or of another format ({error})") from error
     architecture = stated.get("general.architecture")
     for name, accepted in (
         ("general.architecture", ARCHITECTURES),
@@ -69,11 +72,13 @@ def gguf_fields(path: Path) -> dict[str, Any]:
             facts[rest] = value
         elif namespace not in DESCRIPTIONS:
             raise _unknown(name, value)
-    for name in (*NEEDED, "attention.key_length"):
-        if name == "attention.key_length":
-            facts.setdefault(name, facts["embedding_length"] // facts["attention.head_count"])
-        if not isinstance(facts.get(name), int | float):
-            raise ValueError(f"{architecture}.{name}={facts.get(name)!r} of this file must be one number")
+    for name in (*NEEDED, "attention.key_length", "vocab_size"):
+        if name in NEEDED or name in facts:
+            is_whole = name != "attention.layer_norm_rms_epsilon"
+            _check_positive(f"{architecture}.{name}", facts.get(name), is_whole)
+    if facts["attention.head_count"] > facts["embedding_length"]:
+        raise _unknown(f"{architecture}.attention.head_count", facts["attention.head_count"])
+    facts.setdefault("attention.key_length", facts["embedding_length"] // facts["attention.head_count"])
     head_dim = facts["attention.key_length"]
     _check(f"{architecture}.", facts, head_dim)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -91,9 +96,10 @@ def _unknown(name: str, value: object) -> ValueError:
     return ValueError(f"{name}={value!r} of this file cannot be represented")
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise ValueError(f"{name}={value!r} of this file must be one positive number")
+def _check_positive(name: str, value: object, whole: bool = False) -> None:
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not (isinstance(value, kinds) and 0 < value < math.inf):
+        raise ValueError(f"{name}={value!r} of this file must be one positive {'whole ' if whole else ''}number")
 
 
 def _check(prefix: str, facts: dict[str, Any], head_dim: int) -> None:
