@@ -156,6 +156,7 @@ def test_a_run_that_does_not_calibrate_is_left_as_trained_and_evaluated_on_all_t
         again = replace(OPTIONS, calibrate=calibrate)
         _, result = train(config_for(corpus), corpus, again, tmp_path / "run", resume=True, console=QUIET)
         assert result.calibrated is calibrate
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["train"]["calibrate"] is calibrate
         assert (result == plain) is not calibrate
     assert all(
         torch.equal(weight, saved[0][name])

@@ -69,6 +69,9 @@ def open_folder(
                 f"out={folder} holds a finished run and no whole checkpoint of it, so that it would be trained again "
                 "from the beginning; use its model as it is, or name another folder"
             )
+        if earlier["train"].get("calibrate") != options.calibrate:
+            earlier["train"]["calibrate"] = options.calibrate
+            write_aside(path, json.dumps(earlier, indent=2))
         return newest
     # It may have been taken since.
     _check_unused(folder)
