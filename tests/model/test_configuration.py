@@ -33,6 +33,14 @@ def test_defaults_are_the_papers_best() -> None:
     assert config.routed_layers == [1, 3, 5, 7]
     assert config.capacity == 0.125
     assert config.intermediate_size == 1408
+    assert (config.router_activation, config.causal_router, config.training_routing) == (
+        "sigmoid",
+        "predictor",
+        "top_k",
+    )
+    flags = ("router_norm", "first_token_enters", "query_key_norm", "attention_bias")
+    assert [name for name in flags if getattr(config, name)] == []
+    assert (config.predictor_loss_weight, config.auxiliary_loss_weight, config.threshold_decay) == (0.1, 0.01, 0.99)
 
 
 @given(capacity=st.floats(0.001, 1.0), length=st.integers(1, 4096))

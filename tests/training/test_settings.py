@@ -1,14 +1,19 @@
 """What the options become in the trainer, and those that it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runs import QUIET, config_for, records
+from transformers import TrainingArguments
 
+from mixture_of_depths import MoDConfig, model_parameters
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.horizon import Horizon
 from mixture_of_depths.training.run import train
+from mixture_of_depths.training.settings import check_memory, trainer_arguments
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,25 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth_over_the_horizon(corpus
     rates = [r["learning_rate"] for r in records(tmp_path / "run") if "loss" in r]
     assert max(rates) == rates[4] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4, rel=0.02)
+
+
+def test_a_model_whose_weights_do_not_fit_the_memory_is_refused_with_both_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = MoDConfig()
+    needed = 4 * model_parameters(config)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=needed))
+    check_memory(config)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=needed - 1))
+    with pytest.raises(ValueError, match=f"the weights alone take {needed / 1e9:.3g} GB"):
+        check_memory(config)
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    length = Horizon(steps=2, tokens=2, flops=1.0)
+    for count in (0, 1):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _, count=count: count))
+        assert trainer_arguments(TrainOptions(max_steps=2), MoDConfig(), length, tmp_path).max_steps == 2
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        trainer_arguments(TrainOptions(max_steps=2), MoDConfig(), length, tmp_path)
