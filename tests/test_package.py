@@ -1,6 +1,7 @@
 """The package as it is imported: its public names, what it loads, and what it makes known to transformers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,10 @@ def test_no_room_imports_from_one_that_stands_above_it_or_beside_it() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mixture_of_depths."):
                 other = (node.module or "").split(".")[1]
                 assert other == room or floor_of[other] < floor_of[room], f"{path} imports {node.module}"
+
+
+def test_every_public_name_stands_on_the_page_of_the_python_api() -> None:
+    page = (PACKAGE.parent.parent / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: mixture_of_depths\.(\w+)$", page, re.MULTILINE)) == sorted(
+        vars(mixture_of_depths)["__all__"]
+    )

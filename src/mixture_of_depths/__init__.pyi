@@ -39,6 +39,7 @@ from .retrofitting.tune import retrofit as retrofit
 from .sampling.quantization import quantize as quantize
 from .sampling.stream import stream as stream
 from .sampling.texts import Sample as Sample
+from .sampling.texts import begin as begin
 from .sampling.texts import sample_texts as sample_texts
 from .sampling.texts import stream_texts as stream_texts
 from .text.batches import pack as pack
