@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +24,7 @@ from models import make_checkpoint
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.texts import begin, sample_texts
+from mixture_of_depths.sampling.texts import sample_texts
 from mixture_of_depths.serving.openai import application, serve
 from mixture_of_depths.text.tokenizer import load_tokenizer
 
@@ -344,43 +343,6 @@ def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: P
     assert client.completions.create(model=str(checkpoint), prompt="the", max_tokens=3).choices
 
 
-def test_what_a_template_is_given_is_not_for_clients_to_set(client: openai.OpenAI, checkpoint: Path) -> None:
-    for name in ("chat_template", "messages", "self"):
-        body = {**request_of("chat/completions", checkpoint), "chat_template_kwargs": {name: "x"}}
-        status, error = refusal(client, "chat/completions", body)
-        assert (status, error["param"]) == (400, "chat_template_kwargs")
-
-
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_body_that_no_prompt_can_fill_is_refused_before_it_is_read(checkpoint: Path, endpoint: str) -> None:
-    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    client = TestClient(application(model, tokenizer, str(checkpoint)))
-    body = {**request_of(endpoint, checkpoint), "metadata": {"note": "x" * 2**21}}
-    answer = client.post(f"/v1/{endpoint}", json=body)
-    assert answer.status_code == 413
-    assert "is longer than" in answer.json()["error"]["message"]
-
-
-def test_the_others_are_answered_while_a_prompt_is_cut_into_tokens(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    cutting, others_answered = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any) -> Any:
-        cutting.set()
-        assert others_answered.wait(60)
-        return begin(*arguments)
-
-    monkeypatch.setattr("mixture_of_depths.serving.openai.begin", slowly)
-    with TestClient(application(model, tokenizer, str(checkpoint))) as client, ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(client.post, "/v1/completions", json=request_of("completions", checkpoint))
-        assert cutting.wait(60)
-        assert client.get("/health").status_code == 200
-        others_answered.set()
-        assert slow.result().status_code == 200
-
-
 def test_what_is_asked_for_ends_where_the_model_does(client: openai.OpenAI, checkpoint: Path) -> None:
     answer = client.completions.create(model=str(checkpoint), prompt="the", max_tokens=10_000, temperature=0)
     assert answer.usage is not None
@@ -466,8 +428,6 @@ def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
     [
         (None, "the model's tokenizer has no chat template; use /v1/completions"),
         ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses .*: roles must alternate"),
-        ("{{ 1 / 0 }}", "the model's chat template refuses .*: division by zero"),
-        ("{{ '{}'.format() }}", "the model's chat template refuses"),
     ],
 )
 def test_a_conversation_that_the_model_has_no_template_for_is_refused(

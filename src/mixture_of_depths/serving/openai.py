@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
+from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +50,6 @@ from mixture_of_depths.serving.requests import (
 Answer = CompletionAnswer | ResponseAnswer
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
-# A body has room for settings, and for so much text a token as no tokenizer puts into one.
-SMALLEST_LIMIT, BYTES_PER_TOKEN = 2**20, 256
 
 
 @dataclass
@@ -183,40 +181,17 @@ def _rendered(
     """
     if tokenizer.chat_template is None:
         raise RequestError(400, "the model's tokenizer has no chat template; use /v1/completions", field)
-    # The names of the method, and those that it gives the template itself.
-    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "self", "messages", "conversations"}
-    for name in set(settings) & taken:
+    for name in set(settings) & set(inspect.signature(tokenizer.apply_chat_template).parameters):
         # A template with loops would hold up all others.
         message = f"chat_template_kwargs: {name} is not for clients to set; leave it out"
         raise RequestError(400, message, "chat_template_kwargs")
     conversation = [message.for_template() for message in messages]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
-    except Exception as error:
-        # A template is a program, and can fail in any way.
+    except (TemplateError, TypeError, ValueError) as error:
         raise RequestError(400, f"the model's chat template refuses {field}: {error}", field) from error
     # The template writes special tokens itself.
     return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
-
-
-class _Size:
-    """Refuses a body that cannot be a prompt of the model before it is read."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
-
-        async def receive_counted() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.most:
-                raise HTTPException(413, f"the request is longer than the {self.most} bytes that this model can use")
-            return message
-
-        await self.app(scope, receive_counted, send)
 
 
 class _Keys:
@@ -275,7 +250,6 @@ def application(
     app = FastAPI(openapi_url=None)
     for kind in (RequestValidationError, HTTPException, RequestError, Exception):
         app.add_exception_handler(kind, _refusal)
-    app.add_middleware(_Size, most=SMALLEST_LIMIT + BYTES_PER_TOKEN * model.config.max_position_embeddings)
     if api_keys:
         app.add_middleware(_Keys, keys=api_keys)
     described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
@@ -303,10 +277,7 @@ def application(
         prompts: list[list[int]] = []
         for prompt in body.prompt:
             try:
-                if isinstance(prompt, str):
-                    # In a thread: a long text takes a while, and others wait for the loop.
-                    prompt = (await run_in_threadpool(begin, tokenizer, [prompt]))[0].tokens
-                prompts.append(prompt)
+                prompts.append(begin(tokenizer, [prompt])[0].tokens if isinstance(prompt, str) else prompt)
             except ValueError as error:
                 raise RequestError(400, str(error), "prompt") from error
         task = sampler.task(body, "prompt", prompts, body.n)
@@ -316,7 +287,7 @@ def application(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         check_model(body.model)
-        prompt = await run_in_threadpool(_rendered, tokenizer, body.messages, "messages", body.chat_template_kwargs)
+        prompt = _rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)
         task = sampler.task(body, "messages", [prompt], body.n)
         return await _answered(sampler, task, ChatAnswer(body, task.samples, len(prompt)), request)
 
@@ -326,7 +297,7 @@ def application(
         messages = list(body.input)
         if body.instructions is not None:
             messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
-        prompt = await run_in_threadpool(_rendered, tokenizer, messages, "input", {})
+        prompt = _rendered(tokenizer, messages, "input", {})
         task = sampler.task(body, "input", [prompt])
         return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(prompt)), request)
 
