@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -441,6 +442,43 @@ def test_a_conversation_that_the_model_has_no_template_for_is_refused(
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
         assert re.search(message, answer.json()["error"]["message"])
     assert client.post("/v1/completions", json=request_of("completions", checkpoint)).status_code == 200
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_health_answers_while_a_prompt_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    reads, healthy, tokenise = threading.Event(), threading.Event(), type(tokenizer).__call__
+
+    def held_up(*arguments: Any, **settings: Any) -> Any:
+        reads.set()
+        assert healthy.wait(60), "health waits for the prompt"
+        return tokenise(*arguments, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", held_up)
+    with TestClient(application(model, tokenizer, str(checkpoint))) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, f"/v1/{endpoint}", json=request_of(endpoint, checkpoint))
+        assert reads.wait(60)
+        assert client.get("/health").status_code == 200
+        healthy.set()
+        assert answer.result().status_code == 200
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_body_that_no_model_has_room_for_is_refused_unread(
+    client: openai.OpenAI, checkpoint: Path, endpoint: str
+) -> None:
+    status, error = refusal(client, endpoint, request_of(endpoint, checkpoint, user="the " * 2**20))
+    assert (status, error["type"]) == (413, "invalid_request_error")
+    assert error["message"] == "the body has more than 4194304 bytes; send less"
+
+
+def test_more_samples_than_memory_holds_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:
+    body = request_of("completions", checkpoint, prompt=["fox"] * 2049)
+    assert refusal(client, "completions", body)[1]["param"] == "prompt"
+    status, error = refusal(client, "completions", {**body, "prompt": ["fox"] * 17, "n": 128})
+    assert (status, error["message"]) == (400, "prompt and n ask for 2176 samples; ask for at most 2048 at once")
 
 
 def test_two_limits_and_options_of_a_stream_that_is_none_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:

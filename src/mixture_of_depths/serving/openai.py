@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -48,6 +49,9 @@ from mixture_of_depths.serving.requests import (
 )
 
 Answer = CompletionAnswer | ResponseAnswer
+# Room for the prompts of any model: 100,000 tokens take less than a fifth, as text or as numbers.
+MOST_BODY_BYTES = 4 * 2**20
+MOST_SAMPLES = 2048
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
 
@@ -76,6 +80,14 @@ class Sampler:
         self.turn = asyncio.Lock()
         # The last step of a client that has left may still run when the next client has its turn.
         self.thread = ThreadPoolExecutor(1)
+        # Long prompts take seconds to read, in which all other requests are answered.
+        self.reader = ThreadPoolExecutor(1)
+
+    async def read(self, body: Body, field: str, prompts: Callable[[], Sequence[list[int]]], n: int = 1) -> Task:
+        """As `task`, off the event loop; `prompts` renders and tokenises there."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.reader, lambda: self.task(body, field, prompts(), n)
+        )
 
     def task(self, body: Body, field: str, prompts: Sequence[list[int]], n: int = 1) -> Task:
         """What a request asks for: `n` samples after every prompt, each with the next seed.
@@ -171,6 +183,18 @@ async def _answered(sampler: Sampler, task: Task, answer: Answer, request: Reque
     return JSONResponse(answer.whole())
 
 
+def _tokenised(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """The tokens of prompts, which may be tokens already.
+
+    Raises:
+        RequestError: for a prompt that is empty.
+    """
+    try:
+        return [begin(tokenizer, [one])[0].tokens if isinstance(one, str) else one for one in prompts]
+    except ValueError as error:
+        raise RequestError(400, str(error), "prompt") from error
+
+
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], field: str, settings: dict[str, Any]
 ) -> list[int]:
@@ -192,6 +216,27 @@ def _rendered(
         raise RequestError(400, f"the model's chat template refuses {field}: {error}", field) from error
     # The template writes special tokens itself.
     return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
+
+
+class _Size:
+    """Refuses a body that is too long while it comes in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def counted() -> ASGIMessage:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MOST_BODY_BYTES:
+                # FastAPI lets no other kind of error out of its reading.
+                raise HTTPException(413, f"the body has more than {MOST_BODY_BYTES} bytes; send less")
+            return message
+
+        await self.app(scope, counted, send)
 
 
 class _Keys:
@@ -250,6 +295,7 @@ def application(
     app = FastAPI(openapi_url=None)
     for kind in (RequestValidationError, HTTPException, RequestError, Exception):
         app.add_exception_handler(kind, _refusal)
+    app.add_middleware(_Size)
     if api_keys:
         app.add_middleware(_Keys, keys=api_keys)
     described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
@@ -274,22 +320,24 @@ def application(
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         check_model(body.model)
-        prompts: list[list[int]] = []
-        for prompt in body.prompt:
-            try:
-                prompts.append(begin(tokenizer, [prompt])[0].tokens if isinstance(prompt, str) else prompt)
-            except ValueError as error:
-                raise RequestError(400, str(error), "prompt") from error
-        task = sampler.task(body, "prompt", prompts, body.n)
-        answer = CompletionAnswer(body, task.samples, sum(map(len, prompts)))
-        return await _answered(sampler, task, answer, request)
+        if (samples := len(body.prompt) * body.n) > MOST_SAMPLES:
+            message = f"prompt and n ask for {samples} samples; ask for at most {MOST_SAMPLES} at once"
+            raise RequestError(400, message, "prompt")
+        task = await sampler.read(body, "prompt", lambda: _tokenised(tokenizer, body.prompt), body.n)
+        # Nothing is sampled yet; each prompt stands there n times.
+        prompt_tokens = sum(len(sample.tokens) for sample in task.samples) // body.n
+        return await _answered(sampler, task, CompletionAnswer(body, task.samples, prompt_tokens), request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         check_model(body.model)
-        prompt = _rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)
-        task = sampler.task(body, "messages", [prompt], body.n)
-        return await _answered(sampler, task, ChatAnswer(body, task.samples, len(prompt)), request)
+        task = await sampler.read(
+            body,
+            "messages",
+            lambda: [_rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)],
+            body.n,
+        )
+        return await _answered(sampler, task, ChatAnswer(body, task.samples, len(task.samples[0].tokens)), request)
 
     @app.post("/v1/responses")
     async def responses(body: ResponseBody, request: Request) -> Response:
@@ -297,9 +345,8 @@ def application(
         messages = list(body.input)
         if body.instructions is not None:
             messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
-        prompt = _rendered(tokenizer, messages, "input", {})
-        task = sampler.task(body, "input", [prompt])
-        return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(prompt)), request)
+        task = await sampler.read(body, "input", lambda: [_rendered(tokenizer, messages, "input", {})])
+        return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(task.samples[0].tokens)), request)
 
     return app
 
