@@ -429,6 +429,10 @@ def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
     [
         (None, "the model's tokenizer has no chat template; use /v1/completions"),
         ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses .*: roles must alternate"),
+        ("{{ 1 / 0 }}", "the model's chat template refuses .*: division by zero"),
+        ("{{ '{}'.format() }}", "the model's chat template refuses .*: .*index .*out of range"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template refuses .*: maximum recursion"),
+        ("{{ 10.0 ** 400 }}", "the model's chat template refuses .*: .*out of range"),
     ],
 )
 def test_a_conversation_that_the_model_has_no_template_for_is_refused(

@@ -21,7 +21,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
@@ -212,7 +211,8 @@ def _rendered(
     conversation = [message.for_template() for message in messages]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:
+        # A template is a program of the model's, and fails as programs do: with any kind of error.
         raise RequestError(400, f"the model's chat template refuses {field}: {error}", field) from error
     # The template writes special tokens itself.
     return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
