@@ -485,6 +485,14 @@ def test_more_samples_than_memory_holds_are_refused(client: openai.OpenAI, check
     assert (status, error["message"]) == (400, "prompt and n ask for 2176 samples; ask for at most 2048 at once")
 
 
+@pytest.mark.parametrize("name", ["self", "messages", "conversation", "conversations", "tokenize", "tools"])
+def test_what_templating_needs_for_itself_is_not_a_client_s(client: openai.OpenAI, checkpoint: Path, name: str) -> None:
+    body = request_of("chat/completions", checkpoint, chat_template_kwargs={name: []})
+    status, error = refusal(client, "chat/completions", body)
+    assert (status, error["param"]) == (400, "chat_template_kwargs")
+    assert error["message"] == f"chat_template_kwargs: {name} is not for clients to set; leave it out"
+
+
 def test_two_limits_and_options_of_a_stream_that_is_none_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:
     body = request_of("chat/completions", checkpoint)
     for name, value in (("max_tokens", 5), ("stream_options", {"include_usage": True})):

@@ -51,6 +51,8 @@ Answer = CompletionAnswer | ResponseAnswer
 # Room for the prompts of any model: 100,000 tokens take less than a fifth, as text or as numbers.
 MOST_BODY_BYTES = 4 * 2**20
 MOST_SAMPLES = 2048
+# What transformers and Jinja call the conversation and themselves; a second value under these names is an error.
+NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations")
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
 
@@ -204,7 +206,8 @@ def _rendered(
     """
     if tokenizer.chat_template is None:
         raise RequestError(400, "the model's tokenizer has no chat template; use /v1/completions", field)
-    for name in set(settings) & set(inspect.signature(tokenizer.apply_chat_template).parameters):
+    ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *NAMES_WITHIN_TEMPLATING}
+    for name in ours & set(settings):
         # A template with loops would hold up all others.
         message = f"chat_template_kwargs: {name} is not for clients to set; leave it out"
         raise RequestError(400, message, "chat_template_kwargs")
