@@ -19,7 +19,7 @@ def test_the_playground_refuses_what_it_cannot_show(
         assert (status, message in errors) == (2, True)
 
 
-def test_serve_hands_its_keys_on_and_refuses_an_empty_one(
+def test_serve_hands_its_keys_on_and_refuses_those_that_no_client_can_send(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     handed = []
@@ -32,6 +32,10 @@ def test_serve_hands_its_keys_on_and_refuses_an_empty_one(
         status, output, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
         assert (status, handed.pop()) == (0, keys)
         assert not any(key in output + errors for key in keys)
+    for key in (" pad", "pad ", " ", "schlüssel", "two\nlines"):
+        status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), "--api-key", "a", "--api-key", key)
+        assert (status, "api_key, the one given as number 2" in errors, handed) == (2, True, [])
+        assert key == " " or key not in errors
     # As an unset variable of the shell leaves it.
     for arguments in (["--api-key", ""], ["--api-key"]):
         status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)

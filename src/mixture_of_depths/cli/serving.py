@@ -56,8 +56,11 @@ def serve(
         api_key: Key that clients must send, as "Authorization: Bearer KEY"; several keys by giving it several times. By
             default nobody is asked for one.
     """
-    if not all(api_key):
-        raise ValueError("api_key='' is empty; give at least one character")
+    for number, key in enumerate(api_key, 1):
+        # Headers hold nothing else that clients could agree on. The key itself is not shown.
+        if not key or key != key.strip() or not (key.isascii() and key.isprintable()):
+            message = "must be printable ASCII, at least one character, with no space at its start or end"
+            raise ValueError(f"api_key, the one given as number {number}, cannot be sent as a header: it {message}")
     _check_before_loading(port, compile, "serve", "fastapi", "uvicorn")
     model, tokenizer = load_to_sample(checkpoint, precision)
     from mixture_of_depths.serving.openai import serve as run

@@ -7,13 +7,11 @@ import asyncio
 import inspect
 import logging
 import secrets
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any, cast
 
 import torch
@@ -30,6 +28,7 @@ from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.stream import stream
 from mixture_of_depths.sampling.texts import Sample, begin, step_texts
+from mixture_of_depths.serving.address import check_address, is_loopback
 from mixture_of_depths.serving.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -354,13 +353,6 @@ def application(
     return app
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if not host:
-        return False
-    return all(ip_address(address[0]).is_loopback for *_, address in socket.getaddrinfo(host, None))
-
-
 def serve(
     model: MoDForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -379,11 +371,8 @@ def serve(
         app = application(model, tokenizer, name, compiled, api_keys)
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
-    try:
-        # Before anything is compiled.
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
+    # Before anything is compiled.
+    check_address(host, port)
     if not api_keys and not is_loopback(host):
         print(f"warning: whoever reaches host={host} can use the model; --api-key asks them for a key", file=sys.stderr)
     if compiled:

@@ -24,6 +24,7 @@ from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.step import State
 from mixture_of_depths.sampling.stream import end_tokens, stream
 from mixture_of_depths.sampling.texts import begin
+from mixture_of_depths.serving.address import check_address
 from mixture_of_depths.text.pieces import pieces
 
 Models = dict[str, tuple[MoDForCausalLM, PreTrainedTokenizerBase]]
@@ -184,6 +185,7 @@ def serve(blocks: gradio.Blocks, host: str, port: int) -> None:
     """
     theme = themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks.queue()
+    check_address(host, port)
     try:
         blocks.launch(
             server_name=host,

@@ -1,0 +1,27 @@
+"""What cannot be listened on is told by the part of the address that is to blame."""
+
+import socket
+
+import pytest
+
+from mixture_of_depths.serving.address import check_address, is_loopback
+
+
+# The second is kept for documentation: no machine has it.
+@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1", "::zz", "a" * 70])
+def test_a_host_that_is_not_this_machine_is_refused_by_name(host: str) -> None:
+    with pytest.raises(ValueError, match=f"^host={host} cannot be listened on; name an address of this machine"):
+        check_address(host, 0)
+
+
+def test_a_port_that_is_taken_is_refused_by_number() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"^port={port} of host=127.0.0.1 cannot be listened on"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", 0)
+
+
+def test_only_this_machine_reaches_a_loopback_address() -> None:
+    hosts = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "")
+    assert [is_loopback(host) for host in hosts] == [True, True, True, False, False]
