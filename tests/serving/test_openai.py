@@ -309,7 +309,7 @@ def test_the_one_model_is_listed_and_another_is_not_found(client: openai.OpenAI,
 
 
 def test_no_route_loads_another_model(client: openai.OpenAI) -> None:
-    for path in ("load_model", "reset", "v1/audio/transcriptions", "v1/systemone"):
+    for path in ("load_model", "reset", "v1/audio/transcriptions", "v1/systemone", "v1/completions/"):
         with pytest.raises(openai.NotFoundError) as unknown:
             client.post(f"/../{path}", body={"model": "gpt2"}, cast_to=object)
         assert unknown.value.response.json()["error"]["type"] == "invalid_request_error"
@@ -336,11 +336,14 @@ def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: P
     for body in ({"messages": "hello"}, {"messages": [7]}, {"messages": None}, {}, {"nonsense": 1}):
         status, error = refusal(client, "chat/completions", {"model": str(checkpoint), "max_tokens": 2, **body})
         assert (status, error["param"]) == (400, "messages[0]" if body == {"messages": [7]} else "messages")
-    for text in ("{", "[]", "[" * 100_000, '{"model": "\\ud800", "prompt": "the"}'):
-        broken = urllib.request.Request(f"{client.base_url}completions", text.encode(), JSON)
+    digits = '{"model": "name", "max_tokens": 1' + "0" * 5000 + "}"
+    for text in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe", digits.encode(), b'{"model": "\\ud800", "prompt": "the"}'):
+        broken = urllib.request.Request(f"{client.base_url}completions", text, JSON)
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(broken)
-        assert (refused.value.code, list(json.load(refused.value))) == (400, ["error"])
+        error = json.load(refused.value)["error"]
+        assert (refused.value.code, error["param"]) == (400, "model" if b"ud800" in text else None)
+        assert re.match("the body (must be a JSON object|cannot be read)|model holds half", error["message"])
     assert client.completions.create(model=str(checkpoint), prompt="the", max_tokens=3).choices
 
 

@@ -10,6 +10,18 @@ from typing import Any
 from mixture_of_depths.sampling.texts import Sample
 from mixture_of_depths.serving.requests import Body, ResponseBody
 
+# What a value of another type must be, in the words of JSON's readers instead of pydantic's.
+KINDS = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+
 
 class RequestError(Exception):
     """A request that cannot be answered.
@@ -43,7 +55,9 @@ def misread(errors: Sequence[Any]) -> RequestError:
         elif param and part.isidentifier():
             param += f".{part}"
     value = reprlib.repr(problem["input"])
-    if problem["type"] == "value_error":
+    if problem["type"] == "not_text":
+        message, param = problem["msg"], problem["ctx"]["name"]
+    elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
     elif param is None:
         message = "the body must be a JSON object, sent as application/json"
@@ -51,8 +65,11 @@ def misread(errors: Sequence[Any]) -> RequestError:
         message = f"{param}={value} is not supported; leave it out"
     elif problem["type"] == "missing":
         message = f"{param} is missing"
+    elif problem["type"] in KINDS:
+        message = f"{param}={value} must be {KINDS[problem['type']]}"
     else:
-        message = f"{param}={value} is out of range: it must {problem['msg'].removeprefix('Input should ')}"
+        # Pydantic begins with "Input should" or "List should".
+        message = f"{param}={value} is out of range: it must {problem['msg'].partition(' should ')[2]}"
     return RequestError(400, message, param)
 
 

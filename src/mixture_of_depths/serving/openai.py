@@ -267,7 +267,10 @@ def _refusal(_request: Request, error: Exception) -> JSONResponse:
     elif isinstance(error, RequestValidationError):
         refused = misread(error.errors())
     elif isinstance(error, HTTPException):
-        refused, headers = RequestError(error.status_code, str(error.detail)), error.headers
+        # FastAPI has this status for a body that it cannot read, and says no more than that.
+        unread = "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply"
+        message = unread if error.status_code == 400 else str(error.detail)
+        refused, headers = RequestError(error.status_code, message), error.headers
     else:
         refused = RequestError(500, f"the model failed: {error}")
     return JSONResponse(refused.told(), refused.status, headers)
@@ -294,7 +297,7 @@ def application(
     """
     sampler = Sampler(model, tokenizer, compiled)
     # The library's pages would show bodies and answers as it knows them.
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     for kind in (RequestValidationError, HTTPException, RequestError, Exception):
         app.add_exception_handler(kind, _refusal)
     app.add_middleware(_Size)

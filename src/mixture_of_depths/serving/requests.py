@@ -4,10 +4,12 @@ A field is honoured, or left out because it asks for nothing or does not touch t
 """
 
 import json
+import reprlib
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, Len, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from transformers import GenerationConfig
 
 from mixture_of_depths.options import SamplingOptions
@@ -92,8 +94,17 @@ def _as_prompts(value: Any) -> Any:
     """One prompt, as text or as tokens, becomes a list of one."""
     if value == []:
         raise ValueError("prompt=[] is empty; give at least one token")
-    is_tokens = isinstance(value, list) and all(isinstance(part, int) for part in value)
-    return [value] if is_tokens or isinstance(value, str) else value
+    prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
+    are_texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if are_texts or (isinstance(prompts, list) and all(map(_is_tokens, prompts))):
+        return prompts
+    message = "must be a text, a list of texts, a list of tokens, which are whole numbers, or a list of such lists"
+    raise ValueError(f"prompt={reprlib.repr(value)} {message}")
+
+
+def _is_tokens(value: Any) -> bool:
+    # In Python True is an int, too.
+    return isinstance(value, list) and all(type(part) is int for part in value)
 
 
 def _as_parts(value: Any) -> Any:
@@ -141,7 +152,7 @@ class Message(_Strict):
     """A turn of a conversation: a chat's message, or an item of a response that is handed back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -184,8 +195,14 @@ class Body(_Strict):
     def _without_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        # Raises ValueError for half a surrogate pair, which JSON can spell and no text holds.
-        json.dumps(body, ensure_ascii=False).encode()
+        for name, value in body.items():
+            try:
+                json.dumps({name: value}, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                # Half a surrogate pair: JSON can spell it, and no text holds it.
+                name = name.encode(errors="replace").decode()
+                message = "{name} holds half a character (half of a surrogate pair); send whole ones"
+                raise PydanticCustomError("not_text", message, {"name": name}) from error
         body = {name: value for name, value in body.items() if value is not None}
         for name, value in body.items():
             if isinstance(value, dict):
@@ -254,7 +271,7 @@ class ChatBody(Body):
 
     limits = ("max_completion_tokens", "max_tokens")
 
-    messages: Annotated[list[Message], Len(1)]
+    messages: Annotated[list[Message], FailFast(), Len(1)]
     n: Annotated[int, Ge(1), Le(128)] = 1
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
@@ -273,7 +290,7 @@ class ResponseBody(Body):
 
     limits = ("max_output_tokens",)
 
-    input: Annotated[list[Message], BeforeValidator(_as_messages), Len(1)]
+    input: Annotated[list[Message], FailFast(), BeforeValidator(_as_messages), Len(1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
