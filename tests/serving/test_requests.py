@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from mixture_of_depths.serving.requests import ChatBody, default_options
+from mixture_of_depths.serving.requests import ChatBody, ResponseBody, default_options
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,11 @@ def test_a_chat_is_told_to_its_template_as_text() -> None:
         {"role": "user", "content": "one\ntwo", "name": "me"},
         {"role": "assistant", "content": ""},
     ]
+
+
+@pytest.mark.parametrize("form", [{}, {"format": {"type": "text"}}])
+@pytest.mark.parametrize("length", [{}, {"verbosity": None}, {"verbosity": "medium"}])
+def test_the_defaults_of_a_response_s_text_ask_for_nothing(form: dict[str, Any], length: dict[str, Any]) -> None:
+    ResponseBody.model_validate({"model": "name", "input": "fox", "text": {**form, **length}})
+    with pytest.raises(ValueError, match="text"):
+        ResponseBody.model_validate({"model": "name", "input": "fox", "text": {**form, "verbosity": "low"}})

@@ -51,7 +51,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "include": ([],),
     "reasoning": ({}, {"effort": "none"}),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "text": (
+        {},
+        {"verbosity": "medium"},
+        {"format": {"type": "text"}},
+        {"format": {"type": "text"}, "verbosity": "medium"},
+    ),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
