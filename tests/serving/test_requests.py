@@ -52,3 +52,21 @@ def test_the_defaults_of_a_response_s_text_ask_for_nothing(form: dict[str, Any],
     ResponseBody.model_validate({"model": "name", "input": "fox", "text": {**form, **length}})
     with pytest.raises(ValueError, match="text"):
         ResponseBody.model_validate({"model": "name", "input": "fox", "text": {**form, "verbosity": "low"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("temperature", [0, 0.01, 2.5], [-1, 0.009]),
+        ("top_p", [1e-6, 1], [0, 1.1]),
+        ("stop", ["end", ["a", "b", "c", "d", "e"]], ["", ["a", ""]]),
+        ("n", [1, 128], [0, 129]),
+    ],
+)
+def test_the_ranges_of_fields_are_those_that_the_docs_state(name: str, taken: list[Any], refused: list[Any]) -> None:
+    chat = {"model": "name", "messages": [{"role": "user", "content": "fox"}]}
+    for value in taken:
+        ChatBody.model_validate({**chat, name: value})
+    for value in refused:
+        with pytest.raises(ValueError, match=name):
+            ChatBody.model_validate({**chat, name: value})
