@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mixture_of_depths.evaluation.calibration import Adapted, using_causal_router, without_adapters
+from mixture_of_depths.evaluation.adapters import Adapted, without_adapters
+from mixture_of_depths.evaluation.calibration import using_causal_router
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.text.batches import batches
