@@ -129,3 +129,10 @@ def stream(
             logits_BV = step(model, token_B, going_B, state)
         if watch is not None:
             watch(state)
+
+
+def compile_step(model: MoDForCausalLM) -> None:
+    """Samples a few tokens, so that the compiled step is there before it is needed."""
+    prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
+        pass

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.stream import stream
+from mixture_of_depths.sampling.stream import compile_step
 from mixture_of_depths.sampling.texts import Sample, begin, step_texts
 from mixture_of_depths.serving.address import check_address, is_loopback
 from mixture_of_depths.serving.answers import (
@@ -379,7 +378,5 @@ def serve(
     if not api_keys and not is_loopback(host):
         print(f"warning: whoever reaches host={host} can use the model; --api-key asks them for a key", file=sys.stderr)
     if compiled:
-        prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
-            pass
+        compile_step(model)
     uvicorn.run(app, host=host, port=port, log_level="info")

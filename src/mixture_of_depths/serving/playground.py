@@ -22,7 +22,7 @@ from mixture_of_depths.model.flops import expert_rows_per_token, share_saved
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.step import State
-from mixture_of_depths.sampling.stream import end_tokens, stream
+from mixture_of_depths.sampling.stream import compile_step, end_tokens, stream
 from mixture_of_depths.sampling.texts import begin
 from mixture_of_depths.serving.address import check_address
 from mixture_of_depths.text.pieces import pieces
@@ -133,9 +133,7 @@ def page(models: Models, compiled: bool = False) -> gradio.Blocks:
     """
     if compiled:
         for model, _ in models.values():
-            prompt = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-            for _ in stream(model, prompt, options=SamplingOptions(max_new_tokens=4, temperature=0), compiled=True):
-                pass
+            compile_step(model)
 
     def answer(
         prompt: str, new_tokens: float, temperature: float, top_k: float, top_p: float, seed: float | None
