@@ -1,9 +1,10 @@
 """Pictures drawn from records."""
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from mixture_of_depths.files import read_records
 
 
 def training_curve(runs: dict[str, Path], out: Path) -> None:
@@ -16,7 +17,7 @@ def training_curve(runs: dict[str, Path], out: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=150)
     axes = figure.subplots()
     for (label, path), colour in zip(runs.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = read_records(path)
         steps = [record for record in records if "loss" in record]
         flops = {record["step"]: record["flops"] for record in steps}
         axes.plot([r["flops"] for r in steps], _smooth([r["loss"] for r in steps]), color=colour, alpha=0.5, lw=1)

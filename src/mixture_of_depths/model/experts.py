@@ -87,7 +87,7 @@ class ExpertRouter(PreciseModule):
         """
         config, num_experts = self.config, self.config.num_experts
         with full_precision(hidden_BTD.device):
-            logits_BTX = self.proj(hidden_BTD.to(torch.promote_types(hidden_BTD.dtype, torch.float32)))
+            logits_BTX = self.proj(hidden_BTD)
         probability_BTX = logits_BTX.softmax(dim=-1)
         is_token_choice, per_token = config.expert_routing == "token_choice", config.num_experts_per_tok
         asked_BTX = torch.ones_like(probability_BTX, dtype=torch.bool)

@@ -208,13 +208,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         position_BT: Tensor,
         routing: Routing,
         cache: Cache | None,
-        factor: Tensor,
+        factor: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, LayerRouting | None, ExpertRouting | None]:
         """Returns the hidden states, what the routers add to the loss, and what they decided.
 
         The loss lies outside the decisions and hangs on the hidden states as well: reentrant checkpointing follows only
         tensors that are returned by themselves, and whoever computes a loss from logits does not see it. It then counts
-        `factor` times.
+        `factor` times, which is needed under top-k routing alone.
         """
         num_tokens = hidden_BTD.shape[1]
         layer_routing = None
@@ -233,6 +233,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             hidden_BTD = add_weighted(hidden_BTD, selection, delta_BKD, weight_BK)
         loss = self.routers_loss(layer_routing, expert_routing)
         if loss is not None:
+            assert factor is not None
             hidden_BTD, loss = with_loss(hidden_BTD, loss, factor)
         return hidden_BTD, loss, layer_routing, expert_routing
 
@@ -372,7 +373,9 @@ class MoDModel(MoDPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
         position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
-        factor = torch.full((), 1.0 if ends_step() else 0.0, device=hidden_BTD.device)
+        factor = None
+        if routing == "top_k":
+            factor = torch.full((), 1.0 if ends_step() else 0.0, device=hidden_BTD.device)
         layer_routings, expert_routings, hidden_states, losses = [], [], [], []
         for layer in self.layers:
             if output_hidden_states:

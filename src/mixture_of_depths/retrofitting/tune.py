@@ -88,13 +88,14 @@ class DistillationTrainer(MoDTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         def distilled(**arguments: Any) -> MoDCausalLMOutput:
-            output = model(**{**arguments, "skip_logits": False})
+            output = model(**arguments)
             divergence = self._divergence(output, inputs, num_items_in_batch)
             output.loss = output.loss + self.share * (divergence - output.lm_loss)
             return output
 
         # The library scales what the model returns by the number of processes, over which it then takes the mean.
-        return super().compute_loss(cast(nn.Module, distilled), inputs, return_outputs, num_items_in_batch)
+        with_logits = {**inputs, "skip_logits": False}
+        return super().compute_loss(cast(nn.Module, distilled), with_logits, return_outputs, num_items_in_batch)
 
     def _divergence(
         self, output: MoDCausalLMOutput, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None

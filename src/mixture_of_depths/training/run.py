@@ -163,15 +163,19 @@ def _train(
     else:
         steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
 
-    finished, calibrated = steps >= length.steps, False
-    evaluation = None
+    finished = steps >= length.steps
+    calibrated, evaluation = False, None
     if finished:
         model = tuning.finish(model)
         calibration, others = split_held_out(corpus, options)
-        if calibration is not None:
-            calibrated = _calibrate(model, calibration, corpus, options)
-        elif options.calibrate and _has_constants(model.config):
-            console.print("the held-out text is one sequence, which cannot be halved: the model is not calibrated")
+        if options.calibrate and (model.config.causal_routers or model.config.expert_capacity is not None):
+            calibrated = calibration is not None
+            if calibration is None:
+                console.print("the held-out text is one sequence, which cannot be halved: the model is not calibrated")
+            else:
+                # Of several processes each does the same, from the same weights and on the same text.
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                    calibrate(model, calibration, corpus.end_of_text)
         weights = whole_weights(model)
         with failing_together():
             if is_main():
@@ -195,23 +199,6 @@ def _train(
             record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
             write_aside(folder / "result.json", record)
     return model, result
-
-
-def _has_constants(config: MoDConfig) -> bool:
-    """Whether anything of a model can be calibrated."""
-    return bool(config.causal_routers) or config.expert_capacity is not None
-
-
-def _calibrate(model: MoDForCausalLM, sequences: datasets.Dataset, corpus: Corpus, options: TrainOptions) -> bool:
-    """Calibrates what a model has, in the run's precision; whether it has anything.
-
-    Of several processes each does the same, from the same weights and on the same text.
-    """
-    if not _has_constants(model.config):
-        return False
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-        calibrate(model, sequences, corpus.end_of_text)
-    return True
 
 
 def _say_what_enters(evaluation: Evaluation, config: MoDConfig, calibrated: bool, console: Console) -> None:

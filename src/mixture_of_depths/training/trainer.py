@@ -94,8 +94,8 @@ class MoDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss, without the logits of the whole vocabulary in memory."""
-        return super().compute_loss(model, {**inputs, "skip_logits": True}, return_outputs, num_items_in_batch)
+        """The model's loss, unless the inputs say otherwise without the logits of the whole vocabulary in memory."""
+        return super().compute_loss(model, {"skip_logits": True, **inputs}, return_outputs, num_items_in_batch)
 
     def average_thresholds(self) -> None:
         """Makes the routers' thresholds those of the whole batches.
