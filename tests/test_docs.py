@@ -97,12 +97,17 @@ def test_the_python_of_the_readme_runs() -> None:
     assert names["output"].routing[1].entered.shape == (1, 16)
 
 
+def write_chats(folder: Path) -> None:
+    """The conversations that the pages tune on."""
+    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
+
+
 @pytest.mark.slow
 def test_the_python_that_tunes_on_conversations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_checkpoint(tmp_path / "runs" / "retrofit")
-    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
+    write_chats(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "retrofit.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block.replace("max_steps=50", "max_steps=3"), names)
@@ -117,8 +122,7 @@ def test_the_python_that_tunes_on_conversations_runs(tmp_path: Path, monkeypatch
 def test_the_python_that_tunes_with_other_trainers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_checkpoint(tmp_path / "runs" / "mod")
-    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox " * 20}]
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 100)
+    write_chats(tmp_path)
     pair = {"prompt": "the quick", "chosen": " brown fox jumps" * 8, "rejected": " over the lazy dog" * 8}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 100)
     page = (ROOT / "docs" / "tuning.md").read_text()

@@ -9,10 +9,10 @@ import datasets
 import pytest
 import torch
 from accelerate import dispatch_model
-from models import left_padded, routed_model, some_sequences
+from models import left_padded, model_with, routed_model, some_sequences
 from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.calibration import calibrate, using_causal_router
 from mixture_of_depths.evaluation.loss import evaluate
 
@@ -220,16 +220,7 @@ def test_adapters_put_in_place_are_calibrated_and_others_refused() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])
 def test_after_400_padded_steps_the_capacity_enters_text_that_was_not_trained_on(causal_router: Any, side: str) -> None:
-    config = MoDConfig(
-        vocab_size=256,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        initializer_range=0.1,
-        capacity=0.125,
-        causal_router=causal_router,
-    )
-    model = MoDForCausalLM(config).train()
+    model = model_with(vocab_size=256, initializer_range=0.1, capacity=0.125, causal_router=causal_router).train()
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
 
     def batch_of(first: int, last: int) -> dict[str, torch.Tensor]:
@@ -257,7 +248,7 @@ def test_after_400_padded_steps_the_capacity_enters_text_that_was_not_trained_on
             (batch["attention_mask"].bool(), model(**batch, use_cache=False, output_routing=True).routing)
             for batch in (batch_of(cut, len(text)) for _ in range(16))
         ]
-    for layer in config.routed_layers:
+    for layer in model.config.routed_layers:
         entered = torch.cat([routing[layer].entered[real] for real, routing in passes])
         assert entered.float().mean().item() == pytest.approx(0.125, rel=0.2)
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import model_with
 from peft import LoraConfig, PeftModel, get_peft_model
-
-from mixture_of_depths import MoDConfig, MoDForCausalLM
 
 EXPERTS = {"num_experts": 4, "expert_capacity": 0.7}
 
@@ -28,18 +27,7 @@ EXPERTS = {"num_experts": 4, "expert_capacity": 0.7}
 def test_a_loaded_adapter_answers_as_the_trained_one_did(
     tmp_path: Path, causal_router: Any, experts: dict[str, Any], adapters: dict[str, Any]
 ) -> None:
-    config = MoDConfig(
-        vocab_size=31,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        capacity=0.25,
-        threshold_decay=0.5,
-        causal_router=causal_router,
-        **experts,
-    )
-    base = MoDForCausalLM(config)
+    base = model_with(threshold_decay=0.5, causal_router=causal_router, **experts)
     untouched = copy.deepcopy(base)
     model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **adapters)).train()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -61,8 +49,7 @@ def test_a_loaded_adapter_answers_as_the_trained_one_did(
 
 
 def test_a_threshold_moves_with_its_router_and_stays_with_a_frozen_one() -> None:
-    config = MoDConfig(vocab_size=31, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
-    model = MoDForCausalLM(config).train()
+    model = model_with().train()
     model.model.layers[1].router.requires_grad_(False)
     model(torch.randint(0, 31, (2, 32)))
     assert model.model.layers[1].router.threshold == 0

@@ -174,18 +174,23 @@ def test_a_damaged_record_of_what_was_measured_is_refused(corpus: Corpus, tmp_pa
             retrofit(dense, "dense", corpus, ROUTING, TUNING, out, resume=True, console=QUIET)
 
 
-def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, tmp_path: Path) -> None:
-    dense = dense_for(corpus)
-    model = routed_from(dense, routed_layers=[1], capacity=0.25)
-    trainer = DistillationTrainer(
+def distillation_of(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, folder: Path) -> DistillationTrainer:
+    """A trainer of which 0.3 of the loss is the divergence from the dense model."""
+    return DistillationTrainer(
         corpus,
         TUNING,
         teacher=dense,
         share=0.3,
         model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+        args=TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[]),
         train_dataset=corpus.train,
     )
+
+
+def test_distillation_adds_the_divergence_from_the_dense_model(corpus: Corpus, tmp_path: Path) -> None:
+    dense = dense_for(corpus)
+    model = routed_from(dense, routed_layers=[1], capacity=0.25)
+    trainer = distillation_of(dense, model, corpus, tmp_path)
     batch = next(batches(corpus.train, range(3), corpus.end_of_text, 3, model.device))
     batch["labels"][0, 4:9] = -100
     model.train()
@@ -204,15 +209,7 @@ def test_the_share_of_distillation_is_the_same_in_several_processes(
 ) -> None:
     dense = dense_for(corpus)
     model = routed_from(dense, routed_layers=[1, 2], capacity=0.25).train()
-    trainer = DistillationTrainer(
-        corpus,
-        TUNING,
-        teacher=dense,
-        share=0.3,
-        model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
-        train_dataset=corpus.train,
-    )
+    trainer = distillation_of(dense, model, corpus, tmp_path)
 
     def gradients(*parts: dict[str, Any], count: int) -> list[torch.Tensor]:
         """The mean over the processes, each of which has a part of the batch."""
