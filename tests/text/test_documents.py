@@ -29,12 +29,12 @@ def test_every_kind_of_file_gives_its_text(tmp_path: Path) -> None:
     (folder / "b.md").write_text("two")
     (folder / "c.py").write_text("three = 3")
     (folder / "d.jsonl").write_text('{"text": "four"}\n\n{"text": "five"}\n')
-    (folder / "e.txt.gz").write_bytes(gzip.compress(b"six"))
-    (folder / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "seven"}'))
+    (folder / "e.txt.gz").write_bytes(gzip.compress(b"six", mtime=0))
+    (folder / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "seven"}', mtime=0))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["eight", None]}), folder / "g.parquet")
     (folder / "h.bin").write_bytes(b"no text")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["nine"]}), tmp_path / "i.parquet")
-    (folder / "i.parquet.gz").write_bytes(gzip.compress((tmp_path / "i.parquet").read_bytes()))
+    (folder / "i.parquet.gz").write_bytes(gzip.compress((tmp_path / "i.parquet").read_bytes(), mtime=0))
     documents, skipped = read(options(tmp_path, str(folder)))
     assert documents == ["one", "two", "three = 3", "four", "five", "six", "seven", "eight", "nine"]
     assert skipped == Skipped(no_text=1)
@@ -93,7 +93,7 @@ def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> No
         ("a.txt.gz", b"no gzip", "a.txt.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-12], "a.txt.gz is not a whole gzip file"),
         ("a.parquet.gz", b"no gzip", "a.parquet.gz is not a whole gzip file"),
-        ("a.parquet.gz", gzip.compress(b"no parquet"), "a.parquet.gz is not a Parquet file"),
+        ("a.parquet.gz", gzip.compress(b"no parquet", mtime=0), "a.parquet.gz is not a Parquet file"),
         ("a.parquet", b"no parquet", "a.parquet is not a Parquet file"),
         ("a.csv", b"x", "a.csv is not one of"),
         ("a.txt", b"", "holds no text"),
