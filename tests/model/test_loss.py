@@ -8,7 +8,11 @@ import torch
 from accelerate import dispatch_model
 from models import tiny
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+
+from mixture_of_depths.model.loss import chunked_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -34,6 +38,31 @@ def test_a_loss_without_logits_is_the_loss_of_the_logits(dtype: torch.dtype) -> 
             assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("tokens", [512, 16384])
+def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: bool, tokens: int) -> None:
+    hidden, target = torch.randn(1, tokens, 16), torch.randint(0, 50, (1, tokens))
+    head = torch.randn(50, 16)
+    if not autocast:
+        hidden, head = hidden.bfloat16(), head.bfloat16()
+    errors = {}
+    exact = head.double().requires_grad_()
+    logits = F.linear(hidden[0].double(), exact)
+    F.cross_entropy(logits, target[0]).backward()
+    for name in ("parts", "at once"):
+        weight = head.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if name == "parts":
+                loss = chunked_loss(hidden, weight, target, None)
+            else:
+                loss = F.cross_entropy(F.linear(hidden[0], weight).float(), target[0])
+        loss.backward()
+        errors[name] = ((weight.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+    # Under autocast the logits of both are those of bf16.
+    assert 0.001 < errors["at once"] < 0.01
+    assert errors["parts"] < 1.3 * errors["at once"]
+
+
 def padded_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two rows of tokens, the second padded on the right, and their mask."""
     input_ids = torch.randint(0, 31, (2, length))
@@ -49,6 +78,27 @@ def test_a_head_under_an_adapter_gives_its_own_loss_without_logits() -> None:
     assert model(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.item() == pytest.approx(with_logits)
     with model.disable_adapter():
         assert model(input_ids=input_ids, labels=input_ids).loss.item() != pytest.approx(with_logits)
+
+
+@pytest.mark.parametrize("change", ["bias", "hook", "hook before", "hook on gradients"])
+def test_a_head_that_does_more_than_its_weight_gives_its_own_loss_without_logits(change: str) -> None:
+    model = tiny().train()
+    seen = []
+    match change:
+        case "bias":
+            model.lm_head.bias = nn.Parameter(torch.randn(31, dtype=torch.float64))
+        case "hook":
+            model.lm_head.register_forward_hook(lambda head, args, logits: 2 * logits)
+        case "hook before":
+            model.lm_head.register_forward_pre_hook(lambda head, args: (2 * args[0],))
+        case _:
+            model.lm_head.register_full_backward_hook(lambda *args: seen.append(True))
+    input_ids = torch.randint(0, 31, (2, 12))
+    expected = model(input_ids, labels=input_ids).loss.item()
+    loss = model(input_ids, labels=input_ids, skip_logits=True).loss
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert bool(seen) == (change == "hook on gradients")
 
 
 def test_the_first_token_after_padding_is_not_predicted_from_padding() -> None:

@@ -33,16 +33,19 @@ def chunked_loss(
         num_items_in_batch: the number of predictions to average over; None for those there are.
     """
     hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
-    device = hidden_ND.device.type
+    device, dtype = hidden_ND.device.type, hidden_ND.dtype
     if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
 
-    def summed(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), target_N, reduction="sum")
+    if dtype in (torch.float16, torch.bfloat16):
+        # PyTorch's own would return the loss in this precision, which has three digits. The parts cast the head, each
+        # for itself, so that their gradients are summed in float32.
+        head_VD = head_VD.float()
 
-    if hidden_ND.dtype in (torch.float16, torch.bfloat16):
-        # PyTorch's own would return the loss in this precision, which has three digits.
+        def summed(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+            logits_NV = F.linear(hidden_ND.to(dtype), head_VD.to(dtype))
+            return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+
         parts = zip(hidden_ND.split(HEAD_TOKENS), target_N.split(HEAD_TOKENS), strict=True)
         loss = torch.stack([checkpoint(summed, *part, use_reentrant=False) for part in parts]).sum()
     else:
