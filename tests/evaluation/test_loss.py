@@ -28,6 +28,18 @@ def test_evaluation_tells_capacities_under_top_k_from_thresholds() -> None:
     assert found.experts["causal"][0].dropped == 0
 
 
+def test_first_tokens_that_enter_anyway_are_no_disagreement() -> None:
+    model = routed_model(routed_layers=[1], capacity=0.25, first_token_enters=True, causal_router="auxiliary_loss")
+    sequences = some_sequences()
+    ids = torch.tensor(sequences["input_ids"])
+    positions = document_positions(ids, 0)
+    routing = model.eval()(ids, position_ids=positions, routing="top_k", output_routing=True).routing[1]
+    agrees = ((routing.causal_logits > 0) | (positions == 0)) == routing.entered
+    assert (routing.causal_logits[positions == 0] <= 0).any()
+    found = evaluate(model, sequences, 0, 1.0).causal_routers["auxiliary_loss"]
+    assert found.accuracy == pytest.approx(agrees.double().mean().item())
+
+
 def test_evaluation_counts_what_enters_and_agrees_with_the_model(corpus: Corpus) -> None:
     model = MoDForCausalLM(config_for(corpus, capacity=(0.25,), num_hidden_layers=4)).train()
     found = evaluate(model, corpus.validation, corpus.end_of_text, 2.0, max_sequences=5, batch_size=2)
