@@ -8,6 +8,7 @@ import sys
 import datasets
 import pytest
 import torch
+from models import TINY
 from runs import QUIET, dense_for
 from torch import nn
 from torch.nn import functional as F
@@ -78,6 +79,13 @@ def test_routers_of_a_width_of_576_are_fitted_whatever_the_number_of_threads() -
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_sequences_of_first_tokens_alone_are_refused() -> None:
+    model = MoDForCausalLM(MoDConfig(**TINY, routed_layers=[]))
+    sequences = datasets.Dataset.from_dict({"input_ids": [[0] * 8] * 3})
+    with pytest.raises(ValueError, match="sequences have no token to fit the routers to"):
+        fit_routers(model, sequences, 0)
 
 
 def test_importance_is_what_the_loss_rises_by(corpus: Corpus) -> None:

@@ -77,6 +77,9 @@ def fit_routers(dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text:
         sequences: data set with the column `input_ids`.
         end_of_text: the token after which a new document begins.
         bf16: whether to compute under bf16 autocast.
+
+    Raises:
+        ValueError: for sequences of first tokens alone.
     """
     config, device = dense.config, dense.device
     layers, size = list(dense.model.layers), config.hidden_size
@@ -101,6 +104,11 @@ def fit_routers(dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text:
     finally:
         for hook in hooks:
             hook.remove()
+    if moments_LDD[0, -1, -1] == 0:
+        raise ValueError(
+            "sequences have no token to fit the routers to: first tokens of documents do not count, and no other is "
+            "there; give longer sequences"
+        )
     weights_LD = _ridge(moments_LDD, products_LD)[:, :-1].to(moments_LDD.dtype)
     count = moments_LDD[:, -1:, -1]
     means_LD = moments_LDD[:, -1, :-1] / count
