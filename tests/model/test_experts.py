@@ -75,7 +75,8 @@ def test_forward_losses_and_gradients_equal_the_per_token_oracle(
     seed: int, batch: int, length: int, padding: str, routing: Any, kind: str, routed: list[int], tied: bool
 ) -> None:
     torch.manual_seed(seed)
-    model = tiny(routed_layers=routed, capacity=0.5, **KINDS[kind]).eval()
+    # Outside training the routers' losses are no part of the gradients of logits.
+    model = tiny(routed_layers=routed, capacity=0.5, **KINDS[kind]).train(routing == "top_k")
     for layer in model.model.layers:
         if layer.mlp.router.threshold is not None:
             layer.mlp.router.threshold.uniform_(0, 0.6)
@@ -298,6 +299,22 @@ def test_thresholds_follow_where_the_capacity_cuts_once_a_training_pass(
     info = output.expert_routing[1]
     assert (info.boundary > 0).any()
     assert torch.allclose(router.threshold, 0.3 * info.boundary)
+
+
+def test_rows_too_short_for_a_choice_leave_the_thresholds_of_experts() -> None:
+    # Each expert takes one of the tokens, and has no choice where there is only one.
+    mlp = block_of(num_experts=4, expert_capacity=0.5).train()
+    hidden = torch.randn(5, 1, 16, dtype=torch.float64)
+    assert mlp(hidden, None, "top_k")[1].boundary.isnan().all()
+    padded = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
+    real = torch.tensor([[True, False]]).expand(5, 2)
+    assert mlp(padded, real, "top_k")[1].boundary.isnan().all()
+    longer = torch.randn(5, 2, 16, dtype=torch.float64)
+    expected = mlp(longer, None, "top_k")[1].boundary
+    assert expected.isfinite().any()
+    mixed = torch.cat([padded, longer])
+    real = torch.cat([real, torch.ones_like(real)])
+    torch.testing.assert_close(mlp(mixed, real, "top_k")[1].boundary, expected, equal_nan=True)
 
 
 def test_the_boundary_lies_midway_and_rows_without_any_taken_do_not_count() -> None:

@@ -71,6 +71,7 @@ class ExpertRouter(PreciseModule):
         self.config = config
         self.proj = PreciseLinear(config.hidden_size, config.num_experts + config.num_noop_experts, bias=False)
         self.threshold = nn.Buffer(torch.zeros(config.num_experts)) if config.expert_capacity is not None else None
+        self.widen()
 
     def forward(
         self, hidden_BTD: Tensor, real_BT: Tensor | None, routing: Routing
@@ -103,13 +104,15 @@ class ExpertRouter(PreciseModule):
             if routing == "causal":
                 taken_BTE = taken_BTE & (scores_BTE > self.threshold)
             else:
-                places, places_B, seen_BTE = config.expert_places(hidden_BTD.shape[1]), None, taken_BTE
+                length = hidden_BTD.shape[1]
+                places, places_B = config.expert_places(length), None
+                # A row that is too short for a choice has nothing to tell.
+                is_cut_B = torch.full(hidden_BTD.shape[:1], places < length, device=hidden_BTD.device)
                 if real_BT is not None:
                     tokens_B = real_BT.sum(dim=1)
                     places_B = row_capacity(config.expert_fraction, tokens_B)
-                    if config.expert_fraction < 1:
-                        # A row that is too short for a choice has nothing to tell.
-                        seen_BTE = seen_BTE & (places_B < tokens_B)[:, None, None]
+                    is_cut_B = places_B < tokens_B
+                seen_BTE = taken_BTE & (is_cut_B[:, None, None] | (config.expert_fraction >= 1))
                 is_within_BTE = largest(scores_BTE.detach(), places, dim=1, places_B=places_B)
                 taken_BTE = taken_BTE & is_within_BTE
                 if self.training:
