@@ -6,7 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import tiny
+from torch import distributed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from mixture_of_depths import MoDForCausalLM
 
@@ -205,3 +207,118 @@ def test_of_a_loss_computed_outside_the_routers_take_part_once_a_step(use_reentr
         assert largest_difference(found, last if ends else without) == 0
     assert largest_difference(last, without) > 1e-6
     accelerator.gradient_accumulation_steps = 1
+
+
+def test_a_compiled_model_knows_the_last_part_of_a_step() -> None:
+    model = tiny(causal_router="auxiliary_loss", **WEIGHTS).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    input_ids = torch.randint(0, 31, (4, 12))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            of_compiled = gradients(model, compiled(input_ids).logits.square().mean())
+            of_model = gradients(model, model(input_ids).logits.square().mean())
+            assert largest_difference(of_compiled, of_model) < 1e-12
+    accelerator.gradient_accumulation_steps = 1
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+def test_a_loss_that_is_thrown_away_trains_no_router(
+    causal_router: str, experts: dict[str, Any], use_reentrant: bool | None
+) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    input_ids = torch.randint(0, 31, (4, 12))
+    nothing = torch.full_like(input_ids, -100)
+    for loss in (
+        0 * model(input_ids, labels=input_ids).loss,
+        0 * model(input_ids).logits.sum(),
+        # A part of a batch without a label.
+        model(input_ids, labels=nothing, num_items_in_batch=40).loss,
+        model(input_ids, labels=nothing, num_items_in_batch=torch.tensor(40), skip_logits=True).loss,
+    ):
+        model.zero_grad()
+        loss.backward()
+        assert all(weight.grad is None or (weight.grad == 0).all() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+def test_outside_training_gradients_of_logits_are_those_of_the_text(
+    causal_router: str, experts: dict[str, Any]
+) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).eval()
+    input_ids = torch.randint(0, 31, (4, 12))
+    found = gradients(model, model(input_ids, routing="top_k").logits.square().sum())
+    for name in ("predictor_loss", "auxiliary_loss", "load_balance_loss", "expert_z_loss"):
+        setattr(model.config, f"{name}_weight", 0.0)
+    assert largest_difference(found, gradients(model, model(input_ids, routing="top_k").logits.square().sum())) == 0
+
+
+@pytest.mark.parametrize(("causal_router", "experts"), ROUTERS)
+def test_hooks_may_change_what_a_block_returns_in_place(causal_router: str, experts: dict[str, Any]) -> None:
+    model = tiny(causal_router=causal_router, **WEIGHTS, **experts).train()
+    input_ids = torch.randint(0, 31, (4, 12))
+    results = []
+    for hook in (lambda _, args, output: output[0].mul_(1.5), lambda _, args, output: (1.5 * output[0], *output[1:])):
+        hooks = [
+            layer.register_forward_hook(lambda *args, hook=hook: into(hook(*args))) for layer in model.model.layers
+        ]
+        results.append(gradients(model, model(input_ids, labels=input_ids).loss))
+        for each in hooks:
+            each.remove()
+    assert largest_difference(*results) < 1e-12
+
+
+def into(returned: Any) -> Any:
+    """What a hook gives in the place of a block's output: nothing where it changed that in place."""
+    return returned if isinstance(returned, tuple) else None
+
+
+@pytest.fixture
+def alone() -> Any:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+@pytest.mark.parametrize("experts", [{}, CAPACITY])
+@pytest.mark.parametrize("capacity", [0.0, 0.3])
+@pytest.mark.usefixtures("alone")
+def test_under_causal_routing_every_weight_gets_a_gradient_as_processes_need(
+    capacity: float, experts: dict[str, Any], use_reentrant: bool | None
+) -> None:
+    model = tiny(training_routing="causal", **experts).train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if capacity == 0:
+        for layer in model.model.layers:
+            if layer.router is not None:
+                torch.nn.init.constant_(layer.router.predictor.down_proj.bias, -1e9)
+    input_ids = torch.randint(0, 31, (2, 12))
+    processes = DistributedDataParallel(model)
+    for _ in range(2):
+        # A second pass ends with an error where the first left a weight out.
+        output = processes(input_ids, labels=input_ids, output_routing=True)
+        output.loss.backward()
+    entered = sum(layer.entered.sum().item() for layer in output.routing if layer is not None)
+    assert (entered == 0) == (capacity == 0)
+    predictors = [weight for name, weight in model.named_parameters() if "predictor" in name]
+    assert predictors
+    assert all((weight.grad == 0).all() for weight in predictors)
+    plain = gradients(model, 2 * model(input_ids, labels=input_ids).loss)
+    assert largest_difference(plain, {name: weight.grad for name, weight in model.named_parameters()}) < 1e-9
+
+
+def test_of_equal_tokens_the_earlier_enter_whatever_the_length() -> None:
+    model = tiny(routed_layers=[0], capacity=0.3, hidden_size=576, head_dim=4).float().eval()
+    for length in (7, 13, 30, 61, 333):
+        row = torch.full((1, length), 5)
+        entered = model(row, routing="top_k", output_routing=True, use_cache=False).routing[0].entered[0]
+        assert entered.tolist() == sorted(entered.tolist(), reverse=True)
+        wide = torch.cat([row, torch.zeros(1, 40, dtype=torch.int64)], dim=1).expand(3, -1)
+        mask = (torch.arange(length + 40) < length).long().expand(3, -1)
+        output = model(wide, attention_mask=mask, routing="top_k", output_routing=True, use_cache=False)
+        assert torch.equal(output.routing[0].entered[:, :length], entered.expand(3, -1))

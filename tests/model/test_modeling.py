@@ -426,6 +426,8 @@ def test_documents_packed_for_other_attention_kernels_are_told_apart() -> None:
     lengths = {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "cu_seq_lens_k": torch.tensor([0, 5, 12])}
     expected = model(input_ids, position_ids=position_ids).logits
     assert torch.equal(model(input_ids, max_length_q=7, max_length_k=7, **lengths).logits, expected)
+    hidden = model.model(input_ids, max_length_q=7, max_length_k=7, **lengths).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), expected)
     assert torch.equal(model(input_ids, position_ids=position_ids, **lengths).logits, expected)
     assert not torch.equal(model(input_ids).logits, expected)
 

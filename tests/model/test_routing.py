@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import routed_model
+from models import TINY, routed_model
+from transformers import AutoModelForCausalLM
 
-from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.model.configuration import capacity_tokens
 from mixture_of_depths.model.routing import (
     Selection,
@@ -165,6 +166,25 @@ def test_routers_stay_in_float32_through_casts_saving_and_loading(tmp_path: Path
         assert loaded.dtype == changes.get("dtype", dtype) or changes == {"dtype": "auto"}
     assert all(value.dtype == torch.float64 for value in router_state(model.double()).values())
     assert all(value.dtype == torch.float32 for value in router_state(model.bfloat16()).values())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_routers_of_a_model_made_in_half_precision_are_in_float32(dtype: torch.dtype) -> None:
+    config = MoDConfig(**{**TINY, "routed_layers": [0, 2], **EXPERTS})
+    made = [AutoModelForCausalLM.from_config(config, dtype=dtype)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made.append(MoDForCausalLM(config))
+    finally:
+        torch.set_default_dtype(before)
+    for model in made:
+        assert model.lm_head.weight.dtype == dtype
+        state = router_state(model)
+        assert {name.rpartition(".")[2] for name in state} == {"weight", "bias", "router_scale", "threshold"}
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        input_ids = torch.randint(0, 31, (2, 9))
+        model.train()(input_ids, labels=input_ids).loss.backward()
 
 
 @pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])

@@ -220,6 +220,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         layer_routing = None
         if self.router is None:
             delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
+            hidden_BTD, loss = self.tie_loss(hidden_BTD, None, expert_routing, factor)
             hidden_BTD = hidden_BTD + delta_BTD
         else:
             selection, layer_routing = self.router(hidden_BTD, position_BT, placement.real, routing)
@@ -230,12 +231,26 @@ class DecoderLayer(GradientCheckpointingLayer):
             chosen_BKD = gather_tokens(hidden_BTD, selection)
             delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
             weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
+            hidden_BTD, loss = self.tie_loss(hidden_BTD, layer_routing, expert_routing, factor)
             hidden_BTD = add_weighted(hidden_BTD, selection, delta_BKD, weight_BK)
-        loss = self.routers_loss(layer_routing, expert_routing)
-        if loss is not None:
-            assert factor is not None
-            hidden_BTD, loss = with_loss(hidden_BTD, loss, factor)
         return hidden_BTD, loss, layer_routing, expert_routing
+
+    def tie_loss(
+        self,
+        hidden_BTD: Tensor,
+        layer_routing: LayerRouting | None,
+        expert_routing: ExpertRouting | None,
+        factor: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream, to which the block's result is still to be added, tied to the routers' loss, and that.
+
+        Not after the sum: hooks may change in place what the block returns, which they may not do to tied tensors.
+        """
+        loss = self.routers_loss(layer_routing, expert_routing)
+        if loss is None:
+            return hidden_BTD, None
+        assert factor is not None
+        return with_loss(hidden_BTD, loss, factor)
 
     def routers_loss(self, layer_routing: LayerRouting | None, expert_routing: ExpertRouting | None) -> Tensor | None:
         """What this block's routers add to the loss: its share of the weighted means over blocks, or None."""
@@ -354,6 +369,8 @@ class MoDModel(MoDPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are never materialised")
         routing = self._resolve_routing(routing)
+        if position_ids is None and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"])
         documents_BT = self._documents(attention_mask, position_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and routing == "causal" and not self.training and documents_BT is None
@@ -375,7 +392,7 @@ class MoDModel(MoDPreTrainedModel):
         position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
         factor = None
         if routing == "top_k":
-            factor = torch.full((), 1.0 if ends_step() else 0.0, device=hidden_BTD.device)
+            factor = torch.full((), 1.0 if self.training and ends_step() else 0.0, device=hidden_BTD.device)
         layer_routings, expert_routings, hidden_states, losses = [], [], [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -560,8 +577,6 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True needs labels: without a loss and logits nothing is left to return")
-        if position_ids is None and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
-            position_ids = packed_positions(kwargs["cu_seq_lens_q"])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -572,13 +587,12 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             routing=routing,
+            cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
             return_dict=True,
         )
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = loss = lm_loss = router_loss = balance_loss = z_loss = None
-        # An adapter on the head does more than its weight says, and where it lies elsewhere only its call brings it.
-        is_plain = isinstance(self.lm_head, nn.Linear) and self.lm_head.weight.device == hidden_BTD.device
-        if not (skip_logits and is_plain):
+        if not (skip_logits and self._head_is_plain(hidden_BTD.device)):
             logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
         if labels is not None:
             target_BT = kwargs.get("shift_labels")
@@ -598,8 +612,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             if outputs.routers_loss is not None:
                 share = 1.0
                 if num_items_in_batch is not None:
-                    # Not 0, which is the gradient of a loss that nobody uses.
-                    share = (target_BT != -100).sum().clamp(min=1e-9) / num_items_in_batch
+                    share = (target_BT != -100).sum().to(loss.dtype) / num_items_in_batch
                 loss = loss + share * outputs.routers_loss
             router_loss = _mean_over_blocks([layer.loss for layer in outputs.routing if layer is not None])
             experts = [layer for layer in outputs.expert_routing if layer is not None]
@@ -618,6 +631,12 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             expert_routing=outputs.expert_routing if output_routing else None,
         )
 
+    def _head_is_plain(self, device: torch.device) -> bool:
+        """Whether the head's weight says all that it does: no adapter, no bias, no hook, and on this device."""
+        head = self.lm_head
+        hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+        return type(head) is nn.Linear and head.bias is None and head.weight.device == device and not any(hooks)
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -635,11 +654,11 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         )
 
 
-@torch.compiler.assume_constant_result
 def ends_step() -> bool:
     """Whether the gradients of this pass complete those of an optimiser step, as accelerate and its trainers say.
 
     A loss that a trainer does not see is not averaged over the parts of a batch either: it is taken on the last one.
+    A compiled graph is guarded by the answer, so that there are two of them.
     """
     return GradientState().sync_gradients
 

@@ -75,6 +75,10 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 class PreciseModule(nn.Module):
     """Its weights and buffers, and those of modules in it, stay in float32 at least, whatever the model is cast to."""
 
+    def widen(self) -> None:
+        """Makes float32 of what was made in less, as under a default type: the last step of making such a module."""
+        self._apply(lambda tensor: tensor)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def precise(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
@@ -127,11 +131,13 @@ class Router(PreciseModule):
         self.layer_idx = layer_idx
         # Kept here: looked up by the block's index, it would have every block compiled by itself.
         self.capacity = config.capacity_fraction(layer_idx)
+        self.is_first_block = layer_idx == 0
         self.is_random = config.router_type == "random"
         if not self.is_random:
             self.proj = PreciseLinear(config.hidden_size, 1, bias=False)
             self.predictor = Predictor(config) if config.causal_router == "predictor" else None
             self.threshold = nn.Buffer(torch.zeros(1))
+        self.widen()
 
     def input_of(self, hidden_BTD: Tensor) -> Tensor:
         """What the router's weights are multiplied with, of the shape of the hidden states."""
@@ -204,9 +210,13 @@ class Router(PreciseModule):
                 entered_BT = entered_BT | is_first_BT
             if real_BT is not None:
                 entered_BT = entered_BT & real_BT
-            return select_entered(entered_BT), LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None, None)
+            # In training every weight gets a gradient, if one of 0: processes that average them wait for each.
+            selection = select_entered(entered_BT, least=1 if self.training else 0)
+            if self.training:
+                router_logits_BT = router_logits_BT + 0 * causal_logits_BT
+            return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None, None)
 
-        scores_BT = router_logits_BT.detach()
+        scores_BT = self._scores(hidden_BTD, router_logits_BT)
         if is_first_BT is not None:
             scores_BT = scores_BT.masked_fill(is_first_BT, math.inf)
         selection = select_top_k(scores_BT, self.capacity, real_BT)
@@ -219,6 +229,18 @@ class Router(PreciseModule):
             if self.training:
                 boundary = top_k_boundary(scores_BT, entered_BT, choice_BT)
         return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss, boundary)
+
+    @torch.no_grad()
+    def _scores(self, hidden_BTD: Tensor, router_logits_BT: Tensor) -> Tensor:
+        """What top-k compares: the router's logits, and equal ones for equal tokens; of shape [B, T].
+
+        Before the first block tokens of one word are equal. A matrix product gives them logits whose last bit depends
+        on where they stand, so that padding would tell which of them enter.
+        """
+        if not self.is_first_block or self.is_random or not isinstance(self.proj, PreciseLinear):
+            return router_logits_BT
+        with full_precision(hidden_BTD.device):
+            return (self.input_of(hidden_BTD) * self.proj.weight[0]).sum(dim=-1)
 
     def _choice(self, entered_BT: Tensor, is_first_BT: Tensor | None, real_BT: Tensor | None) -> Tensor | None:
         """The tokens about which top-k had a choice, from which alone there is something to learn; None for all."""
@@ -293,13 +315,13 @@ def finite_mean(values: Tensor, dim: int) -> Tensor:
     return values.masked_fill(~is_finite, 0).sum(dim) / is_finite.sum(dim)
 
 
-def select_entered(entered_BT: Tensor) -> Selection:
+def select_entered(entered_BT: Tensor, least: int = 0) -> Selection:
     """The tokens marked in `entered_BT` (bool, [B, T]), in the order of the sequence, as a rectangle [B, K].
 
-    K is the largest number of marked tokens in a row; it depends on the data.
+    K is the largest number of marked tokens in a row, or `least`; it depends on the data.
     """
     count_B = entered_BT.sum(dim=1)
-    largest = int(count_B.max())
+    largest = max(int(count_B.max()), least)
     index_BK = entered_BT.int().argsort(dim=1, descending=True, stable=True)[:, :largest]
     if bool((count_B == largest).all()):
         return Selection(index_BK, None)
@@ -364,13 +386,16 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad_BTD, grad_loss), (factor,) = grad_outputs, ctx.saved_tensors
-        return grad_BTD, torch.where(grad_loss == 0, factor.to(grad_loss.dtype), grad_loss), None
+        # A loss that is thrown away, multiplied by 0, gives the hidden states no gradient either.
+        unseen = (factor * (grad_BTD != 0).any()).to(grad_loss.dtype)
+        return grad_BTD, torch.where(grad_loss == 0, unseen, grad_loss), None
 
 
 def with_loss(hidden_BTD: Tensor, loss: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Ties a loss to hidden states, both unchanged, so that a backward pass through them reaches the loss, too.
 
     Whoever adds the returned loss to one of their own gets its gradient with the factor they gave it. Whoever computes
-    a loss from what comes of the hidden states alone gets it with the factor `factor`, a scalar.
+    a loss from what comes of the hidden states alone gets it with the factor `factor`, a scalar, unless their gradient
+    is 0 everywhere.
     """
     return _WithLoss.apply(hidden_BTD, loss, factor)  # pyright: ignore[reportReturnType]
