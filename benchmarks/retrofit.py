@@ -267,6 +267,8 @@ def main() -> None:
             blocks = choose_blocks(importance, dense.config, options, length)
             chosen = replace(
                 options,
+                # The share has done its work: it chose them.
+                flops_share=RetrofitOptions.flops_share,
                 routed_layers=tuple(blocks),
                 capacity=full_capacity(dense.config, blocks, options, length),
                 router_type="random" if kind == "random" else "learned",

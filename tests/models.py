@@ -239,7 +239,9 @@ def write_files(folder: Path, count: int = 40) -> None:
 
 def options(tmp_path: Path, *data: str, **changes: Any) -> DataOptions:
     """Of small sequences, with the cache in the folder."""
-    small: dict[str, Any] = {"vocab_size": 300, "sequence_length": 16, "validation_fraction": 0.2}
+    small: dict[str, Any] = {"sequence_length": 16, "validation_fraction": 0.2}
+    if "tokenizer" not in changes:
+        small["vocab_size"] = 300
     return DataOptions(data=data, cache_dir=tmp_path / "cache", **{**small, **changes})
 
 

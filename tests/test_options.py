@@ -18,6 +18,11 @@ from mixture_of_depths.options import RetrofitOptions, SamplingOptions
         ({"lora_rank": 0}, "lora_rank=0"),
         ({"measure_sequences": 0}, "measure_sequences=0"),
         ({"fit_sequences": 0}, "fit_sequences=0"),
+        ({"flops_share": 0.5, "routed_layers": (1,)}, r"flops_share=0\.5 has no use with routed_layers; leave out one"),
+        ({"measure_sequences": 2, "routed_layers": (1,)}, "measure_sequences=2 has no use with routed_layers"),
+        ({"lora_rank": 2}, "lora_rank=2 has no use with tune=all"),
+        ({"causal_router": "predictor", "router_type": "random"}, "causal_router=predictor has no use with"),
+        ({"fit_sequences": 2, "router_type": "random"}, "fit_sequences=2 has no use with router_type=random"),
         ({"tune": "routers", "router_type": "random"}, "tune=routers leaves nothing to tune with router_type=random"),
     ],
 )

@@ -33,6 +33,14 @@ def make_plain(instance: Any) -> None:
             object.__setattr__(instance, field.name, int(value))
 
 
+def refuse_without_use(options: Any, where: str, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is not at its default, and has no use beside others."""
+    defaults = {field.name: field.default for field in fields(options)}
+    for name in names:
+        if (value := getattr(options, name)) != defaults[name]:
+            raise ValueError(f"{name}={value} has no use {where}; leave out one of them")
+
+
 def _validate(kind: type, name: str, value: Any) -> None:
     from pydantic import ValidationError
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from mixture_of_depths.fields import make_plain, validate_fields
+from mixture_of_depths.fields import make_plain, refuse_without_use, validate_fields
 
 BUILTIN = "builtin"
 
@@ -41,8 +41,8 @@ class DataOptions:
     """Stop reading after this many characters; needed for a hub data set that is larger than the disk."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use; by default a byte-level BPE is trained on the text."""
-    vocab_size: Annotated[int, Lt(2**31)] = 4096
-    """Entries of the tokenizer that is trained."""
+    vocab_size: Annotated[int, Lt(2**31)] | None = None
+    """Entries of the tokenizer that is trained; by default 4096."""
     sequence_length: Annotated[int, Ge(2)] = 256
     """Tokens per sequence."""
     validation_fraction: Fraction = 0.04
@@ -155,7 +155,7 @@ class RetrofitOptions:
     capacity: Fraction = 0.125
     """Least fraction of the tokens that enters a routed block; it is raised until flops_share is used in full."""
     routed_layers: Annotated[tuple[int, ...], Len(1)] | None = None
-    """Blocks to route, instead of those that measuring finds; capacity is then kept and flops_share not looked at."""
+    """Blocks to route, instead of those that measuring finds for flops_share; capacity is then kept."""
     router_type: RouterType = "learned"
     """Learned routing, or the stochastic control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"
@@ -182,6 +182,12 @@ class RetrofitOptions:
                 "tune=routers leaves nothing to tune with router_type=random, whose routers have no weights; give "
                 "tune=lora or tune=all"
             )
+        if self.routed_layers is not None:
+            refuse_without_use(self, "with routed_layers", "flops_share", "measure_sequences")
+        if self.tune != "lora":
+            refuse_without_use(self, f"with tune={self.tune}", "lora_rank")
+        if self.router_type == "random":
+            refuse_without_use(self, "with router_type=random", "causal_router", "fit_sequences")
 
 
 @dataclass(frozen=True)

@@ -27,5 +27,9 @@ def test_an_isoflop_study_from_plan_to_plot(tmp_path: Path, monkeypatch: pytest.
     status, output, _ = run(monkeypatch, capsys, "isoflop", "plot", study, "--out", out)
     assert status == 0
     assert all(Path(line).is_file() for line in output.split())
-    status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out, "--family", "typo")
-    assert (status, "family=typo has no records" in errors) == (2, True)
+    for name in ("family", "stochastic"):
+        status, _, errors = run(monkeypatch, capsys, "isoflop", "fit", study, "--out", out, f"--{name}", "typo")
+        assert (status, f"{name}=typo has no records" in errors) == (2, True)
+    for words, message in (([], "cpus=0 needs ray; leave it out"), (["--ray", "auto"], "cpus=0 must be at least 1")):
+        status, _, errors = run(monkeypatch, capsys, "isoflop", "run", study, "--out", out, "--cpus", "0", *words)
+        assert (status, message in errors) == (2, True)

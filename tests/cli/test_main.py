@@ -121,6 +121,13 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback() -> None:
         ),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
+        # Also at what another command takes by default.
+        (["retrofit", "x", "--out", "OUT", "--vocab-size", "4096"], "vocab_size=4096 cannot be chosen"),
+        (["retrofit", "x", "--out", "OUT", "--tokenizer", "y"], "tokenizer=y cannot be chosen: a pretrained"),
+        (["retrofit", "x", "--out", "OUT", "--lora-rank", "4"], "lora_rank=4 has no use with tune=all; leave out one"),
+        (["evaluate", "CHECKPOINT", "--text-column", "text"], "text_column=text needs data; the held-out text"),
+        (["calibrate", "CHECKPOINT", "--out", "OUT", "--text-column", "text"], "text_column=text needs data"),
+        (["evaluate", "CHECKPOINT", "--tasks", "x", "--text-column", "text"], "text_column=text needs data or"),
         (["frobnicate"], "frobnicate"),
         (["train", "--out", "OUT", "--max-steps", "many"], "many"),
     ],

@@ -84,6 +84,9 @@ SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
         ({"learning_rates": {"baseline": 1e-2}}, "learning_rates needs a rate above 0 for mod"),
         ({"baseline": "dense"}, "baseline=dense is none"),
         ({"training": {"max_steps": 3}}, "max_steps comes from the study"),
+        # At its default, too: it would not be heeded.
+        ({"training": {"seed": 0}}, "seed comes from the study"),
+        ({"learning_rates": {"baseline": 1e-2, "mod": 1e-2, "mud": 1e-2}}, "learning_rates: mud is none"),
         ({"training": {"calibrate": True}}, "calibrate is the same in every study"),
         ({"training": {"batch_size": "many"}}, "training.batch_size='many'"),
     ],

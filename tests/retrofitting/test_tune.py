@@ -69,7 +69,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_anything_is_measured(corpu
 def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, tune: Any) -> None:
     dense = dense_for(corpus)
     before = {name: weight.clone() for name, weight in dense.state_dict().items()}
-    routing = replace(ROUTING, tune=tune, lora_rank=2)
+    routing = replace(ROUTING, tune=tune, **({"lora_rank": 2} if tune == "lora" else {}))
     model, _ = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
     assert all(torch.equal(weight, dense.state_dict()[name]) for name, weight in before.items())
     after = model.state_dict()

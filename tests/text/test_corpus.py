@@ -26,6 +26,8 @@ from mixture_of_depths.text.tokenizer import END_OF_TEXT, start_of_text, train_t
         ("nowhere", {"validation_fraction": 0.0}, "validation_fraction=0.0"),
         ("nowhere", {"sequence_length": 1}, "sequence_length=1"),
         ("nowhere", {"vocab_size": 100}, "vocab_size=100"),
+        ("nowhere", {"vocab_size": 4096, "tokenizer": "x"}, "vocab_size=4096 has no use with tokenizer=x"),
+        ("nowhere", {"split": "test"}, "split=test has no use without a data set of the hub, hub:NAME, in data"),
     ],
 )
 def test_wrong_paths_and_options_are_refused(tmp_path: Path, data: str, changes: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ MAX_LOSS = 700
 def evaluate(
     checkpoint: Checkpoint,
     data: tuple[str, ...] = (),
-    text_column: str = "text",
+    text_column: str | None = None,
     sequence_length: int | None = None,
     max_sequences: int | None = None,
     precision: Precision = "fp32",
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         checkpoint: Folder of a trained model.
         data: Text to evaluate on: files, folders, globs, hub:NAME or "builtin".
-        text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
+        text_column: Field or column that holds the text in .jsonl, .parquet and hub data; by default "text".
         sequence_length: Tokens per sequence; by default as in training.
         max_sequences: Use this many sequences, evenly spaced, instead of all.
         precision: Precision of the matrix products: fp32, or bf16.
@@ -62,7 +62,7 @@ def evaluate(
     if tasks and data:
         raise ValueError(f"data={' '.join(data)} and tasks={' '.join(tasks)} exclude one another; give one of them")
     needing = {"task_files": task_files, "limit": limit}
-    excluded = {"sequence_length": sequence_length, "max_sequences": max_sequences}
+    excluded = {"text_column": text_column, "sequence_length": sequence_length, "max_sequences": max_sequences}
     for name, value in (excluded if tasks else needing).items():
         if value is not None:
             wanted = "needs data or held-out text, not tasks" if tasks else "needs tasks"
@@ -108,7 +108,7 @@ def calibrate(
     checkpoint: Checkpoint,
     out: Path,
     data: tuple[str, ...] = (),
-    text_column: str = "text",
+    text_column: str | None = None,
     sequence_length: int | None = None,
     precision: Precision = "fp32",
 ) -> None:
@@ -122,7 +122,7 @@ def calibrate(
         checkpoint: Folder of a trained model.
         out: Folder for the calibrated model.
         data: Text to calibrate on: files, folders, globs, hub:NAME or "builtin".
-        text_column: Field or column that holds the text in .jsonl, .parquet and hub data.
+        text_column: Field or column that holds the text in .jsonl, .parquet and hub data; by default "text".
         sequence_length: Tokens per sequence; by default as in training.
         precision: Precision of the matrix products: fp32, or bf16.
     """
@@ -165,7 +165,7 @@ def _text_for(
     checkpoint: Path,
     tokenizer: "PreTrainedTokenizerBase",
     data: tuple[str, ...],
-    text_column: str,
+    text_column: str | None,
     sequence_length: int | None,
 ) -> tuple["datasets.Dataset", float, int]:
     """Sequences of the text given, or of what a model's training held out; their bytes per token, and their length.
@@ -184,10 +184,13 @@ def _text_for(
     text = read_run(checkpoint)["text"] if trained.exists() else {}
     if sequence_length is not None and sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length} must be at least 2")
+    if text_column is not None and not data:
+        raise ValueError(f"text_column={text_column} needs data; the held-out text is already read")
     if data:
         length = sequence_length or text["options"]["sequence_length"]
         skipped = Skipped()
-        documents = list(read_documents(DataOptions(data=data, text_column=text_column), skipped))
+        column = "text" if text_column is None else text_column
+        documents = list(read_documents(DataOptions(data=data, text_column=column), skipped))
         if not documents:
             raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
         tokens = tokenize(documents, tokenizer)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mixture_of_depths.isoflop.plan import PlannedRun
     from mixture_of_depths.text.corpus import Corpus
 
+# The family of the stochastic control in our own studies.
+STOCHASTIC = "stochastic-12"
+
 
 def plan(study: Study) -> None:
     """Print every run of a study: parameters, steps, tokens, FLOPs per token of a forward pass and estimated time.
@@ -42,26 +45,29 @@ def plan(study: Study) -> None:
     console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
 
 
-def run(study: Study, out: Path, ray: str | None = None, cpus: int = 2) -> None:
+def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None) -> None:
     """Carry out the runs of a study that have no record yet, and resume what broke.
 
     Args:
         study: Study file, YAML.
         out: Folder of the study: records.jsonl, and a folder for each run.
         ray: Address of a Ray cluster, or "auto"; by default the runs go one after another here.
-        cpus: Cores of each run on a Ray cluster.
+        cpus: Cores of each run on a Ray cluster; by default 2.
     """
     from rich.console import Console
 
     from mixture_of_depths.isoflop.run import run_here, run_on_ray
 
+    if cpus is not None and (ray is None or cpus < 1):
+        wanted = "needs ray; leave it out, or name a cluster" if ray is None else "must be at least 1"
+        raise ValueError(f"cpus={cpus} {wanted}")
     planned, corpus = _planned(study)
     console = Console()
     console.print(str(corpus.facts))
     if ray is None:
         finished = run_here(planned, corpus, out, console)
     else:
-        finished = run_on_ray(planned, corpus, out, ray, cpus, console)
+        finished = run_on_ray(planned, corpus, out, ray, cpus or 2, console)
     if not finished:
         console.print("stopped; go on with the same command")
         raise SystemExit(130)
@@ -99,23 +105,23 @@ def measure(study: Study, out: Path, family: str = "mod") -> None:
     print(json.dumps(measured, indent=2))
 
 
-def fit(study: Study, out: Path, family: str = "mod", stochastic: str = "stochastic-12") -> None:
+def fit(study: Study, out: Path, family: str = "mod", stochastic: str | None = None) -> None:
     """Find every curve's optimum and compare the families; writes summary.json and prints it.
 
     Args:
         study: Study file, YAML.
         out: Folder of the study.
         family: The family that is compared with the baseline.
-        stochastic: The family of the stochastic control, if there is one.
+        stochastic: The family of the stochastic control; by default stochastic-12, if there are records of it.
     """
     from mixture_of_depths.files import read_json
     from mixture_of_depths.isoflop.fit import summarise
     from mixture_of_depths.provenance import provenance
 
-    records, baseline = _records(study, out, family)
+    records, baseline = _records(study, out, family, *([] if stochastic is None else [stochastic]))
     path = out / "measurements.json"
     measured = read_json(path) if path.exists() else {}
-    figures = summarise(records, baseline, family, stochastic, measured)
+    figures = summarise(records, baseline, family, stochastic or STOCHASTIC, measured)
     summary = json.dumps({**figures, **provenance()}, indent=2, allow_nan=False)
     (out / "summary.json").write_text(summary + "\n")
     print(summary)
@@ -147,11 +153,12 @@ def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
     return plan(loaded, corpus), corpus
 
 
-def _records(study: Path, out: Path, family: str) -> tuple[list[dict[str, Any]], str]:
+def _records(study: Path, out: Path, *wanted: str) -> tuple[list[dict[str, Any]], str]:
     """The records of a study's runs, and the name of its baseline.
 
     Raises:
-        ValueError: when there are none, or none of the family `family`, or one differs from the study in size or rate.
+        ValueError: when there are none, or none of a family that is wanted; or one differs from the study in size or
+            rate.
     """
     from mixture_of_depths.files import read_records
     from mixture_of_depths.isoflop.plan import load_study, runs
@@ -174,6 +181,7 @@ def _records(study: Path, out: Path, family: str) -> tuple[list[dict[str, Any]],
     if missing := planned.keys() - {record["name"] for record in records}:
         print(f"{len(missing)} of {len(planned)} runs have no record yet, {min(missing)} first", file=sys.stderr)
     families = sorted({record["family"] for record in records if record["evaluation"] is not None})
-    if family not in families:
-        raise ValueError(f"family={family} has no records; there are some of {', '.join(families)}")
+    for name, family in zip(("family", "stochastic"), wanted, strict=False):
+        if family not in families:
+            raise ValueError(f"{name}={family} has no records; there are some of {', '.join(families)}")
     return records, loaded.baseline

@@ -79,7 +79,13 @@ def retrofit(
     quiet_libraries()
     console = Console()
     if data.tokenizer is not None:
-        raise ValueError(f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own")
+        raise ValueError(
+            f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own; leave it out"
+        )
+    if data.vocab_size is not None:
+        raise ValueError(
+            f"vocab_size={data.vocab_size} cannot be chosen: a pretrained model has its own tokenizer; leave it out"
+        )
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
     corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))

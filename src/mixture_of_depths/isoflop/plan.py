@@ -155,9 +155,10 @@ def load_study(path: Path) -> Study:
     _known(raw_study, Study, str(path))
     for name, kind in (("ladder", Ladder), ("data", DataOptions), ("training", TrainOptions)):
         _known(raw_study.get(name, {}), kind, f"{path}: {name}")
-    for name in FIXED_FIELDS:
-        if name in raw_study.get("training", {}):
-            raise ValueError(f"study={path}: training: {name} is the same in every study; leave it out")
+    for names, reason in ((FIXED_FIELDS, "is the same in every study"), (HORIZON_FIELDS, "comes from the study")):
+        for name in names:
+            if name in raw_study.get("training", {}):
+                raise ValueError(f"study={path}: training: {name} {reason}; leave it out")
     sweeps = raw_study.get("sweeps")
     for number, sweep in enumerate(sweeps if isinstance(sweeps, list) else []):
         _known(sweep, Sweep, f"{path}: sweeps[{number}]")
@@ -198,10 +199,11 @@ def _check(study: Study, path: Path) -> None:
         for name in sweep.families:
             if name not in study.families:
                 raise ValueError(f"study={path}: sweeps: {name} is none of the families {list(study.families)}")
-    default = TrainOptions()
-    for name in HORIZON_FIELDS:
-        if getattr(study.training, name) != getattr(default, name):
-            raise ValueError(f"study={path}: training: {name} comes from the study; leave it out")
+    for name in study.learning_rates:
+        if name not in study.families:
+            raise ValueError(
+                f"study={path}: learning_rates: {name} is none of the families {list(study.families)}; leave it out"
+            )
 
 
 def runs(study: Study) -> list[Run]:

@@ -9,15 +9,17 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixture_of_depths.fields import validate_fields
+from mixture_of_depths.fields import refuse_without_use, validate_fields
 from mixture_of_depths.files import is_whole, locked, seal, sync_folder
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.batches import pack
-from mixture_of_depths.text.documents import SUFFIXES, Skipped, digest, read_documents, split_documents
+from mixture_of_depths.text.documents import HUB, SUFFIXES, Skipped, digest, read_documents, split_documents
 from mixture_of_depths.text.tokenizer import end_of_text, load_tokenizer, start_of_text, tokenize, train_tokenizer
 
 # Raised when the prepared form changes, so that older cache entries are not read.
 CACHE_VERSION = 1
+# Entries of a tokenizer that is trained, where the options name no number.
+VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = No
 
 def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[str, Skipped]:
     """Puts prepared text into the cache if it is not there; returns its key, and what was left out; see `prepare`."""
-    _check(options)
+    _check(options, tokenizer)
     skipped = Skipped()
     documents = list(read_documents(options, skipped))
     if not documents:
@@ -119,15 +121,23 @@ def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None
     )
 
 
-def _check(options: DataOptions) -> None:
+def _check(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
     validate_fields(options)
-    if options.tokenizer is None and options.vocab_size < 257:
+    if not any(source.startswith(HUB) for source in options.data):
+        refuse_without_use(options, f"without a data set of the hub, {HUB}NAME, in data", "split")
+    if tokenizer is None and options.tokenizer is not None:
+        refuse_without_use(options, f"with tokenizer={options.tokenizer}, which is not trained", "vocab_size")
+    elif options.vocab_size is not None and options.vocab_size < 257:
         raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+
+
+def _entries(options: DataOptions) -> int:
+    return VOCABULARY if options.vocab_size is None else options.vocab_size
 
 
 def _cache_key(options: DataOptions, documents: list[str], tokenizer: PreTrainedTokenizerFast | None) -> str:
     name = hashlib.sha256()
-    tokenizer_key = f"bpe-{options.vocab_size}"
+    tokenizer_key = f"bpe-{_entries(options)}"
     if tokenizer is not None:
         beginning = tokenizer.convert_ids_to_tokens(start_of_text(tokenizer))
         tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, *beginning])
@@ -145,7 +155,7 @@ def _write_cache(
     skipped: Skipped,
 ) -> None:
     train, validation, split = split_documents(documents, options.validation_fraction)
-    tokenizer = tokenizer or train_tokenizer(train, options.vocab_size)
+    tokenizer = tokenizer or train_tokenizer(train, _entries(options))
     train_tokens, validation_tokens = tokenize(train, tokenizer), tokenize(validation, tokenizer)
     facts = CorpusFacts(
         train_documents=len(train),

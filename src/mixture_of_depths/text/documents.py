@@ -18,6 +18,8 @@ import pyarrow.parquet as parquet
 
 from mixture_of_depths.options import BUILTIN, DataOptions
 
+# What a data set of the Hugging Face hub is named with.
+HUB = "hub:"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 
 
@@ -53,8 +55,8 @@ def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
 def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
     if source == BUILTIN:
         yield from _read_files(builtin_files(), options, skipped)
-    elif source.startswith("hub:"):
-        yield from _read_hub(source.removeprefix("hub:"), options, skipped)
+    elif source.startswith(HUB):
+        yield from _read_hub(source.removeprefix(HUB), options, skipped)
     else:
         yield from _read_files(find_files(source), options, skipped)
 
