@@ -185,6 +185,22 @@ def test_models_without_learned_routers_are_evaluated_on_the_same_half(
     assert all(name.endswith("mlp.router.threshold") for name in moved)
 
 
+@pytest.mark.parametrize(("precision", "is_bf16"), [("fp32", False), ("bf16", True)])
+def test_a_run_is_calibrated_in_the_precision_of_its_training(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, is_bf16: bool
+) -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+    calibrate = run_module.calibrate
+
+    def watched(*arguments: Any) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        calibrate(*arguments)
+
+    monkeypatch.setattr(run_module, "calibrate", watched)
+    train(config_for(corpus), corpus, replace(OPTIONS, max_steps=1, precision=precision), tmp_path, console=QUIET)
+    assert seen == [(is_bf16, torch.bfloat16)]
+
+
 def test_held_out_text_of_one_sequence_calibrates_nothing_and_the_run_says_so(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
