@@ -32,7 +32,7 @@ def test_private_modules_are_named_in_one_file_only() -> None:
 def test_libraries_with_private_parts_in_use_have_an_upper_bound_that_is_tested_here() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {required.name: required.specifier for required in map(Requirement, project["dependencies"])}
-    for name in ("torch", "transformers"):
+    for name in ("torch", "transformers", "accelerate"):
         installed = version(name)
         major, minor, *_ = (int(part) for part in re.findall(r"\d+", installed))
         assert installed in bounds[name]
