@@ -1,8 +1,12 @@
 """The commands that answer others."""
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
+import gradio
 import pytest
 from command import run
 
@@ -17,6 +21,19 @@ def test_the_playground_refuses_what_it_cannot_show(
     ):
         status, _, errors = run(monkeypatch, capsys, "playground", *arguments)
         assert (status, message in errors) == (2, True)
+
+
+def test_ctrl_c_ends_the_playground_with_status_130(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def launch(blocks: gradio.Blocks, **_: Any) -> None:
+        blocks.is_running, blocks.local_url = True, "http://127.0.0.1:7860/"
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr("mixture_of_depths.serving.playground.check_address", lambda *_: None)
+    status, output, errors = run(monkeypatch, capsys, "playground", str(checkpoint))
+    assert (status, output.strip(), errors.strip()) == (130, "http://127.0.0.1:7860/", "stopped")
 
 
 def test_serve_hands_its_keys_on_and_refuses_those_that_no_client_can_send(

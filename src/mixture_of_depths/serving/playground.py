@@ -197,4 +197,9 @@ def serve(blocks: gradio.Blocks, host: str, port: int) -> None:
     except OSError as error:
         raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
     print(blocks.local_url, flush=True)
-    blocks.block_thread()
+    # The library's own waiting ends on Ctrl-C as if nothing had been stopped.
+    try:
+        while blocks.is_running:
+            time.sleep(0.1)
+    finally:
+        blocks.close(verbose=False)
