@@ -52,8 +52,11 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     [
         "import mixture_of_depths, transformers",
         "import transformers, mixture_of_depths",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import mixture_of_depths, transformers",
-        "from mixture_of_depths import MoDModel; import transformers",
+        pytest.param(
+            "from transformers import AutoConfig, AutoModelForCausalLM; import mixture_of_depths, transformers",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("from mixture_of_depths import MoDModel; import transformers", marks=pytest.mark.slow),
     ],
 )
 def test_importing_the_package_makes_the_model_known_to_transformers(imports: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A task of lm-evaluation-harness gives the figures that the model's own logits give."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,16 @@ import torch
 from models import TASK, make_checkpoint
 
 from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths.evaluation import harness
 from mixture_of_depths.evaluation.harness import evaluate_tasks
 from mixture_of_depths.text.tokenizer import load_tokenizer
 
 
-def test_a_local_task_is_answered_with_the_models_own_likelihoods(tmp_path: Path) -> None:
+def test_a_local_task_is_answered_with_the_models_own_likelihoods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The harness looks through thousands of files of its own each time.
+    monkeypatch.setattr(harness, "TaskManager", cache(harness.TaskManager))
     make_checkpoint(tmp_path)
     model, tokenizer = MoDForCausalLM.from_pretrained(tmp_path).eval(), load_tokenizer(str(tmp_path))
     examples = [
@@ -35,7 +41,7 @@ def test_a_local_task_is_answered_with_the_models_own_likelihoods(tmp_path: Path
     found = evaluate_tasks(model, tokenizer, ("local_choice",), tmp_path)
     assert found["local_choice"]["acc,none"] == pytest.approx(9 / 12)
     with pytest.raises(ValueError, match="tasks=nowhere is unknown"):
-        evaluate_tasks(model, tokenizer, ("nowhere",))
+        evaluate_tasks(model, tokenizer, ("nowhere",), tmp_path)
     (tmp_path / "local.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl").replace("question", "qestion"))
     with pytest.raises(ValueError, match="tasks=local_choice cannot be run"):
         evaluate_tasks(model, tokenizer, ("local_choice",), tmp_path)

@@ -76,11 +76,11 @@ def test_evaluation_computes_4096_tokens_at_a_time_at_most(corpus: Corpus, monke
     model.register_forward_pre_hook(lambda _, __, given: sizes.append(given["input_ids"].shape), with_kwargs=True)
     for length, batch_size in ((15, 16), (1000, 4), (5000, 1)):
         monkeypatch.setattr(model.config, "max_position_embeddings", length)
-        sequences = datasets.Dataset.from_dict({"input_ids": [list(range(1, 6)) * (length // 5)] * 20})
+        sequences = datasets.Dataset.from_dict({"input_ids": [list(range(1, 6)) * (length // 5)] * (batch_size + 1)})
         sizes.clear()
         evaluate(model, sequences, 0, 1.0, all_causal_routers=False)
         assert max(sizes) == (batch_size, length)
-        assert sum(rows for rows, _ in sizes) == 2 * 20
+        assert sum(rows for rows, _ in sizes) == 2 * (batch_size + 1)
 
 
 def test_evaluation_holds_one_batch_of_the_text_whatever_its_length() -> None:

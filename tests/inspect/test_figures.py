@@ -72,15 +72,18 @@ def test_right_and_wrong_decisions_are_all_decisions() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "text"),
     [
-        {},
-        {"router_type": "random"},
-        {"router_activation": "straight_through"},
-        {"num_hidden_layers": 1, "route_every": 1},
+        ({}, TEXT),
+        ({"router_type": "random"}, "a"),
+        ({"router_activation": "straight_through"}, TEXT),
+        ({"num_hidden_layers": 1, "route_every": 1}, "a"),
+        pytest.param({}, "a", marks=pytest.mark.slow),
+        pytest.param({"router_type": "random"}, TEXT, marks=pytest.mark.slow),
+        pytest.param({"router_activation": "straight_through"}, "a", marks=pytest.mark.slow),
+        pytest.param({"num_hidden_layers": 1, "route_every": 1}, TEXT, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("text", [TEXT, "a"])
 def test_figures_are_drawn_for_every_model_and_text(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
     found = trace(model_with(**changes), TOKENIZER, text)
     figures = drawn(found, trace(model_with(**changes), TOKENIZER, text, "top_k"))

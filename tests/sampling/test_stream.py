@@ -1,6 +1,8 @@
 """The fast decode step samples the tokens of `generate()`, from prompts it can go on from."""
 
 import gc
+from itertools import product
+from typing import Any
 
 import psutil
 import pytest
@@ -12,9 +14,18 @@ from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.stream import stream
 
 
-@pytest.mark.parametrize("causal_router", ["predictor", "threshold", "auxiliary_loss"])
-@pytest.mark.parametrize("routed", [[0, 2], [0, 1, 2], []])
-@pytest.mark.parametrize("batch", [1, 4])
+def each_pair_once() -> list[Any]:
+    """Every causal router with every size of batch and choice of blocks; of the three together half are slow."""
+    routers, blocks = ("predictor", "threshold", "auxiliary_loss"), ([0, 2], [0, 1, 2])
+    # Without routed blocks there is no router to choose.
+    cases = [pytest.param("predictor", [], batch) for batch in (1, 4)]
+    for (number, router), (place, routed), batch in product(enumerate(routers), enumerate(blocks), (1, 4)):
+        is_slow = (number + place + (batch > 1)) % 2
+        cases.append(pytest.param(router, routed, batch, marks=[pytest.mark.slow] if is_slow else []))
+    return cases
+
+
+@pytest.mark.parametrize(("causal_router", "routed", "batch"), each_pair_once())
 def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: list[int], batch: int) -> None:
     model = tiny(routed_layers=routed, causal_router=causal_router, first_token_enters=batch > 1).float().eval()
     for length in (1, 9):

@@ -34,10 +34,21 @@ class Stop(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+RANDOM: dict[str, Any] = {"router_type": "random"}
+EXPERTS: dict[str, Any] = {"num_experts": 3, "num_noop_experts": 1, "expert_capacity": 0.7}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"router_type": "random"}, {"num_experts": 3, "num_noop_experts": 1, "expert_capacity": 0.7}]
+    ("changes", "accumulation", "number"),
+    [
+        ({}, 1, signal.SIGINT),
+        (RANDOM, 2, signal.SIGTERM),
+        (EXPERTS, 1, signal.SIGTERM),
+        pytest.param({}, 2, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(RANDOM, 1, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(EXPERTS, 2, signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize(("accumulation", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
     corpus: Corpus,
     tmp_path: Path,

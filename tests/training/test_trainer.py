@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_gives_signals_back(corpus: C
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_loss_that_is_no_number_is_told_with_its_step_and_batch_and_keeps_the_checkpoint_before(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
