@@ -144,7 +144,7 @@ def main() -> None:
         "states": states,
         "tuning_minutes": minutes,
         "held_out_tokens": held_out.num_rows * LENGTH,
-        **provenance(),
+        **provenance(model.device),
     }
     (arguments.out / "conversations.json").write_text(json.dumps(record, indent=2))
 

@@ -257,7 +257,7 @@ def measure(
                 prefill = prefill_seconds(model, long)
                 if turn > 0:
                     prefills[side].append(prefill)
-            bandwidths.append(read_gigabytes_per_second())
+            bandwidths.append(read_gigabytes_per_second(torch.device("cpu")))
     finally:
         if server is not None:
             server.close()

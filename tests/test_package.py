@@ -14,7 +14,8 @@ import mixture_of_depths
 PACKAGE = Path(mixture_of_depths.__file__).parent
 # From the bottom up; those of one line are side by side.
 FLOORS = (
-    ("fields", "files", "provenance", "distributed", "registration", "compiler"),
+    ("fields", "files", "device", "registration", "compiler"),
+    ("provenance", "distributed"),
     ("options",),
     ("model",),
     ("text",),

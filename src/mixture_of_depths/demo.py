@@ -33,8 +33,8 @@ SIZES = {
 }
 
 
-def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool) -> None:
-    """Trains both models in `out`, prints a table and samples, and writes curves.png, demo.json and report.html.
+def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool, device: torch.device) -> None:
+    """Trains both models in `out`; prints a table and samples, and writes curves.png, demo.json and report.html.
 
     Raises:
         ValueError: for a folder that holds a demo, unless it is resumed, unusable text, or a budget below one step.
@@ -52,7 +52,13 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
         config = model_config(size, corpus.tokenizer, data.sequence_length)
         console.print(f"[bold]{name}[/bold]: training to {max_flops:.3g} FLOPs")
         models[name], results[name] = train(
-            config, corpus, options, out / name, resume=(out / name / "run.json").exists(), console=console
+            config,
+            corpus,
+            options,
+            out / name,
+            resume=(out / name / "run.json").exists(),
+            console=console,
+            device=device,
         )
         if not results[name].finished:
             console.print("stopped; go on with the same command and --resume")
@@ -66,7 +72,7 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool)
         (sample,) = sample_texts(model.eval(), corpus.tokenizer, [PROMPT], options)
         console.print(coloured(model, corpus.tokenizer, sample.tokens))
     training_curve({name: out / name / "metrics.jsonl" for name in models}, out / "curves.png")
-    (out / "demo.json").write_text(json.dumps({"max_flops": max_flops, "models": rows, **provenance()}, indent=2))
+    (out / "demo.json").write_text(json.dumps({"max_flops": max_flops, "models": rows, **provenance(device)}, indent=2))
     held_out_report(models["MoD"], corpus, out / "report.html")
     console.print(f"\ncurves: {out / 'curves.png'}   figures: {out / 'demo.json'}   routing: {out / 'report.html'}")
 

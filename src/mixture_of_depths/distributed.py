@@ -10,18 +10,34 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
+
+from mixture_of_depths.device import chosen_device
 
 T = TypeVar("T")
 # The others wait for process 0 while it prepares text.
 LONGEST_WAIT = timedelta(hours=2)
 
 
+def meet(device: torch.device) -> None:
+    """Meets the other processes of a run that computes on a kind of device; only the first call does anything.
+
+    Raises:
+        ValueError: for one GPU by its number where a launcher gives each process its own.
+    """
+    state = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
+    if state.distributed_type != DistributedType.NO and device.index is not None:
+        raise ValueError(
+            f"device='{device}' is one GPU, and a launcher gives each process its own; give device='{device.type}'"
+        )
+
+
 def processes() -> PartialState:
-    """This process among those of the run; the first call meets the others."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+    """This process among those of the run; the first call meets the others, unless `meet` has."""
+    return PartialState(cpu=chosen_device().type == "cpu", timeout=LONGEST_WAIT)
 
 
 def is_main() -> bool:

@@ -6,12 +6,21 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-
-def provenance() -> dict[str, Any]:
-    """The commit of this source tree (None outside one), the command, the versions that matter, and the machine."""
+if TYPE_CHECKING:
     import torch
+
+
+def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
+    """The commit of this source tree (None outside one), the command, the versions that matter, and the machine.
+
+    Args:
+        device: what computed the result; None where that was the CPU, or nothing was computed.
+    """
+    import torch
+
+    from mixture_of_depths.device import accelerator_name
 
     return {
         "git_commit": _git_commit(),
@@ -25,7 +34,7 @@ def provenance() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": platform.system(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "accelerator": None if device is None else accelerator_name(device),
         },
     }
 

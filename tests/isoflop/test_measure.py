@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
+from runs import CPU
 from studies import study_file
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
@@ -37,7 +38,7 @@ def sequences(count: int = 5, length: int = 24) -> datasets.Dataset:
 def finished_study(folder: Path) -> tuple[Corpus, Path, list[dict[str, Any]]]:
     study = load_study(study_file(folder))
     corpus, out = prepare(study.data), folder / "out"
-    run_here(plan(study, corpus), corpus, out, Console(quiet=True))
+    run_here(plan(study, corpus), corpus, out, Console(quiet=True), CPU)
     return corpus, out, read_records(out / RECORDS)
 
 
@@ -67,7 +68,7 @@ def test_a_study_without_its_models_cannot_be_measured(tmp_path: Path) -> None:
     corpus, out, records = finished_study(tmp_path)
     (out / "runs" / "mod-3e07-depth2-seed0" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no trained model of mod-3e07-depth2-seed0"):
-        next(measure(records, "baseline", "mod", corpus, out, {}))
+        next(measure(records, "baseline", "mod", corpus, out, {}, CPU))
 
 
 @pytest.mark.slow
@@ -76,9 +77,9 @@ def test_the_models_of_a_study_are_measured(tmp_path: Path) -> None:
     # So that one of them is as good as the baseline.
     for record in records:
         record["evaluation"]["loss_causal"] += record["family"] == "baseline"
-    ((budget, found),) = measure(records, "baseline", "mod", corpus, out, {})
+    ((budget, found),) = measure(records, "baseline", "mod", corpus, out, {}, CPU)
     assert budget == "3e07"
-    assert list(measure(records, "baseline", "mod", corpus, out, {budget: found})) == []
+    assert list(measure(records, "baseline", "mod", corpus, out, {budget: found}, CPU)) == []
     assert found["models"]["equal"] == "mod-3e07-depth2-seed0"
     steps = {record["family"]: record["steps"] for record in records}
     whole = {side: seconds * steps[side] for side, seconds in found["seconds_per_step"].items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from runs import CPU
 from studies import study_file
 
 from mixture_of_depths.files import read_records
@@ -32,11 +33,11 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
         return carry_out(item, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "carry_out", once)
-    assert not run_here(planned, corpus, out, quiet)
+    assert not run_here(planned, corpus, out, quiet, CPU)
     first = (out / "records.jsonl").read_text()
     assert [record["name"] for record in read_records(out / "records.jsonl")] == [planned[0].run.name]
     monkeypatch.setattr(module, "carry_out", carry_out)
-    assert run_here(planned, corpus, out, quiet)
+    assert run_here(planned, corpus, out, quiet, CPU)
     assert (out / "records.jsonl").read_text().startswith(first)
     records = list(open_records(out, planned).values())
     assert [record["name"] for record in records] == [item.run.name for item in planned]
@@ -46,7 +47,7 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
         assert not record["calibrated"]
         assert record["evaluation"]["tokens"] == len(corpus.validation) * 15
         assert record["parameters"] == item.parameters
-    assert run_here(planned, corpus, out, quiet)
+    assert run_here(planned, corpus, out, quiet, CPU)
     assert len(read_records(out / "records.jsonl")) == len(planned)
     assert summarise(records, "baseline", "mod", "absent", {}).keys() == {"3e07"}
     drawn = draw(records, "baseline", "mod", {"mod": 0.25}, out)
@@ -55,14 +56,14 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
 
     study = load_study(study_file(tmp_path, learning_rates={"baseline": 2e-2, "mod": 1e-2}))
     with pytest.raises(ValueError, match="holds a record of baseline-3e07-depth2-seed0 with another definition"):
-        run_here(plan(study, corpus), corpus, out, quiet)
+        run_here(plan(study, corpus), corpus, out, quiet, CPU)
 
 
 def test_a_run_that_diverges_is_recorded_and_the_study_goes_on(tmp_path: Path) -> None:
     study = load_study(study_file(tmp_path, learning_rates={"baseline": 1e30, "mod": 1e-2}))
     corpus = prepare(study.data)
     planned, out = plan(study, corpus), tmp_path / "out"
-    assert run_here(planned, corpus, out, Console(quiet=True))
+    assert run_here(planned, corpus, out, Console(quiet=True), CPU)
     diverged, finished = read_records(out / "records.jsonl")
     assert diverged["name"] == "baseline-3e07-depth2-seed0"
     assert diverged["evaluation"] is None
@@ -78,9 +79,9 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
     (out / "runs").mkdir(parents=True)
     with (out / "runs" / f"{planned[0].run.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert run_here(planned, corpus, out, Console(quiet=True))
+        assert run_here(planned, corpus, out, Console(quiet=True), CPU)
         assert [record["name"] for record in read_records(out / "records.jsonl")] == [planned[1].run.name]
-    assert run_here(planned, corpus, out, Console(quiet=True))
+    assert run_here(planned, corpus, out, Console(quiet=True), CPU)
     assert len(read_records(out / "records.jsonl")) == 2
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import QUIET, config_for
+from runs import CPU, QUIET, config_for
 from transformers import set_seed
 
 from mixture_of_depths import files
@@ -131,7 +131,7 @@ def test_each_process_keeps_its_own_random_numbers_and_a_new_one_draws_its_own(
         set_own_seed(7)
         at_first.append(draw())
         if rank < 2:
-            save_generators(tmp_path)
+            save_generators(tmp_path, CPU)
             expected.append(draw())
     set_seed(7)
     assert at_first[0] == draw()
@@ -139,7 +139,7 @@ def test_each_process_keeps_its_own_random_numbers_and_a_new_one_draws_its_own(
     for rank in (2, 1, 0):
         be(rank)
         set_seed(7)
-        load_generators(tmp_path, 7, 10)
+        load_generators(tmp_path, CPU, 7, 10)
         at_first.append(draw())
     assert at_first[:2:-1][:2] == expected
     assert len({tuple(numbers) for numbers in at_first}) == len(at_first)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUIET, config_for
+from runs import CPU, QUIET, config_for
 from transformers import TrainerCallback
 
 from mixture_of_depths import Corpus, MoDForCausalLM, TrainOptions, Tuning, train
@@ -62,7 +62,8 @@ def test_the_library_s_arguments_are_those_of_the_options(corpus: Corpus, tmp_pa
     options = replace(
         OPTIONS, max_steps=100, warmup_fraction=0.2, gradient_accumulation_steps=2, precision="bf16", seed=7
     )
-    arguments = trainer_arguments(options, config_for(corpus), horizon(options, config_for(corpus), 16), tmp_path)
+    config = config_for(corpus)
+    arguments = trainer_arguments(options, config, horizon(options, config, 16), tmp_path, CPU)
     settings = {
         "max_steps": 100,
         "per_device_train_batch_size": 2,

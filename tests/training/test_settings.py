@@ -5,15 +5,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from runs import QUIET, config_for, records
+import torch
+from gpus import pretended_gpus
+from runs import CPU, QUIET, config_for, records
 from transformers import TrainingArguments
 
 from mixture_of_depths import MoDConfig, model_parameters
+from mixture_of_depths.distributed import processes
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.horizon import Horizon
 from mixture_of_depths.training.run import train
 from mixture_of_depths.training.settings import check_memory, trainer_arguments
+
+LENGTH = Horizon(steps=2, tokens=2, flops=1.0)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +60,25 @@ def test_a_model_whose_weights_do_not_fit_the_memory_is_refused_with_both_sizes(
         check_memory(config)
 
 
-def test_one_process_with_several_gpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = Horizon(steps=2, tokens=2, flops=1.0)
-    for count in (0, 1):
-        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _, count=count: count))
-        assert trainer_arguments(TrainOptions(max_steps=2), MoDConfig(), length, tmp_path).max_steps == 2
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
-    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
-        trainer_arguments(TrainOptions(max_steps=2), MoDConfig(), length, tmp_path)
+def arguments_on(device: str, folder: Path) -> TrainingArguments:
+    return trainer_arguments(TrainOptions(max_steps=2), MoDConfig(), LENGTH, folder, torch.device(device))
+
+
+def test_the_trainer_stays_on_the_cpu_where_there_are_gpus(tmp_path: Path) -> None:
+    with pretended_gpus(2):
+        arguments = arguments_on("cpu", tmp_path)
+        assert (arguments.device, arguments.n_gpu) == (CPU, 0)
+        assert processes().device == CPU
+        assert not arguments.dataloader_pin_memory
+
+
+def test_the_trainer_takes_one_gpu_of_several_and_the_one_that_is_named(tmp_path: Path) -> None:
+    with pretended_gpus(2) as taken:
+        for name, device in (("cuda:1", "cuda:1"), ("cuda", "cuda:0")):
+            arguments = arguments_on(name, tmp_path)
+            assert (arguments.device, arguments.n_gpu) == (torch.device(device), 1)
+            assert processes().device == torch.device(device)
+            assert arguments.dataloader_pin_memory
+            assert not arguments.use_cpu
+    assert taken == [torch.device("cuda:1"), torch.device("cuda:0")]
+    assert arguments_on("cpu", tmp_path).device == CPU

@@ -8,6 +8,7 @@ import tyro
 from mixture_of_depths.options import Precision
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
 Source = Annotated[str, tyro.conf.Positional]
+Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda[:N]|mps")]
 
 
 def require_extra(extra: str, *modules: str) -> None:
@@ -35,12 +37,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def load_checkpoint(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
-    """The model and the tokenizer in a folder.
+def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+    """The model in a folder, on a device, and its tokenizer.
 
     Raises:
         ValueError: when there is none, or its weights are damaged or do not fit its configuration.
     """
+    from torch import nn
     from transformers import AutoConfig
 
     from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -64,14 +67,17 @@ def load_checkpoint(checkpoint: Path) -> "tuple[MoDForCausalLM, PreTrainedTokeni
             raise ValueError(f"checkpoint={checkpoint} does not fit its config.json: {kind}: {names}")
     tokenizer = load_tokenizer(str(checkpoint))
     check_vocabulary(tokenizer, config.vocab_size, f"checkpoint={checkpoint}")
+    nn.Module.to(model, device)
     return model.eval(), tokenizer
 
 
-def load_to_sample(checkpoint: Path, precision: Precision) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+def load_to_sample(
+    checkpoint: Path, precision: Precision, device: "torch.device"
+) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     """As `load_checkpoint`, with the weights in the precision of the products, in which each step reads them."""
     import torch
 
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, device)
     if precision == "bf16":
         torch.nn.Module.to(model, torch.bfloat16)
     return model, tokenizer

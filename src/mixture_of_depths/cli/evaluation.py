@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixture_of_depths.cli.common import Checkpoint, load_checkpoint, quiet_libraries, require_extra
+from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, quiet_libraries, require_extra
 from mixture_of_depths.options import DataOptions, Precision
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def evaluate(
     tasks: tuple[str, ...] = (),
     task_files: Path | None = None,
     limit: int | None = None,
+    device: Device = "auto",
 ) -> None:
     """Loss, perplexity and bits per byte of a model under top-k and every causal routing, as JSON; or figures of tasks.
 
@@ -46,15 +47,18 @@ def evaluate(
         tasks: Tasks or groups of lm-evaluation-harness.
         task_files: Folder of further tasks, as the harness' YAML.
         limit: Use this many examples of a task instead of all.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from rich.console import Console
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.evaluation.loss import evaluate as run
     from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
     from mixture_of_depths.text.tokenizer import end_of_text
 
     quiet_libraries()
+    place = chosen_device(device)
     if max_sequences is not None and max_sequences < 1:
         raise ValueError(f"max_sequences={max_sequences} must be at least 1")
     if limit is not None and limit < 1:
@@ -71,13 +75,13 @@ def evaluate(
         raise ValueError(f"task_files={task_files} is no folder; name one that holds the tasks' YAML files")
     if tasks:
         require_extra("eval", "lm_eval")
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, place)
     bf16 = precision == "bf16"
     if tasks:
         from mixture_of_depths.evaluation.harness import evaluate_tasks
 
         results = evaluate_tasks(model, tokenizer, tasks, task_files, limit, bf16=bf16)
-        print(json.dumps({"tasks": results, **provenance()}, indent=2))
+        print(json.dumps({"tasks": results, **provenance(place)}, indent=2))
         return
     sequences, bytes_per_token, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
     model.config.check_length(length)
@@ -99,7 +103,7 @@ def evaluate(
         "precision": precision,
         "parameters": model_parameters(model.config),
         "forward_flops_per_token": forward_flops_per_token(model.config, length),
-        **provenance(),
+        **provenance(place),
     }
     print(json.dumps(record, indent=2))
 
@@ -111,6 +115,7 @@ def calibrate(
     text_column: str | None = None,
     sequence_length: int | None = None,
     precision: Precision = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Shift the causal routers so that the capacity of each block, and of experts, is what enters on held-out text.
 
@@ -125,18 +130,21 @@ def calibrate(
         text_column: Field or column that holds the text in .jsonl, .parquet and hub data; by default "text".
         sequence_length: Tokens per sequence; by default as in training.
         precision: Precision of the matrix products: fp32, or bf16.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     import torch
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.evaluation.calibration import calibrate as run
     from mixture_of_depths.evaluation.loss import evaluate as evaluation
     from mixture_of_depths.text.batches import halves
     from mixture_of_depths.text.tokenizer import end_of_text
 
     quiet_libraries()
+    place = chosen_device(device)
     if out.exists():
         raise ValueError(f"out={out} exists; name another folder")
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, place)
     if not model.config.causal_routers and model.config.expert_capacity is None:
         raise ValueError(f"checkpoint={checkpoint} has no learned router and no experts' capacity to calibrate")
     sequences, size, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)

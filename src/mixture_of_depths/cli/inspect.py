@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from mixture_of_depths.cli.common import Checkpoint, load_checkpoint, quiet_libraries
+from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, quiet_libraries
 from mixture_of_depths.options import Precision
 
 
@@ -17,6 +17,7 @@ def inspect(
     precision: Precision = "fp32",
     figures: Path | None = None,
     trace: Path | None = None,
+    device: Device = "auto",
 ) -> None:
     """Show where a model spends its compute on a text: a page with the text coloured by it, and figures.
 
@@ -29,15 +30,18 @@ def inspect(
         precision: Precision of the matrix products: fp32, or bf16.
         figures: Folder to write the figures to, as PNG and SVG.
         trace: File to write the numbers to, .json or .parquet.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     import torch
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.inspect.figures import drawn, save
     from mixture_of_depths.inspect.report import report
     from mixture_of_depths.inspect.trace import trace as run
     from mixture_of_depths.inspect.trace import under_top_k
 
     quiet_libraries()
+    place = chosen_device(device)
     if (text is None) == (file is None):
         raise ValueError("give exactly one of text and file")
     if trace is not None and trace.suffix not in (".json", ".parquet"):
@@ -52,7 +56,7 @@ def inspect(
         except UnicodeDecodeError as error:
             raise ValueError(f"file={file} is not UTF-8: {error}") from error
     assert text is not None
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, place)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         traced = run(model, tokenizer, text, routing)
         top_k = under_top_k(model, tokenizer, traced)

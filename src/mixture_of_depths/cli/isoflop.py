@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixture_of_depths.cli.common import Study, quiet_libraries
+from mixture_of_depths.cli.common import Device, Study, quiet_libraries
 
 if TYPE_CHECKING:
     from mixture_of_depths.isoflop.plan import PlannedRun
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 STOCHASTIC = "stochastic-12"
 
 
-def plan(study: Study) -> None:
+def plan(study: Study, device: Device = "auto") -> None:
     """Print every run of a study: parameters, steps, tokens, FLOPs per token of a forward pass and estimated time.
 
     Args:
         study: Study file, YAML.
+        device: What the time is estimated for: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.isoflop.plan import flops_per_second
 
+    place = chosen_device(device)
     planned, corpus = _planned(study)
-    speed = flops_per_second()
+    speed = flops_per_second(place)
     table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
     for name in ("parameters", "steps", "tokens", "FLOPs/token", "minutes"):
@@ -45,7 +48,7 @@ def plan(study: Study) -> None:
     console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
 
 
-def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None) -> None:
+def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None, device: Device = "auto") -> None:
     """Carry out the runs of a study that have no record yet, and resume what broke.
 
     Args:
@@ -53,27 +56,32 @@ def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None
         out: Folder of the study: records.jsonl, and a folder for each run.
         ray: Address of a Ray cluster, or "auto"; by default the runs go one after another here.
         cpus: Cores of each run on a Ray cluster; by default 2.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU. On a
+            Ray cluster cuda asks for a GPU for each run, and auto is the CPU.
     """
     from rich.console import Console
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.isoflop.run import run_here, run_on_ray
 
     if cpus is not None and (ray is None or cpus < 1):
         wanted = "needs ray; leave it out, or name a cluster" if ray is None else "must be at least 1"
         raise ValueError(f"cpus={cpus} {wanted}")
+    place = None if ray is not None else chosen_device(device)
     planned, corpus = _planned(study)
     console = Console()
     console.print(str(corpus.facts))
-    if ray is None:
-        finished = run_here(planned, corpus, out, console)
+    if place is not None:
+        finished = run_here(planned, corpus, out, console, place)
     else:
-        finished = run_on_ray(planned, corpus, out, ray, cpus or 2, console)
+        assert ray is not None
+        finished = run_on_ray(planned, corpus, out, ray, cpus or 2, console, device)
     if not finished:
         console.print("stopped; go on with the same command")
         raise SystemExit(130)
 
 
-def measure(study: Study, out: Path, family: str = "mod") -> None:
+def measure(study: Study, out: Path, family: str = "mod", device: Device = "auto") -> None:
     """Measure on a study's trained models what their records do not tell; writes measurements.json and prints it.
 
     That is, per budget, the sampling speed of the smallest model that is as good as the best baseline against that
@@ -84,8 +92,10 @@ def measure(study: Study, out: Path, family: str = "mod") -> None:
         study: Study file, YAML.
         out: Folder of the study, with its runs.
         family: The family that is compared with the baseline.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.files import read_json, write_aside
     from mixture_of_depths.isoflop.measure import measure
     from mixture_of_depths.isoflop.plan import load_study
@@ -93,14 +103,15 @@ def measure(study: Study, out: Path, family: str = "mod") -> None:
     from mixture_of_depths.text.corpus import prepare
 
     quiet_libraries()
+    place = chosen_device(device)
     records, baseline = _records(study, out, family)
-    if not can_compile():
+    if not can_compile(place):
         raise ValueError("a C++ compiler is needed to measure sampling; install one, such as g++")
     corpus = prepare(load_study(study).data)
     path = out / "measurements.json"
     measured = read_json(path) if path.exists() else {}
-    for budget, row in measure(records, baseline, family, corpus, out, measured):
-        measured[budget] = {**row, **provenance()}
+    for budget, row in measure(records, baseline, family, corpus, out, measured, place):
+        measured[budget] = {**row, **provenance(place)}
         write_aside(path, json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured, indent=2))
 

@@ -5,7 +5,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from mixture_of_depths.cli.common import Checkpoint, load_checkpoint, load_to_sample, quiet_libraries
+from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, load_to_sample, quiet_libraries
 from mixture_of_depths.options import Precision, SamplingOptions
 
 
@@ -20,6 +20,7 @@ def generate(
     stream: bool = False,
     show_depth: bool = False,
     compile: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Sample from a model, after one prompt or after every prompt of a file.
 
@@ -34,15 +35,18 @@ def generate(
         stream: Print text as it is sampled.
         show_depth: Colour every token by the number of blocks it used.
         compile: Compile the sampling step: many times faster, after seconds a block the first time, one in later calls.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     import torch
 
     from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.inspect.depth import coloured
     from mixture_of_depths.sampling.stream import check_prompts
     from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
 
     quiet_libraries()
+    place = chosen_device(device)
     if (prompt is None) == (prompts is None):
         raise ValueError("give exactly one of prompt and prompts")
     if batch_size < 1:
@@ -52,13 +56,13 @@ def generate(
     if prompts is not None and (stream or show_depth):
         raise ValueError("stream and show_depth need prompt; prompts of a file give JSON lines")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
-    model, tokenizer = load_to_sample(checkpoint, precision)
+    model, tokenizer = load_to_sample(checkpoint, precision, place)
     samples = begin(tokenizer, texts)
     for sample in samples:
         # All of them before the first is written.
         tokens = torch.tensor([sample.tokens])
         check_prompts(model, tokens, torch.ones_like(tokens), sampling.max_new_tokens)
-    compiled = compile and can_compile()
+    compiled = compile and can_compile(place)
     if compiled:
         print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
     elif compile:
@@ -92,6 +96,7 @@ def bench(
     prompt_tokens: int = 128,
     new_tokens: int = 128,
     batch_sizes: tuple[int, ...] = (1,),
+    device: Device = "auto",
 ) -> None:
     """Print how fast a model samples on this machine, and what it holds in memory, as JSON.
 
@@ -100,27 +105,30 @@ def bench(
         prompt_tokens: Random tokens before.
         new_tokens: Tokens to sample.
         batch_sizes: Numbers of prompts sampled together.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.provenance import provenance
     from mixture_of_depths.sampling.bench import bench as run
 
     quiet_libraries()
+    place = chosen_device(device)
     if prompt_tokens < 1 or new_tokens < 5 or min(batch_sizes, default=0) < 1:
         raise ValueError(
             f"prompt_tokens={prompt_tokens} and batch_sizes={batch_sizes} must be at least 1, "
             f"new_tokens={new_tokens} at least 5"
         )
-    model, _ = load_checkpoint(checkpoint)
+    model, _ = load_checkpoint(checkpoint, place)
     longest = model.config.max_position_embeddings
     if prompt_tokens + new_tokens > longest:
         raise ValueError(
             f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the model's "
             f"max_position_embeddings={longest}; lower one of them"
         )
-    if not can_compile():
+    if not can_compile(place):
         raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
-    print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance()}, indent=2))
+    print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance(place)}, indent=2))
 
 
 def _read_prompts(path: "Path | None") -> list[str]:

@@ -1,12 +1,15 @@
 """The commands that answer others: serve and playground."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mixture_of_depths.cli.common import Checkpoint, load_to_sample, quiet_libraries, require_extra
+from mixture_of_depths.cli.common import Checkpoint, Device, load_to_sample, quiet_libraries, require_extra
 from mixture_of_depths.options import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 
 def playground(
@@ -16,6 +19,7 @@ def playground(
     port: int = 7860,
     precision: Precision = "fp32",
     compile: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Open a page to sample from a model, its tokens coloured by the blocks they used. Needs the extra "playground".
 
@@ -26,9 +30,10 @@ def playground(
         port: Port to listen on.
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling steps before the page opens: many times faster afterwards.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
-    _check_before_loading(port, compile, "playground", "gradio")
-    models = {str(path): load_to_sample(path, precision) for path in (checkpoint, baseline) if path is not None}
+    place = _check_before_loading(port, compile, device, "playground", "gradio")
+    models = {str(path): load_to_sample(path, precision, place) for path in (checkpoint, baseline) if path is not None}
     from mixture_of_depths.serving.playground import page
     from mixture_of_depths.serving.playground import serve as run
 
@@ -41,6 +46,7 @@ def serve(
     port: int = 8000,
     precision: Precision = "fp32",
     compile: bool = False,
+    device: Device = "auto",
     api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
 ) -> None:
     """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
@@ -53,6 +59,7 @@ def serve(
         port: Port to listen on.
         precision: Precision of the matrix products: fp32, or bf16.
         compile: Compile the sampling step before the first request: many times faster afterwards.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
         api_key: Key that clients must send, as "Authorization: Bearer KEY"; several keys by giving it several times. By
             default nobody is asked for one.
     """
@@ -61,20 +68,26 @@ def serve(
         if not key or key != key.strip() or not (key.isascii() and key.isprintable()):
             message = "must be printable ASCII, at least one character, with no space at its start or end"
             raise ValueError(f"api_key, the one given as number {number}, cannot be sent as a header: it {message}")
-    _check_before_loading(port, compile, "serve", "fastapi", "uvicorn")
-    model, tokenizer = load_to_sample(checkpoint, precision)
+    place = _check_before_loading(port, compile, device, "serve", "fastapi", "uvicorn")
+    model, tokenizer = load_to_sample(checkpoint, precision, place)
     from mixture_of_depths.serving.openai import serve as run
 
     run(model, tokenizer, str(checkpoint), host, port, compile, api_key)
 
 
-def _check_before_loading(port: int, compile: bool, extra: str, *modules: str) -> None:
-    """Refuses, before a model is loaded, a port out of range, a missing module of an extra, and a missing compiler."""
+def _check_before_loading(port: int, compile: bool, device: str, extra: str, *modules: str) -> "torch.device":
+    """The device, and before a model is loaded a refusal of what is out of range or missing.
+
+    That is a port, a module of an extra, a device, or the compiler.
+    """
     from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.device import chosen_device
 
     quiet_libraries()
     if not 0 < port < 65536:
         raise ValueError(f"port={port} must lie between 1 and 65535")
     require_extra(extra, *modules)
-    if compile and not can_compile():
+    place = chosen_device(device)
+    if compile and not can_compile(place):
         raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    return place

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mixture_of_depths.cli.common import Source, quiet_libraries
+from mixture_of_depths.cli.common import Device, Source, quiet_libraries
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
 
 
@@ -13,6 +13,7 @@ def train(
     model: ModelOptions = ModelOptions(),
     training: TrainOptions = TrainOptions(),
     resume: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Train a Mixture-of-Depths model, or with --no-routed its baseline.
 
@@ -22,10 +23,12 @@ def train(
         model: The model.
         training: The run.
         resume: Go on with the run in the folder from its newest checkpoint.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from rich.console import Console
 
-    from mixture_of_depths.distributed import from_main, is_main, leave
+    from mixture_of_depths.device import chosen_device
+    from mixture_of_depths.distributed import from_main, is_main, leave, meet
     from mixture_of_depths.inspect.report import held_out_report
     from mixture_of_depths.text.corpus import load_prepared, prepare_cache
     from mixture_of_depths.training.horizon import horizon
@@ -33,13 +36,15 @@ def train(
     from mixture_of_depths.training.settings import model_config
 
     quiet_libraries()
+    place = chosen_device(device)
+    meet(place)
     console = Console(quiet=not is_main())
     corpus = load_prepared(data, *from_main(lambda: prepare_cache(data)))
     console.print(str(corpus.facts))
     config = model_config(model, corpus.tokenizer, data.sequence_length)
     length = horizon(training, config, data.sequence_length)
     console.print(f"{length.steps:,} steps, {length.tokens:,} tokens, {length.flops:.3g} training FLOPs")
-    trained, result = run(config, corpus, training, out, resume=resume, console=console)
+    trained, result = run(config, corpus, training, out, resume=resume, console=console, device=place)
     if result.finished:
         held_out_report(trained, corpus, out / "report.html")
     leave()
@@ -56,6 +61,7 @@ def retrofit(
     routing: RetrofitOptions = RetrofitOptions(),
     training: TrainOptions = TrainOptions(batch_size=4, learning_rate=1e-4, precision="bf16"),
     resume: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Make a pretrained Llama-family model skip: measure which blocks to route, tune, and compare with the dense model.
 
@@ -68,15 +74,19 @@ def retrofit(
         routing: What is routed, and which parts are tuned.
         training: The tuning.
         resume: Go on with the run in the folder from its newest checkpoint.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from rich.console import Console
+    from torch import nn
 
+    from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.retrofitting.tune import retrofit as run
     from mixture_of_depths.text.corpus import prepare
     from mixture_of_depths.text.tokenizer import check_vocabulary, checked
 
     quiet_libraries()
+    place = chosen_device(device)
     console = Console()
     if data.tokenizer is not None:
         raise ValueError(
@@ -90,6 +100,7 @@ def retrofit(
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
     corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
     console.print(str(corpus.facts))
+    nn.Module.to(dense, place)
     _, result = run(dense, source, corpus, routing, training, out, resume, console)
     if not result.finished:
         console.print("stopped; go on with the same command and --resume")
@@ -103,6 +114,7 @@ def demo(
     data: DataOptions = DataOptions(),
     seed: int = 0,
     resume: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Train a baseline and a Mixture-of-Depths model to the same training FLOPs, and compare them.
 
@@ -112,8 +124,10 @@ def demo(
         data: Text and tokens.
         seed: Seed of both runs.
         resume: Go on with a demo that was stopped.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     from mixture_of_depths.demo import run
+    from mixture_of_depths.device import chosen_device
 
     quiet_libraries()
-    run(out, max_flops, data, seed, resume)
+    run(out, max_flops, data, seed, resume, chosen_device(device))

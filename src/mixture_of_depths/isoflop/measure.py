@@ -8,9 +8,10 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixture_of_depths.device import wait_for
 from mixture_of_depths.files import read_json
 from mixture_of_depths.isoflop.fit import Records, comparisons, measured_on, models_of
 from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -95,7 +96,7 @@ def seconds_per_step(
 
     Args:
         models: the models, on one device.
-        batch: what the model is called with.
+        batch: what the model is called with, on that device.
         options: precision and compilation.
         repeats: number of turns.
     """
@@ -105,39 +106,48 @@ def seconds_per_step(
         for layer in model.model.layers if options.compile else []:
             layer.compile(fullgraph=True, dynamic=False)
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    device = batch["input_ids"].device
     for number in range(repeats + 3):
         for name in sorted(models, reverse=bool(number % 2)):
             start = time.perf_counter()
             optimizers[name].zero_grad(set_to_none=True)
-            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 loss = models[name](**batch, use_cache=False, routing="top_k").loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(models[name].parameters(), options.max_grad_norm)
             optimizers[name].step()
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: median(values[3:]) for name, values in seconds.items()}
 
 
 def measure(
-    records: Records, baseline: str, mod: str, corpus: Corpus, out: Path, measured: dict[str, dict[str, Any]]
+    records: Records,
+    baseline: str,
+    mod: str,
+    corpus: Corpus,
+    out: Path,
+    measured: dict[str, dict[str, Any]],
+    device: torch.device,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Per budget: sampling speed at equal loss, training time, and the best model's gain from later tokens.
 
     Training times are those of all steps of both best models, and of one step. Prompts are the first halves of held-out
     sequences; as long again is sampled, by the model that is at least as good as the best baseline with the fewest
     FLOPs, and by that baseline. Budgets that are in `measured` with the models compared now are left out.
+    All is computed on `device`.
 
     Raises:
         ValueError: when a model is not in the folder `out` any more.
     """
     half = corpus.options.sequence_length // 2
     first = range(min(8, len(corpus.validation)))
-    held_out = batches(corpus.validation, first, corpus.end_of_text, 1, torch.device("cpu"))
+    held_out = batches(corpus.validation, first, corpus.end_of_text, 1, device)
     prompts = [batch["input_ids"][:, :half].contiguous() for batch in held_out]
     for budget, compared in comparisons(records, baseline, mod).items():
         if measured_on(compared, measured.get(budget, {})):
             continue
-        best = _load(out, compared.mod)
+        best = _load(out, compared.mod, device)
         row: dict[str, Any] = {
             "models": models_of(compared),
             "gain_from_later_tokens": gain_from_later_tokens(
@@ -147,26 +157,28 @@ def measure(
         }
         options = TrainOptions(**read_json(out / "runs" / compared.mod["name"] / "run.json")["train"])
         torch.compiler.reset()
-        trained = {"mod": best, "baseline": _load(out, compared.baseline)}
-        seconds = seconds_per_step(trained, _batch(corpus, options.batch_size), options)
+        trained = {"mod": best, "baseline": _load(out, compared.baseline, device)}
+        seconds = seconds_per_step(trained, _batch(corpus, options.batch_size, device), options)
         steps = {"mod": compared.mod["steps"], "baseline": compared.baseline["steps"]}
         whole = {side: seconds[side] * steps[side] for side in steps}
         row |= {"seconds_per_step": seconds, "train_wall_ratio": whole["mod"] / whole["baseline"]}
         if compared.equal is not None:
             torch.compiler.reset()
-            sides = {"mod": _load(out, compared.equal), "baseline": _load(out, compared.baseline)}
+            sides = {"mod": _load(out, compared.equal, device), "baseline": _load(out, compared.baseline, device)}
             speeds = tokens_per_second(sides, prompts, half)
             row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}
         yield budget, row
 
 
-def _batch(corpus: Corpus, batch_size: int) -> dict[str, Tensor]:
+def _batch(corpus: Corpus, batch_size: int, device: torch.device) -> dict[str, Tensor]:
     """The first batch of the training text."""
-    return next(batches(corpus.train, range(batch_size), corpus.end_of_text, batch_size, torch.device("cpu")))
+    return next(batches(corpus.train, range(batch_size), corpus.end_of_text, batch_size, device))
 
 
-def _load(out: Path, record: dict[str, Any]) -> MoDForCausalLM:
+def _load(out: Path, record: dict[str, Any], device: torch.device) -> MoDForCausalLM:
     folder = out / "runs" / record["name"]
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"out={out} holds no trained model of {record['name']}, which is needed to measure")
-    return MoDForCausalLM.from_pretrained(folder).eval()
+    model = MoDForCausalLM.from_pretrained(folder).eval()
+    nn.Module.to(model, device)
+    return model

@@ -17,6 +17,7 @@ import yaml
 from annotated_types import Gt, Len
 from pydantic import TypeAdapter, ValidationError
 
+from mixture_of_depths.device import wait_for
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
 from mixture_of_depths.options import DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
@@ -278,13 +279,15 @@ def _changes(options: ModelOptions | TrainOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if value != getattr(default, name)}
 
 
-def flops_per_second() -> float:
-    """What this machine's training is likely to reach: a quarter of its speed in a large float32 product.
+def flops_per_second(device: torch.device) -> float:
+    """What training on a device is likely to reach: a quarter of its speed in a large float32 product.
 
     Small models spend much of a step outside of products; a rough guide for planning, not a measurement of training.
     """
-    values = torch.randn(2048, 2048)
+    values = torch.randn(2048, 2048, device=device)
     torch.mm(values, values)
+    wait_for(device)
     start = time.perf_counter()
     torch.mm(values, values)
+    wait_for(device)
     return 2 * 2048**3 / (time.perf_counter() - start) / 4

@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from mixture_of_depths.device import chosen_device
 from mixture_of_depths.files import locked, read_records, write_aside
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
@@ -55,16 +57,17 @@ def _claimed(out: Path, name: str, wait: bool) -> Iterator[bool]:
         yield ours
 
 
-def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> dict[str, Any] | None:
+def carry_out(
+    item: PlannedRun, corpus: Corpus, out: Path, console: Console, device: torch.device
+) -> dict[str, Any] | None:
     """Trains one run, from its newest checkpoint if it has one; returns its record, None when it was stopped.
 
     A run whose loss became no number has a record, too: with the reason as `diverged`, and no `evaluation`.
     """
     folder = out / "runs" / item.run.name
     try:
-        _, result = train(
-            item.config, corpus, item.run.training, folder, resume=(folder / "run.json").exists(), console=console
-        )
+        resume = (folder / "run.json").exists()
+        _, result = train(item.config, corpus, item.run.training, folder, resume, console, device=device)
     except DivergenceError as error:
         console.print(f"{item.run.name} diverged: {error}")
         outcome: dict[str, Any] = {"parameters": item.parameters, "evaluation": None, "diverged": str(error)}
@@ -83,12 +86,12 @@ def carry_out(item: PlannedRun, corpus: Corpus, out: Path, console: Console) -> 
         "learning_rate": item.run.training.learning_rate,
         "flops_per_token": item.flops_per_token,
         **outcome,
-        **provenance(),
+        **provenance(device),
     }
 
 
-def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console) -> bool:
-    """Carries out what is missing, but for what another process is at; False when a signal stopped it."""
+def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console, device: torch.device) -> bool:
+    """Carries out what is missing on a device, but for what another process is at; False when a signal stopped it."""
     out.mkdir(parents=True, exist_ok=True)
     done = open_records(out, planned)
     missing = [item for item in planned if item.run.name not in done]
@@ -99,14 +102,22 @@ def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Cons
             if not ours or name in open_records(out, planned):
                 console.print(f"{name} was taken by another process")
                 continue
-            record = carry_out(item, corpus, out, console)
+            record = carry_out(item, corpus, out, console, device)
             if record is None:
                 return False
             add_record(out, record)
     return True
 
 
-def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: str, cpus: int, console: Console) -> bool:
+def run_on_ray(
+    planned: list[PlannedRun],
+    corpus: Corpus,
+    out: Path,
+    address: str,
+    cpus: int,
+    console: Console,
+    device: str = "auto",
+) -> bool:
     """Carries out what is missing as tasks of a Ray cluster whose nodes share the folder `out` and the text's cache.
 
     A task whose worker or node dies is started again, and goes on from the run's newest checkpoint.
@@ -118,6 +129,8 @@ def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: st
         address: the cluster's address, or "auto".
         cpus: cores of each run.
         console: where progress is shown.
+        device: what computes, by its name on the node of a run; "cuda" asks for a GPU for each, and without asking
+            Ray shows a run none.
 
     Raises:
         ValueError: when Ray is not installed or there is no cluster.
@@ -141,14 +154,14 @@ def run_on_ray(planned: list[PlannedRun], corpus: Corpus, out: Path, address: st
         with _claimed(out, item.run.name, wait=True):
             if item.run.name in open_records(out, [item]):
                 return item.run.name
-            record = carry_out(item, corpus, out, Console(quiet=True))
+            record = carry_out(item, corpus, out, Console(quiet=True), chosen_device(device))
             if record is None:
                 return None
             add_record(out, record)
         return item.run.name
 
     # A worker that dies, with its node or alone, is started again as often as it takes.
-    remote: Any = ray.remote(num_cpus=cpus, max_retries=-1)(task)
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=int(device.startswith("cuda")), max_retries=-1)(task)
     try:
         shared = ray.put(corpus)
         waiting = [remote.remote(item, shared) for item in missing]

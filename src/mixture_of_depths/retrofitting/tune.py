@@ -188,7 +188,7 @@ def retrofit(
     with the dense one.
 
     Args:
-        dense: the model; it is not changed.
+        dense: the model; it is not changed. All is computed on its device.
         source: where it comes from, for the records.
         corpus: text to tune and evaluate on, in the model's own tokens.
         options: what to route.
@@ -281,7 +281,7 @@ def retrofit(
     # A part of the module only once it is loaded.
     patched = torch.compiler.config.patch(recompile_limit=GRAPHS)  # pyright: ignore[reportAttributeAccessIssue]
     with patched if training.compile else nullcontext():
-        model, trained = train(model.config, corpus, training, folder, resume, console, tuning)
+        model, trained = train(model.config, corpus, training, folder, resume, console, tuning, dense.device)
     share = flops_share(dense.config, chosen, placed, length)
     _, others = split_held_out(corpus, training)
     size = corpus.facts.validation_bytes_per_token
@@ -296,5 +296,5 @@ def retrofit(
         retrofitted=evaluate(model, others, end, size, COMPARED_SEQUENCES, bf16=bf16) if trained.finished else None,
     )
     if trained.finished:
-        write_aside(folder / "retrofit.json", json.dumps({**asdict(result), **provenance()}, indent=2))
+        write_aside(folder / "retrofit.json", json.dumps({**asdict(result), **provenance(dense.device)}, indent=2))
     return model, result

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_depths.device import wait_for
 from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.flops import cache_bytes, decode_bytes
 from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -53,6 +54,7 @@ def generate_tokens_per_second(model: MoDForCausalLM, input_ids: Tensor, max_new
         min_new_tokens=max_new_tokens,
     )
     assert isinstance(tokens, Tensor)
+    wait_for(model.device)
     return (tokens.shape[1] - input_ids.shape[1]) / (time.perf_counter() - start)
 
 
@@ -61,6 +63,7 @@ def prefill_seconds(model: MoDForCausalLM, input_ids: Tensor) -> float:
     """Seconds of the causal pass over prompts that fills the cache."""
     start = time.perf_counter()
     model(input_ids=input_ids, use_cache=True, routing="causal", logits_to_keep=1)
+    wait_for(model.device)
     return time.perf_counter() - start
 
 
@@ -72,11 +75,13 @@ def cache_of(model: MoDForCausalLM, input_ids: Tensor) -> int:
     return cache.num_bytes()
 
 
-def read_gigabytes_per_second() -> float:
-    """The speed at which this machine's cores read memory: the sum of 400 MB of float32."""
-    values = torch.ones(100_000_000)
+def read_gigabytes_per_second(device: torch.device) -> float:
+    """The speed at which a device, of a CPU all cores, reads its memory: the sum of 400 MB of float32."""
+    values = torch.ones(100_000_000, device=device)
+    wait_for(device)
     start = time.perf_counter()
     values.sum()
+    wait_for(device)
     return values.nbytes / (time.perf_counter() - start) / 1e9
 
 
@@ -95,7 +100,9 @@ def bench(
         sides = in_precision(model, precision)
         figures[precision] = {"weight_bytes": sum(t.nbytes for t in [*sides.parameters(), *sides.buffers()])}
         for batch_size in batch_sizes:
-            input_ids = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+            # Drawn on the CPU: the same on every device.
+            prompts = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+            input_ids = prompts.to(model.device)
             torch.compiler.reset()
             start = time.perf_counter()
             decode_seconds(sides, input_ids, SamplingOptions(max_new_tokens=5, temperature=0))
@@ -103,7 +110,7 @@ def bench(
             steps, bandwidths = [], []
             for _ in range(repeats):
                 steps.append(decode_seconds(sides, input_ids, options))
-                bandwidths.append(read_gigabytes_per_second())
+                bandwidths.append(read_gigabytes_per_second(model.device))
             read = decode_bytes(model.config, context, batch_size, 1)
             bytes_read = read.weights * size + read.cache * max(size, 2)
             figures[precision][f"batch {batch_size}"] = {

@@ -29,7 +29,7 @@ def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Datase
 
 def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
     """Positions that start again at 0 after every end of text; of shape [B, T]."""
-    slots_T = torch.arange(input_ids_BT.shape[1])
+    slots_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
     is_start_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     is_start_BT[:, 1:] = input_ids_BT[:, :-1] == end_of_text
     return slots_T - (is_start_BT * slots_T).cummax(dim=1).values

@@ -152,18 +152,18 @@ def _generators() -> str:
     return f"{GENERATORS}-{rank}" if rank else GENERATORS
 
 
-def save_generators(folder: Path) -> None:
-    """Writes the states of Python's, NumPy's and PyTorch's random generators of this process, and of its device."""
+def save_generators(folder: Path, device: torch.device) -> None:
+    """Writes the states of Python's, NumPy's and PyTorch's random generators of this process, and of a GPU's."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     save_file(states, folder / f"{_generators()}.safetensors")
     numpy_state = [name, np.asarray(keys).tolist(), position, has_gauss, cached]
     (folder / f"{_generators()}.json").write_text(json.dumps({"python": random.getstate(), "numpy": numpy_state}))
 
 
-def load_generators(folder: Path, seed: int, steps: int) -> None:
+def load_generators(folder: Path, device: torch.device, seed: int, steps: int) -> None:
     """Restores what `save_generators` wrote in this process.
 
     One that the run did not have before has none, and draws from a seed made of the run's, its own number and the steps
@@ -180,8 +180,8 @@ def load_generators(folder: Path, seed: int, steps: int) -> None:
     tensors = load_file(folder / f"{_generators()}.safetensors")
     torch.set_rng_state(tensors["torch"])
     # The run may have been on another kind of device.
-    if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:

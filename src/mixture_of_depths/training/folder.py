@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mixture_of_depths.files import locked, read_json, write_aside
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.options import TrainOptions
@@ -32,7 +34,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def open_folder(
-    folder: Path, config: MoDConfig, corpus: Corpus, options: TrainOptions, resume: bool, tuning: dict[str, Any]
+    folder: Path,
+    config: MoDConfig,
+    corpus: Corpus,
+    options: TrainOptions,
+    resume: bool,
+    tuning: dict[str, Any],
+    device: torch.device,
 ) -> tuple[Path, int] | None:
     """Describes the run in its folder, or checks that it holds the same; returns the checkpoint to go on from."""
     text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
@@ -75,7 +83,7 @@ def open_folder(
         return newest
     # It may have been taken since.
     _check_unused(folder)
-    write_aside(path, json.dumps({**described, **provenance()}, indent=2))
+    write_aside(path, json.dumps({**described, **provenance(device)}, indent=2))
     return None
 
 

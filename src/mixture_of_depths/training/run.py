@@ -14,10 +14,12 @@ import datasets
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers import TrainingArguments as HFTrainingArguments
 
-from mixture_of_depths.distributed import failing_together, from_main, is_main
+from mixture_of_depths.device import chosen_device
+from mixture_of_depths.distributed import failing_together, from_main, is_main, meet
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation
 from mixture_of_depths.files import write_aside
@@ -96,6 +98,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     tuning: Tuning | None = None,
+    device: str | torch.device = "auto",
 ) -> tuple[MoDForCausalLM, TrainResult]:
     """Trains a model to its horizon and leaves model, tokenizer, records and curve in `folder`.
 
@@ -107,27 +110,32 @@ def train(
         resume: whether to go on from the newest whole checkpoint in `folder`; a finished run is only evaluated again.
         console: where progress is shown.
         tuning: what to start from, by default new weights; `config` is then its model's.
+        device: what computes: "auto", a CUDA GPU where there is one; "cpu", "cuda", "cuda:N" or "mps". A run may go on
+            on another.
 
     Raises:
-        ValueError: for options that contradict one another, or a folder that holds another run or none to resume.
+        ValueError: for options that contradict one another, or a folder that holds another run or none to resume,
+            or a device that is not there.
         DivergenceError: for a loss or gradient that is no number.
 
     Several processes, as `torchrun` or `accelerate launch` starts them, all call this with the same arguments and share
     a run, whose `folder` they must all see; the first writes. The returned model may be spread over them.
     """
+    place = chosen_device(device)
+    meet(place)
     console = console if console and is_main() else Console(quiet=not is_main())
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     check_memory(config)
-    arguments = trainer_arguments(options, config, length, folder)
+    arguments = trainer_arguments(options, config, length, folder, place)
     with ExitStack() as held:
 
         def begin() -> tuple[Path, int] | None:
             check_folder(folder, resume)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_run(folder))
-            return open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {})
+            return open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {}, place)
 
         start = from_main(begin)
         if resume and start is None:
@@ -160,6 +168,7 @@ def _train(
     if start and steps >= length.steps:
         # The trainer would take one step before it looks at the horizon.
         load_weights(model, start[0])
+        nn.Module.to(model, arguments.device)
     else:
         steps = _run(tuning, corpus, options, arguments, recorder, start[0] if start else None)
 
@@ -196,7 +205,7 @@ def _train(
     )
     with failing_together():
         if finished and is_main():
-            record = json.dumps({**asdict(result), **provenance()}, indent=2, allow_nan=False)
+            record = json.dumps({**asdict(result), **provenance(arguments.device)}, indent=2, allow_nan=False)
             write_aside(folder / "result.json", record)
     return model, result
 

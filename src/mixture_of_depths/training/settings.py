@@ -1,11 +1,16 @@
 """What a run's options say to the libraries: the model's configuration and the trainer's arguments, checked."""
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 from transformers import TrainingArguments as HFTrainingArguments
 
@@ -93,10 +98,39 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
         )
 
 
-def trainer_arguments(options: TrainOptions, config: MoDConfig, length: Horizon, folder: Path) -> HFTrainingArguments:
-    """The library's own arguments for a run; raises ValueError when this process sees several GPUs."""
+@dataclass
+class DeviceArguments(HFTrainingArguments):
+    """The library's arguments, on a device that is chosen; by itself it takes all the GPUs that a process sees.
+
+    Where a launcher started the process, it has the GPU of its number.
+    """
+
+    chosen_device: str = "cpu"
+    """Device of the run, by its name."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        if processes().distributed_type != DistributedType.NO:
+            return super()._setup_devices
+        device = torch.device(self.chosen_device)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        # What it was for a run before.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        self._n_gpu = int(device.type != "cpu")
+        return device
+
+
+def trainer_arguments(
+    options: TrainOptions, config: MoDConfig, length: Horizon, folder: Path, device: torch.device
+) -> HFTrainingArguments:
+    """The library's own arguments for a run on a device."""
     part = math.ceil(length.steps / 5)
-    arguments = HFTrainingArguments(
+    return DeviceArguments(
+        chosen_device=str(device),
         output_dir=str(folder),
         max_steps=length.steps,
         per_device_train_batch_size=options.batch_size
@@ -112,7 +146,7 @@ def trainer_arguments(options: TrainOptions, config: MoDConfig, length: Horizon,
         adam_beta2=0.95,
         max_grad_norm=options.max_grad_norm,
         bf16=options.precision == "bf16",
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=device.type == "cpu",
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -124,7 +158,7 @@ def trainer_arguments(options: TrainOptions, config: MoDConfig, length: Horizon,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device.type == "cuda",
         # Every weight gets its gradient in every step, and thresholds follow each process' own rows.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -132,9 +166,3 @@ def trainer_arguments(options: TrainOptions, config: MoDConfig, length: Horizon,
         use_cache=config.use_cache,
         ddp_timeout=int(LONGEST_WAIT.total_seconds()),
     )
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {arguments.n_gpu} GPUs; start one for each with torchrun or accelerate launch, or set "
-            "CUDA_VISIBLE_DEVICES to one"
-        )
-    return arguments

@@ -230,11 +230,11 @@ class MoDTrainer(Trainer):
         cast(LRScheduler, self.lr_scheduler).load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_generators(Path(output_dir))
+        save_generators(Path(output_dir), self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_generators(Path(checkpoint), self.run_options.seed, self.state.global_step)
+            load_generators(Path(checkpoint), self.args.device, self.run_options.seed, self.state.global_step)
 
 
 def evaluate_held_out(
