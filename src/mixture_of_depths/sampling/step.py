@@ -313,8 +313,10 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
 def grow(state: State) -> int:
     """Makes room in the routed blocks whose fullest row has reached its buffer's end; returns for how many tokens."""
     room = []
-    for layer in state.layers:
-        needed = int(layer.length_B.max()) + 1
+    # All at once: a device is waited for each time.
+    fullest = torch.stack([layer.length_B.max() for layer in state.layers]).tolist()
+    for layer, length in zip(state.layers, fullest, strict=True):
+        needed = length + 1
         if needed > layer.keys.shape[2]:
             layer.keys, layer.values = _padded(layer.keys, needed), _padded(layer.values, needed)
         room.append(layer.keys.shape[2] - needed + 1)

@@ -1,6 +1,6 @@
 """Tokens one by one: the prompts through the model once, then a decode step a token, until every row has ended.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary, E tokens that end a text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +103,7 @@ def stream(
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
     ends = end_tokens(model)
+    ends_E = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
     ended_B = torch.zeros_like(active_B)
     # Only what is marked is dynamic: another model is another graph, not one of unknown width.
     step = (
@@ -116,7 +117,7 @@ def stream(
         token_B = choose_token(logits_BV)
         if ends:
             token_B = token_B.where(active_B & ~ended_B, ends[0])
-            ended_B |= torch.isin(token_B, torch.tensor(ends, device=token_B.device))
+            ended_B |= torch.isin(token_B, ends_E)
         yield token_B
         going_B = active_B & ~ended_B
         if number + 1 == options.max_new_tokens or not bool(going_B.any()):

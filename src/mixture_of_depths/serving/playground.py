@@ -69,7 +69,7 @@ def play(
 
     def watch(state: State) -> None:
         nonlocal inside_LT, stored_L
-        before_L, stored_L = stored_L, np.array([int(layer.length_B[0]) for layer in state.layers])
+        before_L, stored_L = stored_L, torch.stack([layer.length_B[0] for layer in state.layers]).cpu().numpy()
         if before_L is not None:
             inside_LT = np.column_stack([inside_LT, stored_L > before_L])
 

@@ -65,8 +65,8 @@ class MoDTrainer(Trainer):
         self.run_options = options
         # Where a checkpoint is being written, before it is renamed.
         self._aside: str | None = None
-        # Which sequences of the training text the step under way is made on.
-        self._sequences: list[int] = []
+        # Which sequences of the training text the step under way is made on; looked at only where it went wrong.
+        self._sequences: list[Tensor] = []
         super().__init__(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -110,7 +110,7 @@ class MoDTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The parts of the next step's batch, whose sequences are noted."""
         parts, count = super().get_batch_samples(*args, **kwargs)
-        self._sequences = [int(sequence) for part in parts for sequence in part.pop("sequence")]
+        self._sequences = [part.pop("sequence") for part in parts]
         return parts, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -160,7 +160,7 @@ class MoDTrainer(Trainer):
         """
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                sequences = gather_object(self._sequences)
+                sequences = gather_object(torch.cat(self._sequences).tolist())
                 raise DivergenceError(
                     f"{name}={logs[name]} at step {self.state.global_step} is no number; its batch was sequences "
                     f"{', '.join(map(str, sequences))} of the training text, in epoch {self.state.epoch:.2f}. The "
