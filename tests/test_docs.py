@@ -38,9 +38,9 @@ RUN = (
     "README.md",
 )
 # Commands of other pages: those of reproduction.md are isoflop.md's over the committed records, as is the one of
-# experts.md that the README does not have, that of tuning.md runs after the page's Python, and those of scaling.md are
-# for machines with several GPUs; tests/test_distributed.py runs `mod train` in several processes.
-NOT_RUN = {"reproduction.md", "experts.md", "scaling.md", "tuning.md"}
+# experts.md that the README does not have, that of tuning.md runs after the page's Python, and those of devices.md and
+# scaling.md are for machines with GPUs; tests/test_distributed.py runs `mod train` in several processes.
+NOT_RUN = {"reproduction.md", "experts.md", "devices.md", "scaling.md", "tuning.md"}
 SERVERS = ("serve", "playground")
 
 

@@ -1,0 +1,55 @@
+"""Whatever takes a model computes on its device, and a training step waits for it before the first block only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = (
+    "training step",
+    "training step, random routing",
+    "training step, threshold and first token",
+    "training step, experts",
+    "stream, greedy",
+    "stream, drawn",
+    "stream, experts",
+    "stream, int8",
+    "generate()",
+    "calibrate, evaluate",
+    "calibrate, evaluate, experts",
+    "retrofit",
+    "sample_texts, trace",
+)
+# Is there padding, or more than one document? Once a pass.
+BEFORE_THE_BLOCKS = {"model/modeling.py:_documents", "model/modeling.py:_place"}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    """What `pretended_device.py` prints."""
+    program = Path(__file__).with_name("pretended_device.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parent), *sys.path])}
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    # Behind the bar of what is measured.
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_device_refuses_to_be_mixed_with_the_cpu(results: dict[str, Any]) -> None:
+    assert results.keys() == {*CASES, "a mixture"}
+    assert "mixes tensors of the device with some of the CPU" in results["a mixture"]["error"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_on_the_device_of_the_model(results: dict[str, Any], case: str) -> None:
+    assert results[case]["error"] is None, results[case]["error"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("training step")])
+def test_a_training_step_waits_for_the_device_before_the_first_block_only(results: dict[str, Any], case: str) -> None:
+    # Two passes: one over packed documents, one over padded rows.
+    assert results[case]["waits"] == dict.fromkeys(BEFORE_THE_BLOCKS, 1)
