@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixture_of_depths import __version__
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,8 @@ def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
         "command": " ".join([_program(), *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("mixture-of-depths", "torch", "transformers", "tokenizers")},
+            "mixture-of-depths": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers")},
         },
         "machine": {
             "processor": _processor(),
