@@ -24,7 +24,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -35,7 +34,7 @@ from typing import Any
 import gguf
 import torch
 import xllamacpp
-from transformers import LlamaConfig, LlamaForCausalLM
+from sampling_sides import calibrate, decode_speed, generate_speed, llama, random_tokens, routed, spread_embeddings
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM, SamplingOptions, decode_bytes
 from mixture_of_depths.provenance import provenance
@@ -62,74 +61,13 @@ def build(name: str) -> dict[str, MoDForCausalLM]:
     mod = MoDForCausalLM(MoDConfig(**shape, causal_router="threshold")).eval()
     dense = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
     for model in (mod, dense):
-        # Of variance 1, so that a router sees the token more than what its sequence has in common.
-        model.model.embed_tokens.weight.data.mul_(1 / model.config.initializer_range)
+        spread_embeddings(model)
     return {"mod": mod, "dense": dense}
 
 
 def options(seed: int) -> SamplingOptions:
     """At this temperature every token is as likely as any other: which ones enter then rests on the routers alone."""
     return SamplingOptions(max_new_tokens=NEW, temperature=1e6, top_k=0, seed=seed)
-
-
-def random_tokens(batch_size: int, length: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (batch_size, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def routed(model: MoDForCausalLM, tokens: torch.Tensor) -> dict[int, Any]:
-    routing = model.model(tokens, use_cache=False, routing="causal").routing
-    return {layer_idx: routing[layer_idx] for layer_idx in model.config.routed_layers or []}
-
-
-def calibrate(model: MoDForCausalLM) -> None:
-    """Sets thresholds, in order of depth, so that the capacity's share of random tokens enters."""
-    tokens = random_tokens(64, PROMPT + NEW, seed=1000)
-    for layer_idx in model.config.routed_layers or []:
-        router: Any = model.model.layers[layer_idx].router
-        logits = routed(model, tokens)[layer_idx].causal_logits[:, PROMPT:].flatten().sort(descending=True).values
-        router.threshold.add_(logits[round(len(logits) * model.config.capacity_fraction(layer_idx))])
-
-
-def llama(dense: MoDForCausalLM) -> LlamaForCausalLM:
-    """transformers' model with the dense side's weights."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = LlamaConfig(**{name: getattr(dense.config, name) for name in names}, max_position_embeddings=2 * LONG)
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(dense.state_dict())
-    torch.nn.Module.to(model, dense.dtype)
-    return model.eval()
-
-
-def decode_speed(run: Callable[[int], None], batch_size: int) -> float:
-    """Tokens per second of decoding: what NEW tokens take beyond the first, with which the prefill goes.
-
-    Args:
-        run: makes that many new tokens for each prompt.
-        batch_size: number of prompts.
-    """
-    seconds = []
-    for count in (1, NEW):
-        start = time.perf_counter()
-        run(count)
-        seconds.append(time.perf_counter() - start)
-    return batch_size * (NEW - 1) / (seconds[1] - seconds[0])
-
-
-def generate_speed(model: LlamaForCausalLM, input_ids: torch.Tensor, **settings: Any) -> float:
-    def run(count: int) -> None:
-        model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            eos_token_id=None,
-            pad_token_id=0,
-            **settings,
-        )
-
-    return decode_speed(run, input_ids.shape[0])
 
 
 def write_gguf(dense: MoDForCausalLM, path: Path) -> None:
@@ -213,7 +151,7 @@ class LlamaCpp:
             assert self.pipe.recv(), "llama.cpp made another number of tokens"
 
         os.kill(self.process.pid, signal.SIGCONT)
-        tokens_per_second = decode_speed(run, input_ids.shape[0])
+        tokens_per_second = decode_speed(run, input_ids.shape[0], NEW)
         os.kill(self.process.pid, signal.SIGSTOP)
         return tokens_per_second
 
@@ -225,10 +163,10 @@ class LlamaCpp:
 def measure(
     ours: dict[str, MoDForCausalLM], precision: str, batch_size: int, repeats: int, threads: int, folder: Path
 ) -> dict[str, Any]:
-    texts = [random_tokens(batch_size, PROMPT + NEW, seed) for seed in range(repeats + 1)]
+    texts = [random_tokens(VOCABULARY, batch_size, PROMPT + NEW, seed) for seed in range(repeats + 1)]
     entered = [
         layer.entered[:, PROMPT:].float().mean().item()
-        for layer in routed(ours["mod"], random_tokens(32, PROMPT + NEW, seed=0)).values()
+        for layer in routed(ours["mod"], random_tokens(VOCABULARY, 32, PROMPT + NEW, seed=0)).values()
     ]
     models = {side: in_precision(model, precision) for side, model in ours.items()}
     sides: dict[str, Callable[[torch.Tensor, int], float]] = {
@@ -238,14 +176,14 @@ def measure(
     server = None
     if precision != "int8":
         peer = llama(models["dense"])
-        sides["hf"] = lambda prompts, _: generate_speed(peer, prompts)
-        sides["hf_static"] = lambda prompts, _: generate_speed(peer, prompts, cache_implementation="static")
+        sides["hf"] = lambda prompts, _: generate_speed(peer, prompts, NEW)
+        sides["hf_static"] = lambda prompts, _: generate_speed(peer, prompts, NEW, cache_implementation="static")
         server = LlamaCpp(models["dense"], batch_size, threads, folder)
         sides["llamacpp"] = lambda prompts, _: server.speed(prompts)
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     prefills: dict[str, list[float]] = {side: [] for side in models}
     bandwidths = []
-    long = random_tokens(1, LONG, seed=1)
+    long = random_tokens(VOCABULARY, 1, LONG, seed=1)
     try:
         for turn in range(repeats + 1):
             order = list(sides)
@@ -294,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             ours = build(name)
-            calibrate(ours["mod"])
+            calibrate(ours["mod"], PROMPT, NEW)
             for batch_size in arguments.batch_sizes:
                 for precision in arguments.precisions:
                     figures = measure(ours, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
