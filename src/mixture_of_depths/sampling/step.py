@@ -58,21 +58,25 @@ def settled(values: Tensor) -> Tensor:
     The compiler would otherwise repeat an elementwise expression, such as the SwiGLU's exponentials, for every output
     of the reduction that reads it. `as_strided` makes it write its operand to memory first.
     """
+    if not torch.compiler.is_compiling():
+        return values
     values = values.contiguous()
     return values.as_strided(values.shape, values.stride())
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same values in float32, as exact as `dtype` has them.
+    """The same values, as exact as `dtype` has them; in a compiled step in float32, which it computes in.
 
     In bf16 the model's own pass rounds what every operation gives. Decoding does so, too, or its routers would see
     other hidden states than those of the prefill, and decide differently.
     """
-    return values.to(dtype).float()
+    return values.to(dtype).float() if torch.compiler.is_compiling() else values.to(dtype)
 
 
 def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
-    """`layer(x_BD)` in float32, rounded to `dtype`; of shape [B, O]."""
+    """`layer(x_BD)`, rounded to `dtype`; of shape [B, O]."""
+    if not torch.compiler.is_compiling() and isinstance(layer, nn.Linear):
+        return layer(x_BD)
     out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
     return rounded(out_BO if layer.bias is None else out_BO + layer.bias.float(), dtype)
 
@@ -81,11 +85,14 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
     """Rows times the transposed weight in float32, of shape [B, O]; a weight of 8 bits comes with its scale.
 
     For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
-    in every precision, where a library's matrix product does not.
+    in every precision, where a library's matrix product does not. Not compiled, the library's is the fastest.
     """
     x_BD = settled(x_BD)
     rows = x_BD.shape[0]
-    if rows == 1 or (rows <= 4 and scale_O is not None):
+    if not torch.compiler.is_compiling():
+        dtype = torch.float32 if scale_O is not None else weight_OD.dtype
+        out_BO = F.linear(x_BD.to(dtype), weight_OD.to(dtype)).float()
+    elif rows == 1 or (rows <= 4 and scale_O is not None):
         # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
         streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
         parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
@@ -101,7 +108,7 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
 
 
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The MLP or the experts of one token a row, in float32; `dtype` is that of the model's other weights."""
+    """The MLP or the experts of one token a row; `dtype` is that of the model's other weights."""
     if isinstance(mlp, MLP):
         gate_BF = rounded(F.silu(matvec(mlp.gate_proj, x_BD, dtype)), dtype)
         return matvec(mlp.down_proj, rounded(gate_BF * matvec(mlp.up_proj, x_BD, dtype), dtype), dtype)
@@ -142,9 +149,9 @@ def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tenso
 
 
 def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
-    """`norm(x)` in float32, rounded to what the norm's weight is in."""
-    if isinstance(norm, nn.Identity):
-        return x
+    """`norm(x)`, rounded to what the norm's weight is in."""
+    if isinstance(norm, nn.Identity) or not torch.compiler.is_compiling():
+        return norm(x)
     return rounded(F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps), norm.weight.dtype)
 
 
@@ -152,6 +159,13 @@ def attend(
     query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
 ) -> Tensor:
     """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
+    if not torch.compiler.is_compiling():
+        dtype = keys_BHSh.dtype
+        keys = torch.cat([keys_BHSh, key_BHh[:, :, None].to(dtype)], dim=2)
+        values = torch.cat([values_BHSh, value_BHh[:, :, None].to(dtype)], dim=2)
+        mask = F.pad(used_BS, (0, 1), value=True)[:, None, None]
+        # The queries that share keys are so many rows of one attention: no key is repeated.
+        return F.scaled_dot_product_attention(query_BHGh.to(dtype), keys, values, attn_mask=mask).flatten(1)
     query_BHGh = settled(query_BHGh * query_BHGh.shape[-1] ** -0.5)
     scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
     scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
@@ -175,7 +189,8 @@ def decode_block(
     key = normalised(attention.k_norm, matvec(attention.k_proj, normed, dtype).view(rows, -1, attention.head_dim))
     value = matvec(attention.v_proj, normed, dtype).view(rows, -1, attention.head_dim)
     cos_B1h, sin_B1h = cos_Bh[:, None].to(dtype), sin_Bh[:, None].to(dtype)
-    query, key = (rotate(states[:, None].to(dtype), cos_B1h, sin_B1h)[:, 0].float() for states in (query, key))
+    query, key = (rotate(states[:, None].to(dtype), cos_B1h, sin_B1h)[:, 0] for states in (query, key))
+    query, key = rounded(query, dtype), rounded(key, dtype)
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = rounded(attend(grouped, settled(key), value, keys, values, used_BS), dtype)
     attended = matvec(attention.o_proj, attended, dtype)
@@ -188,7 +203,7 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
 
     A row that is not active, because it has ended, enters no routed block.
     """
-    x_BD = model.model.embed_tokens(token_B).float()
+    x_BD = rounded(model.model.embed_tokens(token_B), model.dtype)
     cos_B1h, sin_B1h = rotary_factors(model.config, state.position_B[:, None], x_BD.dtype)
     cos_Bh, sin_Bh = settled(cos_B1h[:, 0]), settled(sin_B1h[:, 0])
     row_B = torch.arange(token_B.shape[0], device=token_B.device)
@@ -214,7 +229,7 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
         stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
         stored.length_B.add_(entered_B)
     state.position_B.add_(1)
-    return matvec(model.lm_head, normalised(model.model.norm, x_BD), model.dtype)
+    return matvec(model.lm_head, normalised(model.model.norm, x_BD), model.dtype).float()
 
 
 def row_counts(batch_size: int) -> list[int]:
