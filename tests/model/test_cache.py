@@ -43,7 +43,7 @@ def test_a_sequence_given_in_pieces_gives_the_logits_of_the_whole(
     for layer_idx in routed:
         stored = past.layers[layer_idx].num_stored()
         entered = whole.routing[layer_idx].entered.sum(1)
-        assert (stored.tolist() or [0] * batch) == entered.tolist()
+        assert stored.tolist() == entered.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,6 +148,20 @@ def test_bytes_held_are_those_of_the_tokens_that_entered() -> None:
     entered = sum(int(past.layers[i].num_stored().sum()) for i in (1, 3))
     assert past.num_bytes() == 2 * dense + 2 * 4 * 4 * 4 * entered
     assert past.num_bytes() == pytest.approx(3 * cache_bytes(config, 2000), rel=0.03)
+
+
+def test_a_block_that_no_token_enters_stores_none_of_each_row_on_the_device_of_the_model() -> None:
+    model = tiny(routed_layers=[0]).eval()
+    torch.nn.init.constant_(model.model.layers[0].router.predictor.down_proj.bias, -1e9)
+    past = model(torch.randint(0, 31, (3, 4))).cache
+    assert past.layers[0].num_stored().tolist() == [0, 0, 0]
+    past.reorder_cache(torch.tensor([2, 0]))
+    past.crop(-1)
+    assert past.layers[0].num_stored().tolist() == [0, 0]
+    assert past.get_seq_length() == 3
+    layer = RoutedCacheLayer()
+    layer.skip(torch.empty(3, 0, dtype=torch.int64, device="meta"), 4)
+    assert layer.num_stored().device.type == "meta"
 
 
 def test_reset_empties_the_cache() -> None:

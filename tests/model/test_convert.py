@@ -70,6 +70,14 @@ def test_a_model_without_routed_blocks_goes_back_to_llama(name: str, tmp_path: A
     assert (ours(input_ids).logits - llama(input_ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_model_is_converted_on_its_own_device(name: str) -> None:
+    ours = from_dense(AutoModelForCausalLM.from_config(CONFIGS[name]).to("meta", torch.bfloat16))
+    for model in (ours, to_llama(ours)):
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+        assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -41,11 +41,11 @@ class RoutedCacheLayer(DynamicLayer):
             The keys and values of all stored tokens, each of shape [B, H, K, h]; `slots_BK` tells where they stand.
         """
         new_slots_BN: Tensor = kwargs["slots"]
-        if self.slots_BK is None:
+        if self.keys is None:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values, self.slots_BK = key_states, value_states, new_slots_BN
         else:
-            assert self.keys is not None and self.values is not None
+            assert self.values is not None and self.slots_BK is not None
             self.keys = torch.cat([self.keys, key_states], dim=2)
             self.values = torch.cat([self.values, value_states], dim=2)
             self.slots_BK = torch.cat([self.slots_BK, new_slots_BN], dim=1)
@@ -54,8 +54,15 @@ class RoutedCacheLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def skip(self, num_tokens: int) -> None:
-        """Counts tokens of which none entered the block."""
+    def skip(self, slots_B0: Tensor, num_tokens: int) -> None:
+        """Counts tokens of which none entered the block.
+
+        Args:
+            slots_B0 (torch.Tensor): the slots of those that entered, none in each row; of shape [B, 0].
+            num_tokens: how many tokens the model was given in this pass.
+        """
+        if self.slots_BK is None:
+            self.slots_BK = slots_B0
         self.num_tokens_seen += num_tokens
 
     def _compact(self) -> None:
@@ -74,9 +81,8 @@ class RoutedCacheLayer(DynamicLayer):
         return self.num_tokens_seen
 
     def num_stored(self) -> Tensor:
-        """The number of tokens that entered the block, per row; of shape [B]."""
-        if self.slots_BK is None:
-            return torch.zeros(0, dtype=torch.int64)
+        """The number of tokens that entered the block, per row; of shape [B], once the model was given any token."""
+        assert self.slots_BK is not None
         return (self.slots_BK != EMPTY).sum(dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -84,8 +90,9 @@ class RoutedCacheLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: the number of tokens to forget")
         self.num_tokens_seen += tokens_to_remove
-        if tokens_to_remove == 0 or self.slots_BK is None:
+        if tokens_to_remove == 0 or self.keys is None:
             return
+        assert self.slots_BK is not None
         self.slots_BK = self.slots_BK.masked_fill(self.slots_BK >= self.num_tokens_seen, EMPTY)
         self._compact()
 
@@ -107,9 +114,10 @@ class RoutedCacheLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows `indices`, in that order."""
         if self.slots_BK is not None:
-            assert self.keys is not None and self.values is not None
-            self.keys, self.values = self.keys[indices], self.values[indices]
             self.slots_BK = self.slots_BK[indices]
+        if self.keys is not None:
+            assert self.values is not None
+            self.keys, self.values = self.keys[indices], self.values[indices]
             self._compact()
 
 

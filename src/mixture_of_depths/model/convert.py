@@ -77,7 +77,9 @@ def config_from(source: PreTrainedConfig) -> MoDConfig:
 
 
 def from_dense(source: PreTrainedModel) -> MoDForCausalLM:
-    """The same model as one of this package, in the same precision, without routed blocks; its logits are equal.
+    """The same model as one of this package without routed blocks, of the same precision and on the same device.
+
+    Its logits are equal.
 
     Raises:
         ValueError: naming the architecture or the option that has no counterpart here.
@@ -87,10 +89,10 @@ def from_dense(source: PreTrainedModel) -> MoDForCausalLM:
     if config.attention_bias:
         for layer in range(config.num_hidden_layers):
             # Qwen2 has none on the output projection.
-            zero = torch.zeros(config.hidden_size, dtype=source.dtype)
+            zero = torch.zeros(config.hidden_size, dtype=source.dtype, device=source.device)
             weights.setdefault(f"model.layers.{layer}.self_attn.o_proj.bias", zero)
     model = MoDForCausalLM(config)
-    nn.Module.to(model, source.dtype)
+    nn.Module.to(model, source.device, source.dtype)
     model.load_state_dict(weights)
     model.generation_config = source.generation_config
     return model.eval()
@@ -153,7 +155,9 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
 
 
 def to_llama(model: MoDForCausalLM) -> LlamaForCausalLM:
-    """A model without routed blocks as transformers' Llama, in the same precision; its logits are equal.
+    """A model without routed blocks as transformers' Llama, of the same precision and on the same device.
+
+    Its logits are equal.
 
     Raises:
         ValueError: naming what Llama does not have.
@@ -168,7 +172,7 @@ def to_llama(model: MoDForCausalLM) -> LlamaForCausalLM:
             raise ValueError(f"{name}={getattr(config, name)} has no counterpart in Llama")
     fields = {name: getattr(config, name) for name in (*SHARED, "head_dim", "attention_bias")}
     llama = LlamaForCausalLM(LlamaConfig(**fields))
-    nn.Module.to(llama, model.dtype)
+    nn.Module.to(llama, model.device, model.dtype)
     llama.load_state_dict(model.state_dict())
     llama.generation_config = model.generation_config
     return llama.eval()

@@ -226,7 +226,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             selection, layer_routing = self.router(hidden_BTD, position_BT, placement.real, routing)
             if selection.index_BK.shape[1] == 0:
                 if cache is not None:
-                    cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(num_tokens)
+                    cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(selection.index_BK, num_tokens)
                 return hidden_BTD, None, layer_routing, None
             chosen_BKD = gather_tokens(hidden_BTD, selection)
             delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)

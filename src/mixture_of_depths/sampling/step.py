@@ -313,8 +313,7 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
     for cached in output.cache.layers:
         stored_B, size = torch.full((batch,), length, device=input_ids.device), length + room
         if isinstance(cached, RoutedCacheLayer):
-            entered = cached.slots_BK is not None
-            stored_B = cached.num_stored() if entered else torch.zeros_like(stored_B)
+            stored_B = cached.num_stored()
             size = int(stored_B.max()) + 1
         heads, head_dim = cast(int, model.config.num_key_value_heads), cast(int, model.config.head_dim)
         empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
