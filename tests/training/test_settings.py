@@ -48,16 +48,33 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth_over_the_horizon(corpus
     assert rates[-1] == pytest.approx(1e-4, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("device", "place", "gpus"),
+    [("cpu", "machine", 0), ("mps", "machine", 0), ("cuda:1", "GPU", 1), ("cuda", "2 GPUs", 2)],
+)
 def test_a_model_whose_weights_do_not_fit_the_memory_is_refused_with_both_sizes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, device: str, place: str, gpus: int
 ) -> None:
     config = MoDConfig()
     needed = 4 * model_parameters(config)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=needed))
-    check_memory(config)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=needed - 1))
-    with pytest.raises(ValueError, match=f"the weights alone take {needed / 1e9:.3g} GB"):
-        check_memory(config)
+    if gpus == 2:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setattr("mixture_of_depths.training.settings.processes", lambda: SimpleNamespace(num_processes=2))
+
+    def memory(bytes_there: int) -> None:
+        of_machine, of_gpu = (0, bytes_there // gpus) if gpus else (bytes_there, 0)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=of_machine))
+        # What is free, and what there is.
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda asked: (0, of_gpu if asked == torch.device(device) else 0)
+        )
+
+    memory(needed)
+    check_memory(config, torch.device(device))
+    memory(needed - 1)
+    sizes = f"the weights alone take {needed / 1e9:.3g} GB, and the memory of the {place} is {(needed - 1) / 1e9:.3g};"
+    with pytest.raises(ValueError, match=sizes):
+        check_memory(config, torch.device(device))
 
 
 def arguments_on(device: str, folder: Path) -> TrainingArguments:

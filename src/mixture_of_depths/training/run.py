@@ -127,7 +127,7 @@ def train(
     sequence_length = len(corpus.train[0]["input_ids"])
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
-    check_memory(config)
+    check_memory(config, place)
     arguments = trainer_arguments(options, config, length, folder, place)
     with ExitStack() as held:
 

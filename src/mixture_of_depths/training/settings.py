@@ -10,7 +10,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 from transformers import TrainingArguments as HFTrainingArguments
 
@@ -67,13 +67,18 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
     )
 
 
-def check_memory(config: MoDConfig) -> None:
-    """Raises ValueError for a model whose weights alone are more than the machine's memory, before it is tried."""
-    needed, there = 4 * model_parameters(config), psutil.virtual_memory().total
+def check_memory(config: MoDConfig, device: torch.device) -> None:
+    """Raises ValueError for a model whose weights alone are more than the device's memory, before it is tried."""
+    needed, place, there = 4 * model_parameters(config), "machine", psutil.virtual_memory().total
+    # Apple's GPUs share the machine's.
+    if device.type == "cuda":
+        sharing = processes().num_processes if parse_flag_from_env("ACCELERATE_USE_FSDP") else 1
+        place = "GPU" if sharing == 1 else f"{sharing} GPUs"
+        there = sharing * torch.cuda.mem_get_info(device)[1]
     if needed > there:
         raise ValueError(
             f"hidden_size={config.hidden_size} and num_hidden_layers={config.num_hidden_layers}: the weights alone "
-            f"take {needed / 1e9:.3g} GB, and the machine has {there / 1e9:.3g}; lower them"
+            f"take {needed / 1e9:.3g} GB, and the memory of the {place} is {there / 1e9:.3g}; lower them"
         )
 
 
