@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, quiet_libraries, require_extra
-from mixture_of_depths.options import DataOptions, Precision
+from mixture_of_depths.options import Precision
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from mixture_of_depths.text.corpus import Corpus
+    from mixture_of_depths.evaluation.text import Judged
 
 # In nats per token; with a larger one, a perplexity is no number.
 MAX_LOSS = 700
@@ -83,11 +82,17 @@ def evaluate(
         results = evaluate_tasks(model, tokenizer, tasks, task_files, limit, bf16=bf16)
         print(json.dumps({"tasks": results, **provenance(place)}, indent=2))
         return
-    sequences, bytes_per_token, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
-    model.config.check_length(length)
+    text = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
+    model.config.check_length(text.sequence_length)
     console = Console(stderr=True)
     evaluation = run(
-        model, sequences, end_of_text(tokenizer), bytes_per_token, max_sequences, bf16=bf16, console=console
+        model,
+        text.sequences,
+        end_of_text(tokenizer),
+        text.bytes_per_token,
+        max_sequences,
+        bf16=bf16,
+        console=console,
     )
     for name, loss in (("top-k", evaluation.loss_top_k), ("causal", evaluation.loss_causal)):
         if not loss < MAX_LOSS:
@@ -99,10 +104,10 @@ def evaluate(
         **evaluation.as_dict(),
         "perplexity_top_k": math.exp(evaluation.loss_top_k),
         "perplexity_causal": math.exp(evaluation.loss_causal),
-        "sequence_length": length,
+        "sequence_length": text.sequence_length,
         "precision": precision,
         "parameters": model_parameters(model.config),
-        "forward_flops_per_token": forward_flops_per_token(model.config, length),
+        "forward_flops_per_token": forward_flops_per_token(model.config, text.sequence_length),
         **provenance(place),
     }
     print(json.dumps(record, indent=2))
@@ -147,19 +152,21 @@ def calibrate(
     model, tokenizer = load_checkpoint(checkpoint, place)
     if not model.config.causal_routers and model.config.expert_capacity is None:
         raise ValueError(f"checkpoint={checkpoint} has no learned router and no experts' capacity to calibrate")
-    sequences, size, length = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
-    model.config.check_length(length)
-    if len(sequences) < 2:
-        raise ValueError(f"sequence_length={length} leaves fewer than 2 sequences of the text; give more text as data")
+    text = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
+    model.config.check_length(text.sequence_length)
+    if len(text.sequences) < 2:
+        raise ValueError(
+            f"sequence_length={text.sequence_length} leaves fewer than 2 sequences of the text; give more text as data"
+        )
     end = end_of_text(tokenizer)
-    chosen, others = halves(sequences)
+    chosen, others = halves(text.sequences)
     bf16 = precision == "bf16"
-    before = evaluation(model, others, end, size, bf16=bf16)
+    before = evaluation(model, others, end, text.bytes_per_token, bf16=bf16)
     if model.config.causal_router == "auxiliary_loss":
         model.config.causal_router = "threshold"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         run(model, chosen, end)
-    after = evaluation(model, others, end, size, bf16=bf16)
+    after = evaluation(model, others, end, text.bytes_per_token, bf16=bf16)
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():
         # Without its mode: the new file's is the umask's.
@@ -175,81 +182,14 @@ def _text_for(
     data: tuple[str, ...],
     text_column: str | None,
     sequence_length: int | None,
-) -> tuple["datasets.Dataset", float, int]:
-    """Sequences of the text given, or of what a model's training held out; their bytes per token, and their length.
-
-    Raises:
-        ValueError: when there is no such text, or its length is out of range.
-    """
-    from mixture_of_depths.text.batches import pack
-    from mixture_of_depths.text.documents import Skipped, read_documents
-    from mixture_of_depths.text.tokenizer import tokenize
+) -> "Judged":
+    """The text to judge a model on, by the description of its training; says what was left out of it."""
+    from mixture_of_depths.evaluation.text import text_to_judge
+    from mixture_of_depths.text.documents import Skipped
     from mixture_of_depths.training.folder import read_run
 
-    trained = checkpoint / "run.json"
-    if not trained.exists() and not (data and sequence_length):
-        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
-    text = read_run(checkpoint)["text"] if trained.exists() else {}
-    if sequence_length is not None and sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length} must be at least 2")
-    if text_column is not None and not data:
-        raise ValueError(f"text_column={text_column} needs data; the held-out text is already read")
-    if data:
-        length = sequence_length or text["options"]["sequence_length"]
-        skipped = Skipped()
-        column = "text" if text_column is None else text_column
-        documents = list(read_documents(DataOptions(data=data, text_column=column), skipped))
-        if not documents:
-            raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
-        tokens = tokenize(documents, tokenizer)
-        sequences = pack(tokens, length, "given")
-        bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
-    else:
-        corpus = _held_out(checkpoint)
-        skipped = corpus.facts.skipped
-        length = corpus.options.sequence_length
-        sequences, bytes_per_token = corpus.validation, corpus.facts.validation_bytes_per_token
-        if sequence_length not in (None, length):
-            raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
-    if skipped != Skipped():
-        print(f"skipped: {skipped}", file=sys.stderr)
-    return sequences, bytes_per_token, length
-
-
-def _held_out(checkpoint: Path) -> "Corpus":
-    """The text that a model's training held out: from the cache, or prepared again where it is not whole there.
-
-    Raises:
-        ValueError: when it is in neither place.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from mixture_of_depths.files import is_whole
-    from mixture_of_depths.text.corpus import load_prepared, prepare
-    from mixture_of_depths.text.tokenizer import load_tokenizer
-    from mixture_of_depths.training.folder import read_run
-
-    trained = checkpoint / "run.json"
-    if not trained.exists():
-        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training, which tells what it held out")
-    text = read_run(checkpoint)["text"]
-    try:
-        options = TypeAdapter(DataOptions).validate_python(text["options"])
-    except ValidationError as error:
-        raise ValueError(f"{trained} is damaged: the text's options: {error.errors()[0]['msg']}") from error
-    entry = options.cache_dir / str(text["key"])
-    if is_whole(entry):
-        return load_prepared(options, entry.name)
-    absent = f"the text that the training held out is not whole in the cache, as {entry},"
-    # The model's own copy: the one it was trained with may have moved.
-    tokenizer = load_tokenizer(str(checkpoint)) if options.tokenizer else None
-    try:
-        corpus = prepare(options, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{absent} and cannot be prepared again; give other data: {error}") from error
-    if corpus.key != text["key"]:
-        raise ValueError(
-            f"{absent} and data={' '.join(options.data)} has changed since the training; bring one of them back, or "
-            "give other data"
-        )
-    return corpus
+    described = read_run(checkpoint)["text"] if (checkpoint / "run.json").exists() else None
+    text = text_to_judge(checkpoint, described, tokenizer, data, text_column, sequence_length)
+    if text.skipped != Skipped():
+        print(f"skipped: {text.skipped}", file=sys.stderr)
+    return text

@@ -1,0 +1,105 @@
+"""The text that a model is judged on: what its training held out, or other text, read for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from mixture_of_depths.files import is_whole
+from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text.batches import pack
+from mixture_of_depths.text.corpus import Corpus, load_prepared, prepare
+from mixture_of_depths.text.documents import Skipped, read_documents
+from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sequences of tokens of one length, in the column `input_ids`, and what was left out of their text."""
+
+    sequences: datasets.Dataset
+    bytes_per_token: float
+    sequence_length: int
+    skipped: Skipped
+
+
+def text_to_judge(
+    checkpoint: Path,
+    described: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: tuple[str, ...],
+    text_column: str | None,
+    sequence_length: int | None,
+) -> Judged:
+    """The text of `data`, or without it what a model's training held out.
+
+    Args:
+        checkpoint: the model's folder.
+        described: what the description of its training says of the text, `key` and `options`; None without one.
+        tokenizer: the model's.
+        data: text to read: files, folders, globs, hub:NAME or "builtin".
+        text_column: field or column that holds it; by default "text".
+        sequence_length: tokens of a sequence; by default as in training.
+
+    Raises:
+        ValueError: when there is no such text, or its length is out of range.
+    """
+    if described is None and not (data and sequence_length):
+        raise ValueError(f"checkpoint={checkpoint} holds no run.json of its training; give data and sequence_length")
+    if sequence_length is not None and sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 2")
+    if text_column is not None and not data:
+        raise ValueError(f"text_column={text_column} needs data; the held-out text is already read")
+    if not data:
+        assert described is not None
+        corpus = _held_out(checkpoint, described)
+        length, facts = corpus.options.sequence_length, corpus.facts
+        if sequence_length not in (None, length):
+            raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
+        return Judged(corpus.validation, facts.validation_bytes_per_token, length, facts.skipped)
+    if sequence_length is None:
+        assert described is not None
+        length: int = described["options"]["sequence_length"]
+    else:
+        length = sequence_length
+    skipped = Skipped()
+    column = "text" if text_column is None else text_column
+    documents = list(read_documents(DataOptions(data=data, text_column=column), skipped))
+    if not documents:
+        raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
+    tokens = tokenize(documents, tokenizer)
+    bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
+    return Judged(pack(tokens, length, "given"), bytes_per_token, length, skipped)
+
+
+def _held_out(checkpoint: Path, described: dict[str, Any]) -> Corpus:
+    """The text that a model's training held out: from the cache, or prepared again where it is not whole there.
+
+    Raises:
+        ValueError: when it is in neither place.
+    """
+    try:
+        options = TypeAdapter(DataOptions).validate_python(described["options"])
+    except ValidationError as error:
+        raise ValueError(
+            f"{checkpoint / 'run.json'} is damaged: the text's options: {error.errors()[0]['msg']}"
+        ) from error
+    entry = options.cache_dir / str(described["key"])
+    if is_whole(entry):
+        return load_prepared(options, entry.name)
+    absent = f"the text that the training held out is not whole in the cache, as {entry},"
+    # The model's own copy: the one it was trained with may have moved.
+    tokenizer = load_tokenizer(str(checkpoint)) if options.tokenizer else None
+    try:
+        corpus = prepare(options, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{absent} and cannot be prepared again; give other data: {error}") from error
+    if corpus.key != described["key"]:
+        raise ValueError(
+            f"{absent} and data={' '.join(options.data)} has changed since the training; bring one of them back, or "
+            "give other data"
+        )
+    return corpus
