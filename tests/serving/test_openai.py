@@ -1,112 +1,24 @@
-"""A real server process answers OpenAI's own client, and goes on after everything that clients do wrong."""
+"""A real server process answers OpenAI's own client, many at once."""
 
 import json
-import math
-import os
-import re
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
 import uvicorn
 from fastapi.testclient import TestClient
-from models import make_checkpoint
+from openai_requests import ENDPOINTS, ask, chat, refusal, request_of
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import sample_texts
 from mixture_of_depths.serving.openai import application, serve
 from mixture_of_depths.text.tokenizer import load_tokenizer
-
-JSON = {"Content-Type": "application/json"}
-ENDPOINTS = ("completions", "chat/completions", "responses")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    make_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def client(checkpoint: Path) -> Iterator[openai.OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mixture_of_depths", "serve", str(checkpoint), "--port", str(port)]
-    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        connected = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-        for _ in range(600):
-            try:
-                connected.models.list()
-                break
-            except openai.APIConnectionError:
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.2)
-        yield connected
-        assert process.poll() is None, "the server ended"
-        process.terminate()
-
-
-def chat(text: str) -> Any:
-    return [{"role": "user", "content": text}]
-
-
-def request_of(endpoint: str, checkpoint: Path, new_tokens: int = 3, **more: Any) -> dict[str, Any]:
-    """A request that every endpoint answers alike, in its own words."""
-    prompt: dict[str, Any] = {
-        "completions": {"prompt": "fox", "max_tokens": new_tokens},
-        "chat/completions": {"messages": chat("fox"), "max_completion_tokens": new_tokens},
-        "responses": {"input": "fox", "max_output_tokens": new_tokens},
-    }[endpoint]
-    return {"model": str(checkpoint), "temperature": 0, **prompt, **more}
-
-
-def ask(client: openai.OpenAI, endpoint: str, body: dict[str, Any]) -> tuple[list[str], str, int]:
-    """The pieces of the text (one if it is not streamed), why it ended, and how many tokens it counts."""
-    required = {"model", "prompt", "messages", "input", "stream"} & set(body)
-    extra = {name: value for name, value in body.items() if name not in required}
-    body = {name: body[name] for name in required}
-    if endpoint == "responses":
-        answer: Any = client.responses.create(**body, extra_body=extra)
-        if not body.get("stream"):
-            return [answer.output_text], answer.status, answer.usage.output_tokens
-        events = list(answer)
-        assert [event.sequence_number for event in events] == list(range(len(events)))
-        last = events[-1].response
-        assert "".join(event.delta for event in events if event.type.endswith("text.delta")) == last.output_text
-        pieces = [event.delta for event in events if event.type.endswith("text.delta")]
-        return pieces, last.status, last.usage.output_tokens
-    create: Any = client.completions.create if endpoint == "completions" else client.chat.completions.create
-    if not body.get("stream"):
-        answer = create(**body, extra_body=extra)
-        (choice,) = answer.choices
-        text = choice.text if endpoint == "completions" else choice.message.content
-        return [text], choice.finish_reason, answer.usage.completion_tokens
-    *chunks, last = create(**body, stream_options={"include_usage": True}, extra_body=extra)
-    assert last.choices == []
-    choices = [chunk.choices[0] for chunk in chunks]
-    texts = [(choice.text if endpoint == "completions" else choice.delta.content) or "" for choice in choices]
-    return texts, choices[-1].finish_reason, last.usage.completion_tokens
-
-
-def refusal(client: openai.OpenAI, endpoint: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The status, and what OpenAI's error form says."""
-    with pytest.raises(openai.APIStatusError) as refused:
-        client.post(f"/{endpoint}", body=body, cast_to=object)
-    return refused.value.status_code, refused.value.response.json()["error"]
 
 
 def test_a_completion_is_what_sampling_gives(client: openai.OpenAI, checkpoint: Path) -> None:
@@ -211,87 +123,6 @@ def test_what_asks_for_nothing_changes_nothing(client: openai.OpenAI, checkpoint
     assert ask(client, endpoint, request_of(endpoint, checkpoint, tools=[], stop=None)) == plain
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_what_would_change_the_answer_and_cannot_is_refused_by_its_own_name(
-    client: openai.OpenAI, checkpoint: Path, endpoint: str, streamed: bool
-) -> None:
-    tool = {"type": "function", "name": "look", "function": {"name": "look", "parameters": {}}}
-    limit = {"completions": "max_tokens", "chat/completions": "max_completion_tokens", "responses": "max_output_tokens"}
-    faults: dict[str, Any] = {
-        "completions": {
-            "best_of": 2,
-            "echo": True,
-            "logprobs": 0,
-            "suffix": "end",
-            "n": 0,
-            "prompt": "",
-        },
-        "chat/completions": {
-            "max_tokens": 0,
-            "logprobs": True,
-            "top_logprobs": 2,
-            "response_format": {"type": "json_object"},
-            "functions": [{"name": "look"}],
-            "reasoning_effort": "high",
-            "messages": [],
-            "chat_template_kwargs": {"chat_template": "{% for i in range(9) %}{{ i }}{% endfor %}"},
-        },
-        "responses": {
-            "previous_response_id": "resp_1",
-            "background": True,
-            "text": {"format": {"type": "json_object"}},
-            "truncation": "auto",
-            "n": 2,
-        },
-    }[endpoint]
-    common = {
-        "frequency_penalty": 0.5,
-        "presence_penalty": 0.5,
-        "logit_bias": {"5": 10},
-        "tools": [tool],
-        "tool_choice": "required",
-        "min_tokens": 2,
-        "generation_config": "{}",
-        "temperature": -1,
-        "top_p": 7,
-        "top_k": -2,
-        "min_p": 2,
-        "repetition_penalty": 0,
-        "seed": "one",
-        "stop": [""],
-        limit[endpoint]: 0,
-    }
-    for name, value in {**faults, **common}.items():
-        body = request_of(endpoint, checkpoint, stream=streamed)
-        if name == "max_tokens":
-            body.pop("max_completion_tokens", None)
-        status, error = refusal(client, endpoint, {**body, name: value})
-        assert (status, error["param"], error["type"]) == (400, name, "invalid_request_error")
-        assert name in error["message"]
-        assert "max_new_tokens" not in error["message"]
-
-
-@pytest.mark.parametrize(("endpoint", "field"), zip(ENDPOINTS, ("prompt", "messages", "input"), strict=True))
-def test_a_prompt_that_leaves_no_room_is_refused(
-    client: openai.OpenAI, checkpoint: Path, endpoint: str, field: str
-) -> None:
-    text = "the " * 400
-    body = request_of(endpoint, checkpoint, **{field: chat(text) if field == "messages" else text})
-    status, error = refusal(client, endpoint, body)
-    assert (status, error["param"], error["code"]) == (400, field, "context_length_exceeded")
-    assert re.search("the prompt has .* tokens; the model takes at most 127", error["message"])
-
-
-def test_a_chat_with_a_picture_is_refused(client: openai.OpenAI, checkpoint: Path) -> None:
-    picture: Any = {"type": "image_url", "image_url": {"url": "data:,"}}
-    status, error = refusal(
-        client, "chat/completions", {"model": str(checkpoint), "messages": [{"role": "user", "content": [picture]}]}
-    )
-    assert (status, error["message"]) == (400, "the model reads text alone, not image_url")
-    assert error["param"] == "messages[0].content[0].type"
-
-
 def test_the_one_model_is_listed_and_another_is_not_found(client: openai.OpenAI, checkpoint: Path) -> None:
     (listed,) = client.models.list()
     assert (listed.id, listed.object, type(listed.created)) == (str(checkpoint), "model", int)
@@ -306,13 +137,6 @@ def test_the_one_model_is_listed_and_another_is_not_found(client: openai.OpenAI,
         status, error = refusal(client, endpoint, {**request_of(endpoint, checkpoint), "model": "other"})
         assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
         assert str(checkpoint) in error["message"]
-
-
-def test_no_route_loads_another_model(client: openai.OpenAI) -> None:
-    for path in ("load_model", "reset", "v1/audio/transcriptions", "v1/systemone", "v1/completions/"):
-        with pytest.raises(openai.NotFoundError) as unknown:
-            client.post(f"/../{path}", body={"model": "gpt2"}, cast_to=object)
-        assert unknown.value.response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("fault", ["port", "host", "setting"])
@@ -330,21 +154,6 @@ def test_what_cannot_be_served_is_refused_at_the_start(checkpoint: Path, fault: 
         }[fault]
         with pytest.raises(ValueError, match=message):
             serve(model, tokenizer, "name", "999.1.1.1" if fault == "host" else "127.0.0.1", port)
-
-
-def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: Path) -> None:
-    for body in ({"messages": "hello"}, {"messages": [7]}, {"messages": None}, {}, {"nonsense": 1}):
-        status, error = refusal(client, "chat/completions", {"model": str(checkpoint), "max_tokens": 2, **body})
-        assert (status, error["param"]) == (400, "messages[0]" if body == {"messages": [7]} else "messages")
-    digits = '{"model": "name", "max_tokens": 1' + "0" * 5000 + "}"
-    for text in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe", digits.encode(), b'{"model": "\\ud800", "prompt": "the"}'):
-        broken = urllib.request.Request(f"{client.base_url}completions", text, JSON)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(broken)
-        error = json.load(refused.value)["error"]
-        assert (refused.value.code, error["param"]) == (400, "model" if b"ud800" in text else None)
-        assert re.match("the body (must be a JSON object|cannot be read)|model holds half", error["message"])
-    assert client.completions.create(model=str(checkpoint), prompt="the", max_tokens=3).choices
 
 
 def test_what_is_asked_for_ends_where_the_model_does(client: openai.OpenAI, checkpoint: Path) -> None:
@@ -427,30 +236,6 @@ def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
         assert client.get("/v1/models", headers={"Authorization": header.encode()}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "the model's tokenizer has no chat template; use /v1/completions"),
-        ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses .*: roles must alternate"),
-        ("{{ 1 / 0 }}", "the model's chat template refuses .*: division by zero"),
-        ("{{ '{}'.format() }}", "the model's chat template refuses .*: .*index .*out of range"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template refuses .*: maximum recursion"),
-        ("{{ 10.0 ** 400 }}", "the model's chat template refuses .*: .*out of range"),
-    ],
-)
-def test_a_conversation_that_the_model_has_no_template_for_is_refused(
-    checkpoint: Path, template: str | None, message: str
-) -> None:
-    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    tokenizer.chat_template = template
-    client = TestClient(application(model, tokenizer, str(checkpoint)))
-    for endpoint, field in (("chat/completions", "messages"), ("responses", "input")):
-        answer = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint))
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-        assert re.search(message, answer.json()["error"]["message"])
-    assert client.post("/v1/completions", json=request_of("completions", checkpoint)).status_code == 200
-
-
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_health_answers_while_a_prompt_is_read(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
@@ -470,49 +255,6 @@ def test_health_answers_while_a_prompt_is_read(
         assert client.get("/health").status_code == 200
         healthy.set()
         assert answer.result().status_code == 200
-
-
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_body_that_no_model_has_room_for_is_refused_unread(
-    client: openai.OpenAI, checkpoint: Path, endpoint: str
-) -> None:
-    status, error = refusal(client, endpoint, request_of(endpoint, checkpoint, user="the " * 2**20))
-    assert (status, error["type"]) == (413, "invalid_request_error")
-    assert error["message"] == "the body has more than 4194304 bytes; send less"
-
-
-def test_more_samples_than_memory_holds_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:
-    body = request_of("completions", checkpoint, prompt=["fox"] * 2049)
-    assert refusal(client, "completions", body)[1]["param"] == "prompt"
-    status, error = refusal(client, "completions", {**body, "prompt": ["fox"] * 17, "n": 128})
-    assert (status, error["message"]) == (400, "prompt and n ask for 2176 samples; ask for at most 2048 at once")
-
-
-@pytest.mark.parametrize("name", ["self", "messages", "conversation", "conversations", "tokenize", "tools"])
-def test_what_templating_needs_for_itself_is_not_a_client_s(client: openai.OpenAI, checkpoint: Path, name: str) -> None:
-    body = request_of("chat/completions", checkpoint, chat_template_kwargs={name: []})
-    status, error = refusal(client, "chat/completions", body)
-    assert (status, error["param"]) == (400, "chat_template_kwargs")
-    assert error["message"] == f"chat_template_kwargs: {name} is not for clients to set; leave it out"
-
-
-def test_two_limits_and_options_of_a_stream_that_is_none_are_refused(client: openai.OpenAI, checkpoint: Path) -> None:
-    body = request_of("chat/completions", checkpoint)
-    for name, value in (("max_tokens", 5), ("stream_options", {"include_usage": True})):
-        status, error = refusal(client, "chat/completions", {**body, name: value})
-        assert (status, error["param"]) == (400, name)
-
-
-def test_a_model_that_fails_says_so_in_openai_s_form(checkpoint: Path) -> None:
-    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    client = TestClient(application(model, tokenizer, str(checkpoint)), raise_server_exceptions=False)
-    for endpoint in ENDPOINTS:
-        answer = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint))
-        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-        streamed = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint, stream=True)).text.strip()
-        last = json.loads(streamed.split("data: ")[-1])
-        assert "not finite" in (last["response"] if endpoint == "responses" else last)["error"]["message"]
 
 
 @pytest.mark.parametrize(
