@@ -1,11 +1,13 @@
 """A device of its own that computes on the CPU, and refuses what a GPU would: tensors of the CPU among its own.
 
 A program, run by `test_following.py` in a process of its own, since what it tells PyTorch of a new device holds for the
-whole process. It runs the package's code with a model on that device, and prints a JSON object: of each case the error
-or null, and the places in the package where the host waited for the device.
+whole process. It runs the package's code with a model on that device, and prints a JSON object: `cases`, of each the
+error or null, and the places in the package where the host waited for the device; and `loaded`, the modules of the
+package that were loaded where waking a GPU is an error.
 """
 
 import json
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -13,26 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import TOKENIZER, some_sequences, tiny
+from gpus import pretended_gpus
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-import mixture_of_depths
-from mixture_of_depths import (
-    MoDForCausalLM,
-    SamplingOptions,
-    calibrate,
-    evaluate,
-    quantize,
-    sample_texts,
-    stream,
-    trace_tokens,
-)
-from mixture_of_depths.isoflop.measure import gain_from_later_tokens
-from mixture_of_depths.retrofitting.measure import fit_routers, measure_importance, routed_from
-from mixture_of_depths.text.batches import document_positions
+# Loading the package must not wake a GPU that is there: this fails where it does.
+with pretended_gpus(1):
+    from models import TOKENIZER, some_sequences, tiny
+
+    import mixture_of_depths
+    import mixture_of_depths.cli.main
+    import mixture_of_depths.demo
+    import mixture_of_depths.retrofitting.tune
+    from mixture_of_depths import (
+        MoDForCausalLM,
+        SamplingOptions,
+        calibrate,
+        evaluate,
+        quantize,
+        sample_texts,
+        stream,
+        trace_tokens,
+    )
+    from mixture_of_depths.isoflop.measure import gain_from_later_tokens
+    from mixture_of_depths.retrofitting.measure import fit_routers, measure_importance, routed_from
+    from mixture_of_depths.text.batches import document_positions
+LOADED = [name for name in sys.modules if name.startswith("mixture_of_depths.")]
 
 PACKAGE = Path(mixture_of_depths.__file__).parent
 ATEN = torch.ops.aten
@@ -235,7 +245,7 @@ def main() -> None:
             except Exception:
                 error = traceback.format_exc()
         results[name] = {"error": error, "waits": dict(device.waits)}
-    print(json.dumps(results))
+    print(json.dumps({"cases": results, "loaded": LOADED}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """A device is chosen by its name in every command, and what is on the CPU leaves GPUs alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +122,3 @@ def test_what_runs_on_the_cpu_wakes_no_gpu(tmp_path: Path, monkeypatch: pytest.M
             assert status == 0, errors
     assert not torch.cuda.is_initialized()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["machine"]["accelerator"] is None
-
-
-def test_importing_the_package_wakes_no_gpu() -> None:
-    program = """
-import torch
-
-def woken():
-    raise AssertionError("CUDA was woken")
-
-torch.cuda._lazy_init, torch.cuda.is_available, torch.cuda.device_count = woken, lambda: True, lambda: 1
-import mixture_of_depths.cli.main, mixture_of_depths.demo, mixture_of_depths.isoflop.measure
-import mixture_of_depths.retrofitting.tune
-assert not torch.cuda.is_initialized()
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ BEFORE_THE_BLOCKS = {"model/modeling.py:_documents", "model/modeling.py:_place"}
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def printed() -> dict[str, Any]:
     """What `pretended_device.py` prints."""
     program = Path(__file__).with_name("pretended_device.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parent), *sys.path])}
@@ -37,6 +37,17 @@ def results() -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     # Behind the bar of what is measured.
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def results(printed: dict[str, Any]) -> dict[str, Any]:
+    return printed["cases"]
+
+
+def test_loading_the_package_wakes_no_gpu(printed: dict[str, Any]) -> None:
+    """The program ends with an error where one is woken."""
+    rooms = {"cli.main", "demo", "isoflop.measure", "retrofitting.tune"}
+    assert {f"mixture_of_depths.{name}" for name in rooms} <= set(printed["loaded"])
 
 
 def test_the_device_refuses_to_be_mixed_with_the_cpu(results: dict[str, Any]) -> None:

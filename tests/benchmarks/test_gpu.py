@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,6 +18,7 @@ def gpu(out: Path, *more: str) -> tuple[int, dict[str, Any]]:
     return run.returncode, json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_last_line_holds_the_parts_and_a_later_start_runs_none_that_is_done(tmp_path: Path) -> None:
     status, first = gpu(tmp_path, "--smoke", "--commit", "abc")
     machine = first["parts"]["environment"]["cases"]["machine"]

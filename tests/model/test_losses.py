@@ -210,7 +210,7 @@ def test_of_a_loss_computed_outside_the_routers_take_part_once_a_step(use_reentr
 
 
 def test_a_compiled_model_knows_the_last_part_of_a_step() -> None:
-    model = tiny(causal_router="auxiliary_loss", **WEIGHTS).train()
+    model = tiny(causal_router="auxiliary_loss", num_hidden_layers=2, routed_layers=[1], **WEIGHTS).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     input_ids = torch.randint(0, 31, (4, 12))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

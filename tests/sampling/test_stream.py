@@ -36,29 +36,21 @@ def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: lis
         assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_compiled_step_gives_the_same_tokens_and_compiles_once(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "lengths"), [(1, (9, 4090)), (3, (9,))])
+def test_the_compiled_step_gives_the_same_tokens_and_compiles_once_for_texts_that_grow_beyond_4096_tokens(
+    batch: int, lengths: tuple[int, ...]
+) -> None:
     torch._dynamo.reset()
-    model = tiny(routed_layers=[1], query_key_norm=True, attention_bias=True, num_hidden_layers=2).float().eval()
-    model.model.layers[1].router.predictor.down_proj.bias.data.fill_(1.0)
-    input_ids, mask = left_padded(batch, 9)
+    fields: dict[str, Any] = {"query_key_norm": True, "attention_bias": True, "max_position_embeddings": 5000}
+    model = tiny(routed_layers=[1], num_hidden_layers=2, **fields).float().eval()
+    options = SamplingOptions(max_new_tokens=90, temperature=0)
     torch._dynamo.utils.counters.clear()
-    tokens = torch.stack(
-        list(stream(model, input_ids, mask, SamplingOptions(max_new_tokens=90, temperature=0), compiled=True)), dim=1
-    )
-    assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_the_compiled_step_serves_a_text_that_grows_beyond_4096_tokens() -> None:
-    torch._dynamo.reset()
-    model = tiny(routed_layers=[0], num_hidden_layers=1, max_position_embeddings=5000).float().eval()
-    model.model.layers[0].router.predictor.down_proj.bias.data.fill_(1e6)
-    input_ids = torch.randint(0, 31, (1, 4090))
-    torch._dynamo.utils.counters.clear()
-    options = SamplingOptions(max_new_tokens=20, temperature=0)
-    tokens = torch.stack(list(stream(model, input_ids, None, options, compiled=True)), dim=1)
-    assert torch.equal(tokens, greedy(model, input_ids, torch.ones_like(input_ids), 20))
+    for length in lengths:
+        # All enter in the long text, so that the routed block stores as many.
+        model.model.layers[1].router.predictor.down_proj.bias.data.fill_(1.0 if length < 4000 else 1e6)
+        input_ids, mask = left_padded(batch, length)
+        tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)), dim=1)
+        assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
