@@ -47,7 +47,7 @@ def misread(errors: Sequence[Any]) -> RequestError:
     """The first of pydantic's reasons why a body is not a request, in our words."""
     problem = errors[0]
     # Where pydantic stood: in the body, in a field, in a part of it; what is no name is one of several kinds it tried.
-    first, *parts = problem["loc"][1:] or (None,)
+    first, *parts = problem["loc"] or (None,)
     param = first if isinstance(first, str) else None
     for part in parts:
         if param and not isinstance(part, str):
@@ -55,16 +55,22 @@ def misread(errors: Sequence[Any]) -> RequestError:
         elif param and part.isidentifier():
             param += f".{part}"
     value = reprlib.repr(problem["input"])
-    if problem["type"] == "not_text":
-        message, param = problem["msg"], problem["ctx"]["name"]
+    if problem["type"] == "of_field":
+        name = problem["ctx"]["name"]
+        param = f"{param}.{name}" if param else name
+        message = param + problem["msg"]
     elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
     elif param is None:
         message = "the body must be a JSON object, sent as application/json"
     elif problem["type"] == "extra_forbidden":
         message = f"{param}={value} is not supported; leave it out"
+    elif problem["type"] == "too_short":
+        message = f"{param}={value} must not be empty"
     elif problem["type"] == "missing":
         message = f"{param} is missing"
+    elif problem["type"] == "must":
+        message = f"{param}={value} must be {problem['msg']}"
     elif problem["type"] in KINDS:
         message = f"{param}={value} must be {KINDS[problem['type']]}"
     else:

@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import uvicorn
+from fastapi import Body as SentBody
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
@@ -37,6 +39,7 @@ from mixture_of_depths.serving.answers import (
     sent,
 )
 from mixture_of_depths.serving.requests import (
+    MOST_SAMPLES,
     Body,
     ChatBody,
     CompletionBody,
@@ -45,10 +48,13 @@ from mixture_of_depths.serving.requests import (
     default_options,
 )
 
+Kind = TypeVar("Kind", bound=Body)
+Result = TypeVar("Result")
 Answer = CompletionAnswer | ResponseAnswer
+# The library parses it alone: what it checks holds up the event loop.
+JSON = Annotated[Any, SentBody()]
 # Room for the prompts of any model: 100,000 tokens take less than a fifth, as text or as numbers.
 MOST_BODY_BYTES = 4 * 2**20
-MOST_SAMPLES = 2048
 # What transformers and Jinja call the conversation and themselves; a second value under these names is an error.
 NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations")
 # The log of uvicorn, beside its own lines.
@@ -79,14 +85,12 @@ class Sampler:
         self.turn = asyncio.Lock()
         # The last step of a client that has left may still run when the next client has its turn.
         self.thread = ThreadPoolExecutor(1)
-        # Long prompts take seconds to read, in which all other requests are answered.
+        # Long prompts take seconds to check and to read, in which all other requests are answered.
         self.reader = ThreadPoolExecutor(1)
 
-    async def read(self, body: Body, field: str, prompts: Callable[[], Sequence[list[int]]], n: int = 1) -> Task:
-        """As `task`, off the event loop; `prompts` renders and tokenises there."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.reader, lambda: self.task(body, field, prompts(), n)
-        )
+    async def read(self, reading: Callable[[], Result]) -> Result:
+        """What reading a request returns, which is done off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, reading)
 
     def task(self, body: Body, field: str, prompts: Sequence[list[int]], n: int = 1) -> Task:
         """What a request asks for: `n` samples after every prompt, each with the next seed.
@@ -182,6 +186,18 @@ async def _answered(sampler: Sampler, task: Task, answer: Answer, request: Reque
     return JSONResponse(answer.whole())
 
 
+def _checked(kind: type[Kind], content: Any) -> Kind:
+    """The body of a request, from its JSON.
+
+    Raises:
+        RequestError: when it is none.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise misread(error.errors(include_url=False)) from error
+
+
 def _tokenised(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     """The tokens of prompts, which may be tokens already.
 
@@ -264,7 +280,7 @@ def _refusal(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestError):
         refused = error
     elif isinstance(error, RequestValidationError):
-        refused = misread(error.errors())
+        refused = RequestError(400, "the body must be a JSON object, sent as application/json")
     elif isinstance(error, HTTPException):
         # FastAPI has this status for a body that it cannot read, and says no more than that.
         unread = "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply"
@@ -322,34 +338,42 @@ def application(
         return described
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        check_model(body.model)
-        if (samples := len(body.prompt) * body.n) > MOST_SAMPLES:
-            message = f"prompt and n ask for {samples} samples; ask for at most {MOST_SAMPLES} at once"
-            raise RequestError(400, message, "prompt")
-        task = await sampler.read(body, "prompt", lambda: _tokenised(tokenizer, body.prompt), body.n)
+    async def completions(content: JSON, request: Request) -> Response:
+        def read() -> tuple[CompletionBody, Task]:
+            body = _checked(CompletionBody, content)
+            check_model(body.model)
+            if (samples := len(body.prompt) * body.n) > MOST_SAMPLES:
+                message = f"prompt and n ask for {samples} samples; ask for at most {MOST_SAMPLES} at once"
+                raise RequestError(400, message, "prompt")
+            return body, sampler.task(body, "prompt", _tokenised(tokenizer, body.prompt), body.n)
+
+        body, task = await sampler.read(read)
         # Nothing is sampled yet; each prompt stands there n times.
         prompt_tokens = sum(len(sample.tokens) for sample in task.samples) // body.n
         return await _answered(sampler, task, CompletionAnswer(body, task.samples, prompt_tokens), request)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody, request: Request) -> Response:
-        check_model(body.model)
-        task = await sampler.read(
-            body,
-            "messages",
-            lambda: [_rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)],
-            body.n,
-        )
+    async def chat(content: JSON, request: Request) -> Response:
+        def read() -> tuple[ChatBody, Task]:
+            body = _checked(ChatBody, content)
+            check_model(body.model)
+            tokens = _rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)
+            return body, sampler.task(body, "messages", [tokens], body.n)
+
+        body, task = await sampler.read(read)
         return await _answered(sampler, task, ChatAnswer(body, task.samples, len(task.samples[0].tokens)), request)
 
     @app.post("/v1/responses")
-    async def responses(body: ResponseBody, request: Request) -> Response:
-        check_model(body.model)
-        messages = list(body.input)
-        if body.instructions is not None:
-            messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
-        task = await sampler.read(body, "input", lambda: [_rendered(tokenizer, messages, "input", {})])
+    async def responses(content: JSON, request: Request) -> Response:
+        def read() -> tuple[ResponseBody, Task]:
+            body = _checked(ResponseBody, content)
+            check_model(body.model)
+            messages = list(body.input)
+            if body.instructions is not None:
+                messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
+            return body, sampler.task(body, "input", [_rendered(tokenizer, messages, "input", {})])
+
+        body, task = await sampler.read(read)
         return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(task.samples[0].tokens)), request)
 
     return app

@@ -5,7 +5,7 @@ A field is honoured, or left out because it asks for nothing or does not touch t
 
 import json
 import reprlib
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, LiteralString
 
 from annotated_types import Ge, Le, Len, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationInfo, field_validator, model_validator
@@ -66,6 +66,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
 }
+# Bounds of what one body may cost to check, to render and at every token; the docs state them.
+MOST_SAMPLES = 2048
+MOST_MESSAGES = 4096
+MOST_FIELDS = 100
+MOST_LEVELS = 100
+MOST_STOPS = 64
+MOST_STOP_CHARACTERS = 1000
 # What a generation configuration may say beside the fields of `SamplingOptions`.
 KNOWN = ("max_length", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "stop_strings", "use_cache")
 
@@ -91,8 +98,31 @@ def default_options(config: GenerationConfig) -> dict[str, Any]:
     return options
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _of_field(name: str, message: LiteralString, **values: Any) -> PydanticCustomError:
+    """What is wrong with a field of an object, where the object is checked as a whole; its name comes before it."""
+    return PydanticCustomError("of_field", message, {"name": name, **values})
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more levels, counted without recursion."""
+    layer = [value]
+    for _ in range(levels + 1):
+        nested = (part for part in layer if isinstance(part, list | dict))
+        layer = [inner for part in nested for inner in (part.values() if isinstance(part, dict) else part)]
+        if not layer:
+            return False
+    return True
+
+
+def _as_stops(value: Any) -> Any:
+    """One stop string becomes a list of one."""
+    strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list):
+        characters = sum(len(string) for string in strings if isinstance(string, str))
+        if len(strings) > MOST_STOPS or characters > MOST_STOP_CHARACTERS:
+            size = f"{len(strings)} strings of {characters} characters in all"
+            raise ValueError(f"stop has {size}; give at most {MOST_STOPS} of at most {MOST_STOP_CHARACTERS} in all")
+    return strings
 
 
 def _as_prompts(value: Any) -> Any:
@@ -100,6 +130,8 @@ def _as_prompts(value: Any) -> Any:
     if value == []:
         raise ValueError("prompt=[] is empty; give at least one token")
     prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
+    if isinstance(prompts, list) and len(prompts) > MOST_SAMPLES:
+        raise ValueError(f"prompt holds {len(prompts)} prompts; send at most {MOST_SAMPLES} at once")
     are_texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
     if are_texts or (isinstance(prompts, list) and all(map(_is_tokens, prompts))):
         return prompts
@@ -113,11 +145,23 @@ def _is_tokens(value: Any) -> bool:
 
 
 def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        raise PydanticCustomError("must", "a text or a list of parts")
+    return parts
 
 
 def _as_messages(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _not_too_many(messages: Any) -> Any:
+    if isinstance(messages, list):
+        contents = (message.get("content") for message in messages if isinstance(message, dict))
+        count = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+        if count > MOST_MESSAGES:
+            raise ValueError(f"there are {count} messages and parts of them; send at most {MOST_MESSAGES}")
+    return messages
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
@@ -166,9 +210,15 @@ class Message(_Strict):
         if not isinstance(message, dict):
             return message
         left_out = ["annotations", *(["type", "id", "status", "phase"] if message.get("type") == "message" else [])]
-        kept = (name for name, value in message.items() if name not in left_out)
+        kept = (name for name in message if name not in left_out)
         # An empty content is one all the same.
-        return {name: message[name] for name in kept if name == "content" or message[name] not in (None, [])}
+        said = {name: message[name] for name in kept if name == "content" or message[name] not in (None, [])}
+        # Before the content, which calls of tools stand in for; and the type, which tells what all the others are.
+        unknown = [name for name in said if name not in cls.model_fields]
+        if unknown:
+            name = "type" if "type" in unknown else unknown[0]
+            raise _of_field(name, "={value} is not supported; leave it out", value=reprlib.repr(said[name]))
+        return said
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates read it."""
@@ -188,7 +238,7 @@ class Body(_Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_as_list)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_as_stops)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -200,14 +250,21 @@ class Body(_Strict):
     def _without_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MOST_FIELDS:
+            raise ValueError(f"the body has {len(body)} fields; send at most {MOST_FIELDS}")
         for name, value in body.items():
+            if _is_deeper(value, MOST_LEVELS):
+                raise _of_field(name, " is nested in more than {levels} levels; send fewer", levels=MOST_LEVELS)
+            if name in cls.model_fields and isinstance(value, dict) and len(value) > MOST_FIELDS:
+                sizes = {"fields": len(value), "most": MOST_FIELDS}
+                raise _of_field(name, " has {fields} fields; send at most {most}", **sizes)
             try:
                 json.dumps({name: value}, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 # Half a surrogate pair: JSON can spell it, and no text holds it.
                 name = name.encode(errors="replace").decode()
-                message = "{name} holds half a character (half of a surrogate pair); send whole ones"
-                raise PydanticCustomError("not_text", message, {"name": name}) from error
+                message = " holds half a character (half of a surrogate pair); send whole ones"
+                raise _of_field(name, message) from error
         body = {name: value for name, value in body.items() if value is not None}
         for name, value in body.items():
             if isinstance(value, dict):
@@ -276,7 +333,7 @@ class ChatBody(Body):
 
     limits = ("max_completion_tokens", "max_tokens")
 
-    messages: Annotated[list[Message], FailFast(), Len(1)]
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(_not_too_many), Len(1)]
     n: Annotated[int, Ge(1), Le(128)] = 1
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
@@ -295,7 +352,7 @@ class ResponseBody(Body):
 
     limits = ("max_output_tokens",)
 
-    input: Annotated[list[Message], FailFast(), BeforeValidator(_as_messages), Len(1)]
+    input: Annotated[list[Message], FailFast(), BeforeValidator(_not_too_many), BeforeValidator(_as_messages), Len(1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
