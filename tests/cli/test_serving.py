@@ -1,8 +1,16 @@
 """The commands that answer others."""
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +65,57 @@ def test_serve_hands_its_keys_on_and_refuses_those_that_no_client_can_send(
     for arguments in (["--api-key", ""], ["--api-key"]):
         status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
         assert (status, "api" in errors, handed) == (2, True, [])
+
+
+def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_who_wait(checkpoint: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    asked = {"model": str(checkpoint), "prompt": "the", "n": 128, "max_tokens": 1000}
+
+    def ask(**more: Any) -> Any:
+        text = json.dumps({**asked, **more}).encode()
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", text, headers), timeout=120
+        )
+
+    def refused() -> tuple[int, str]:
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            ask()
+        return refusal.value.code, json.load(refusal.value)["error"]["type"]
+
+    def is_up() -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=120)
+        except urllib.error.URLError:
+            return False
+        return True
+
+    command = [sys.executable, "-m", "mixture_of_depths", "serve", str(checkpoint), "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        try:
+            while not is_up():
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.2)
+            with ask(stream=True) as stream, socket.create_connection(("127.0.0.1", port)) as stuck:
+                # It never sends its body.
+                stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n")
+                assert stream.readline().startswith(b"data: ")
+                waiting = [pool.submit(refused) for _ in range(3)]
+                time.sleep(1)
+                start = time.perf_counter()
+                process.send_signal(signal.SIGINT)
+                assert [one.result() for one in waiting] == [(503, "server_error")] * 3
+                assert time.perf_counter() - start < 5
+                assert b"the server is stopping" in stream.read().splitlines()[-2]
+                _, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert log.splitlines()[-1] == "stopped"
+    assert "Traceback" not in log

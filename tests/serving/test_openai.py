@@ -271,7 +271,7 @@ def test_a_server_that_others_reach_without_a_key_warns_in_one_line(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, host: str, keys: tuple[str, ...], warns: bool
 ) -> None:
     model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    monkeypatch.setattr(uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _: None)
     capsys.readouterr()
     serve(model, tokenizer, "name", host, 0, api_keys=keys)
     captured = capsys.readouterr()

@@ -57,6 +57,8 @@ JSON = Annotated[Any, SentBody()]
 MOST_BODY_BYTES = 4 * 2**20
 # What transformers and Jinja call the conversation and themselves; a second value under these names is an error.
 NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations")
+# How long clients that neither send nor read on are waited for when the server stops.
+GRACE_SECONDS = 3
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
 
@@ -76,10 +78,17 @@ class Sampler:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
         compiled: whether to compile the sampling step.
+        stopping: whether the server has been told to stop, after which all requests are refused.
     """
 
-    def __init__(self, model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase, compiled: bool) -> None:
-        self.model, self.tokenizer, self.compiled = model, tokenizer, compiled
+    def __init__(
+        self,
+        model: MoDForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        compiled: bool,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.model, self.tokenizer, self.compiled, self.stopping = model, tokenizer, compiled, stopping
         assert model.generation_config is not None
         self.defaults = default_options(model.generation_config)
         self.turn = asyncio.Lock()
@@ -89,8 +98,21 @@ class Sampler:
         self.reader = ThreadPoolExecutor(1)
 
     async def read(self, reading: Callable[[], Result]) -> Result:
-        """What reading a request returns, which is done off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.reader, reading)
+        """What reading a request returns, which is done off the event loop.
+
+        Raises:
+            RequestError: when the server stops.
+        """
+
+        def when_its_turn_has_come() -> Result:
+            self._check_going_on()
+            return reading()
+
+        return await asyncio.get_running_loop().run_in_executor(self.reader, when_its_turn_has_come)
+
+    def _check_going_on(self) -> None:
+        if self.stopping():
+            raise RequestError(503, "the server is stopping; ask again when it is back")
 
     def task(self, body: Body, field: str, prompts: Sequence[list[int]], n: int = 1) -> Task:
         """What a request asks for: `n` samples after every prompt, each with the next seed.
@@ -136,12 +158,14 @@ class Sampler:
 
         Raises:
             FloatingPointError: when the model's logits are not finite.
+            RequestError: when the server stops.
         """
         loop = asyncio.get_running_loop()
         async with self.turn:
             for index, (sample, options) in enumerate(zip(task.samples, task.options, strict=True)):
                 steps = step_texts(self.model, self.tokenizer, [sample], options, compiled=self.compiled)
                 while True:
+                    self._check_going_on()
                     if await request.is_disconnected():
                         return
                     texts = await loop.run_in_executor(self.thread, next, steps, None)
@@ -168,8 +192,10 @@ async def _events(sampler: Sampler, task: Task, answer: Answer, request: Request
             await sampling
         except Exception as error:
             # It is too late for another status.
-            LOG.exception("sampling failed")
-            for event in answer.failed(RequestError(500, f"the model failed: {error}")):
+            refused = error if isinstance(error, RequestError) else RequestError(500, f"the model failed: {error}")
+            if refused is not error:
+                LOG.exception("sampling failed")
+            for event in answer.failed(refused):
                 yield sent(event)
             return
         for event in answer.finished():
@@ -274,6 +300,20 @@ class _Keys:
         await self.app(scope, receive, send)
 
 
+class _Stop:
+    """Ends the requests that are cancelled when the server stops, of which the library would log tracebacks."""
+
+    def __init__(self, app: ASGIApp, stopping: Callable[[], bool]) -> None:
+        self.app, self.stopping = app, stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.stopping():
+                raise
+
+
 def _refusal(_request: Request, error: Exception) -> JSONResponse:
     """What went wrong, in OpenAI's form."""
     headers = None
@@ -297,6 +337,7 @@ def application(
     name: str,
     compiled: bool = False,
     api_keys: Sequence[str] = (),
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The server: chat completions, completions, responses, models and health.
 
@@ -306,11 +347,12 @@ def application(
         name: what requests call the model.
         compiled: whether to compile the sampling step.
         api_keys: keys of which a client must bring one; none lets everybody in.
+        stopping: whether the server has been told to stop; it is asked before every token.
 
     Raises:
         ValueError: when the model's own settings of sampling are not supported.
     """
-    sampler = Sampler(model, tokenizer, compiled)
+    sampler = Sampler(model, tokenizer, compiled, stopping)
     # The library's pages would show bodies and answers as it knows them.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     for kind in (RequestValidationError, HTTPException, RequestError, Exception):
@@ -318,6 +360,7 @@ def application(
     app.add_middleware(_Size)
     if api_keys:
         app.add_middleware(_Keys, keys=api_keys)
+    app.add_middleware(_Stop, stopping=stopping)
     described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     def check_model(asked: str) -> None:
@@ -391,10 +434,11 @@ def serve(
     """Serves a model until it is told to stop; see `application`.
 
     Raises:
+        KeyboardInterrupt: when it is told so by Ctrl-C.
         ValueError: when the address cannot be listened on, or the model's own settings of sampling are not supported.
     """
     try:
-        app = application(model, tokenizer, name, compiled, api_keys)
+        app = application(model, tokenizer, name, compiled, api_keys, lambda: server.should_exit)
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
     # Before anything is compiled.
@@ -403,4 +447,7 @@ def serve(
         print(f"warning: whoever reaches host={host} can use the model; --api-key asks them for a key", file=sys.stderr)
     if compiled:
         compile_step(model)
-    uvicorn.run(app, host=host, port=port, log_level="info")
+    config = uvicorn.Config(app, host, port, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS)
+    server = uvicorn.Server(config)
+    # `uvicorn.run` would end on Ctrl-C as if nothing had been stopped.
+    server.run()
