@@ -49,6 +49,7 @@ def test_serve_hands_its_keys_on_and_refuses_those_that_no_client_can_send(
 ) -> None:
     handed = []
     monkeypatch.setattr("mixture_of_depths.serving.openai.serve", lambda *arguments: handed.append(arguments[-1]))
+    monkeypatch.delenv("MOD_API_KEY", raising=False)
     for arguments, keys in (
         ([], ()),
         (["--api-key", "one"], ("one",)),
@@ -65,6 +66,21 @@ def test_serve_hands_its_keys_on_and_refuses_those_that_no_client_can_send(
     for arguments in (["--api-key", ""], ["--api-key"]):
         status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
         assert (status, "api" in errors, handed) == (2, True, [])
+
+
+def test_serve_takes_a_key_from_the_environment_when_none_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    handed = []
+    monkeypatch.setattr("mixture_of_depths.serving.openai.serve", lambda *arguments: handed.append(arguments[-1]))
+    monkeypatch.setenv("MOD_API_KEY", "sesame")
+    for arguments, keys in (([], ("sesame",)), (["--api-key", "one"], ("one",))):
+        status, output, errors = run(monkeypatch, capsys, "serve", str(checkpoint), *arguments)
+        assert (status, handed.pop(), "sesame" in output + errors) == (0, keys, False)
+    for key in ("", "pad "):
+        monkeypatch.setenv("MOD_API_KEY", key)
+        status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint))
+        assert (status, "the environment variable MOD_API_KEY cannot be sent" in errors, handed) == (2, True, [])
 
 
 def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_who_wait(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """The commands that answer others: serve and playground."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,18 +62,25 @@ def serve(
         compile: Compile the sampling step before the first request: many times faster afterwards.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
         api_key: Key that clients must send, as "Authorization: Bearer KEY"; several keys by giving it several times. By
-            default nobody is asked for one.
+            default that of the environment variable MOD_API_KEY, and without it nobody is asked for one.
     """
-    for number, key in enumerate(api_key, 1):
+    if api_key:
+        keys = {f"api_key, the one given as number {number},": key for number, key in enumerate(api_key, 1)}
+    elif (key := os.environ.get("MOD_API_KEY")) is not None:
+        # An empty one is a mistake, and not the wish to let everybody in.
+        keys = {"the environment variable MOD_API_KEY": key}
+    else:
+        keys = {}
+    for name, key in keys.items():
         # Headers hold nothing else that clients could agree on. The key itself is not shown.
         if not key or key != key.strip() or not (key.isascii() and key.isprintable()):
             message = "must be printable ASCII, at least one character, with no space at its start or end"
-            raise ValueError(f"api_key, the one given as number {number}, cannot be sent as a header: it {message}")
+            raise ValueError(f"{name} cannot be sent as a header: it {message}")
     place = _check_before_loading(port, compile, device, "serve", "fastapi", "uvicorn")
     model, tokenizer = load_to_sample(checkpoint, precision, place)
     from mixture_of_depths.serving.openai import serve as run
 
-    run(model, tokenizer, str(checkpoint), host, port, compile, api_key)
+    run(model, tokenizer, str(checkpoint), host, port, compile, tuple(keys.values()))
 
 
 def _check_before_loading(port: int, compile: bool, device: str, extra: str, *modules: str) -> "torch.device":
