@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import Sample
 from mixture_of_depths.serving.requests import Body, ResponseBody
 
@@ -172,12 +173,12 @@ class ChatAnswer(CompletionAnswer):
 
 
 class ResponseAnswer:
-    """The answer of /v1/responses: one message. Args are those of `CompletionAnswer`."""
+    """The answer of /v1/responses: one message. Args are those of `CompletionAnswer`, and how it is sampled."""
 
     end = ""
 
-    def __init__(self, body: ResponseBody, samples: list[Sample], prompt_tokens: int) -> None:
-        self.body, (self.sample,), self.prompt_tokens = body, samples, prompt_tokens
+    def __init__(self, body: ResponseBody, samples: list[Sample], prompt_tokens: int, options: SamplingOptions) -> None:
+        self.body, (self.sample,), self.prompt_tokens, self.options = body, samples, prompt_tokens, options
         name = uuid.uuid4().hex
         self.head = {"id": f"resp_{name}", "object": "response", "created_at": int(time.time())}
         self.place = {"item_id": f"msg_{name}", "output_index": 0, "content_index": 0}
@@ -246,14 +247,14 @@ class ResponseAnswer:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
-            "temperature": body.temperature,
+            "temperature": self.options.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
+            "tool_choice": body.tool_choice,
             "tools": [],
-            "top_p": body.top_p,
+            "top_p": self.options.top_p,
             "truncation": "disabled",
             "usage": None,
         }

@@ -314,7 +314,7 @@ class _Stop:
                 raise
 
 
-def _refusal(_request: Request, error: Exception) -> JSONResponse:
+def _refusal(request: Request, error: Exception) -> JSONResponse:
     """What went wrong, in OpenAI's form."""
     headers = None
     if isinstance(error, RequestError):
@@ -322,9 +322,14 @@ def _refusal(_request: Request, error: Exception) -> JSONResponse:
     elif isinstance(error, RequestValidationError):
         refused = RequestError(400, "the body must be a JSON object, sent as application/json")
     elif isinstance(error, HTTPException):
-        # FastAPI has this status for a body that it cannot read, and says no more than that.
-        unread = "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply"
-        message = unread if error.status_code == 400 else str(error.detail)
+        # The library says no more of these than the names of their statuses.
+        place = f"{request.method} {request.url.path}"
+        messages = {
+            400: "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply",
+            404: f"{place} does not exist",
+            405: f"{place} does not exist; the path takes {(error.headers or {}).get('Allow')}",
+        }
+        message = messages.get(error.status_code, str(error.detail))
         refused, headers = RequestError(error.status_code, message), error.headers
     else:
         refused = RequestError(500, f"the model failed: {error}")
@@ -377,6 +382,8 @@ def application(
 
     @app.get("/v1/models/{asked:path}")
     def one_model(asked: str) -> dict[str, Any]:
+        if not asked:
+            raise HTTPException(404)
         check_model(asked)
         return described
 
@@ -417,7 +424,8 @@ def application(
             return body, sampler.task(body, "input", [_rendered(tokenizer, messages, "input", {})])
 
         body, task = await sampler.read(read)
-        return await _answered(sampler, task, ResponseAnswer(body, task.samples, len(task.samples[0].tokens)), request)
+        answer = ResponseAnswer(body, task.samples, len(task.samples[0].tokens), task.options[0])
+        return await _answered(sampler, task, answer, request)
 
     return app
 
@@ -444,7 +452,10 @@ def serve(
     # Before anything is compiled.
     check_address(host, port)
     if not api_keys and not is_loopback(host):
-        print(f"warning: whoever reaches host={host} can use the model; --api-key asks them for a key", file=sys.stderr)
+        print(
+            f"warning: whoever reaches host={host} can use the model; --api-key or MOD_API_KEY asks them for a key",
+            file=sys.stderr,
+        )
     if compiled:
         compile_step(model)
     config = uvicorn.Config(app, host, port, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS)

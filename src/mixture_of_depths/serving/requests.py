@@ -355,4 +355,7 @@ class ResponseBody(Body):
     input: Annotated[list[Message], FailFast(), BeforeValidator(_not_too_many), BeforeValidator(_as_messages), Len(1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    # What the answer tells again.
     metadata: dict[str, str] = {}
+    parallel_tool_calls: bool = True
+    tool_choice: Literal["none", "auto"] = "auto"
