@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,12 @@ def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tu
 
 def some_sequences(count: int = 12, length: int = 64) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": torch.randint(1, 31, (count, length)).tolist()})
+
+
+def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as a compiled step has it, in float32 with what is rounded, without compiling it."""
+    torch._dynamo.reset()
+    return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
 
 
 def check_gradients(model: MoDForCausalLM, loss: torch.Tensor, reference_loss: torch.Tensor) -> None:

@@ -63,6 +63,17 @@ def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: 
     assert errors["parts"] < 1.3 * errors["at once"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_a_batch_with_nothing_to_predict_has_no_loss_and_gradients_of_0(dtype: torch.dtype, skip_logits: bool) -> None:
+    model = tiny().to(dtype).train()
+    input_ids = torch.randint(0, 31, (2, 12))
+    loss = model(input_ids, labels=torch.full_like(input_ids, -100), skip_logits=skip_logits).lm_loss
+    loss.backward()
+    assert loss.isnan()
+    assert all(weight.grad is None or (weight.grad == 0).all() for weight in model.parameters())
+
+
 def padded_rows(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two rows of tokens, the second padded on the right, and their mask."""
     input_ids = torch.randint(0, 31, (2, length))

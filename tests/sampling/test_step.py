@@ -1,11 +1,10 @@
 """The decode step keeps and computes only what enters."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import tiny
+from models import tiny, traced
 from torch.nn import functional as F
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
@@ -45,11 +44,6 @@ def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     assert {1, 4} <= set(sizes) <= {1, 4, 6}
     # Steps in which no row enters run nothing.
     assert len(sizes) < 39
-
-
-def traced(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function as a compiled step has it, in float32 with what is rounded, without compiling it."""
-    return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -26,6 +26,8 @@ def chunked_loss(
 ) -> Tensor:
     """Cross-entropy of the next token in nats, of which the logits of a few tokens at a time are in memory.
 
+    In float32 and float64 it serves one backward pass: the gradients are computed with it, and used up.
+
     Args:
         hidden_BTD (torch.Tensor): hidden states after the final norm, of shape [B, T, D].
         head_VD (torch.Tensor): the head's weight, of shape [V, D].
@@ -56,4 +58,8 @@ def chunked_loss(
             # Gradients are computed together with the loss, for what asks for them.
             head_VD = head_VD.detach()
         loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
-    return loss / ((target_N != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is not None:
+        return loss / num_items_in_batch
+    count = (target_N != -100).sum()
+    # No number where there is nothing to predict, as the library's mean has it, and gradients of 0.
+    return (loss / count.clamp(min=1)).masked_fill(count == 0, torch.nan)

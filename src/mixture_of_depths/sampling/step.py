@@ -75,7 +75,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """`layer(x_BD)`, rounded to `dtype`; of shape [B, O]."""
-    if not torch.compiler.is_compiling() and isinstance(layer, nn.Linear):
+    if not torch.compiler.is_compiling():
         return layer(x_BD)
     out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
     return rounded(out_BO if layer.bias is None else out_BO + layer.bias.float(), dtype)
@@ -85,14 +85,11 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
     """Rows times the transposed weight in float32, of shape [B, O]; a weight of 8 bits comes with its scale.
 
     For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
-    in every precision, where a library's matrix product does not. Not compiled, the library's is the fastest.
+    in every precision, where a library's matrix product does not.
     """
     x_BD = settled(x_BD)
     rows = x_BD.shape[0]
-    if not torch.compiler.is_compiling():
-        dtype = torch.float32 if scale_O is not None else weight_OD.dtype
-        out_BO = F.linear(x_BD.to(dtype), weight_OD.to(dtype)).float()
-    elif rows == 1 or (rows <= 4 and scale_O is not None):
+    if rows == 1 or (rows <= 4 and scale_O is not None):
         # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
         streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
         parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
@@ -109,6 +106,8 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
 
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """The MLP or the experts of one token a row; `dtype` is that of the model's other weights."""
+    if not torch.compiler.is_compiling():
+        return mlp(x_BD) if isinstance(mlp, MLP) else mlp(x_BD[:, None], None, "causal")[0][:, 0]
     if isinstance(mlp, MLP):
         gate_BF = rounded(F.silu(matvec(mlp.gate_proj, x_BD, dtype)), dtype)
         return matvec(mlp.down_proj, rounded(gate_BF * matvec(mlp.up_proj, x_BD, dtype), dtype), dtype)
