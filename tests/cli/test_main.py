@@ -23,6 +23,15 @@ def seconds_of(*arguments: str, turns: int = 4) -> float:
     return min(seconds)
 
 
+def test_help_loads_nothing_that_computes() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "mixture_of_depths", "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    loaded = {line.rpartition("|")[2].strip() for line in shown.splitlines()}
+    assert {"mixture_of_depths.cli.main", "tyro"} <= loaded
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "gradio", "uvicorn", "matplotlib", "pandas"}
+
+
+@pytest.mark.slow
 def test_help_takes_little_longer_than_loading_the_library_that_prints_it() -> None:
     # PyTorch alone would take ten times as long.
     assert seconds_of("-m", "mixture_of_depths", "--help") < 4 * seconds_of("-c", "import tyro")

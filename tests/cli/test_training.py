@@ -82,6 +82,7 @@ def test_a_model_with_experts_goes_the_same_ways(
     assert refused[2].startswith("error: expert_capacity=2.0 needs experts")
 
 
+@pytest.mark.slow
 def test_the_demo_trains_compares_and_samples(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

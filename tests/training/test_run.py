@@ -262,6 +262,7 @@ def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: C
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_one_process_can_train_many_compiled_models(corpus: Corpus, tmp_path: Path) -> None:
     torch.compiler.reset()
     for width in (16, 24):
