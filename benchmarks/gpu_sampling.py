@@ -13,11 +13,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_scale import Scale, config_of, in_turns, reading, seconds, settle
+from gpu_scale import Scale, config_of, in_turns, reading, seconds
 from parts import Case
 from sampling_sides import calibrate, generate_speed, llama, random_tokens, routed, spread_embeddings
 
 from mixture_of_depths import MoDForCausalLM, SamplingOptions, decode_bytes, model_parameters, stream
+from mixture_of_depths.device import wait_for
 from mixture_of_depths.sampling.step import State
 
 # Sampled before the clock starts: the first steps compile, grow the buffers and drop their checks.
@@ -58,9 +59,9 @@ def stream_speed(model: MoDForCausalLM, prompts: torch.Tensor, new: int) -> tupl
     start = 0.0
     for number, _ in enumerate(stream(model, prompts, options=options, compiled=True, watch=watch), start=1):
         if number == WARM_UP:
-            settle(model.device)
+            wait_for(model.device)
             start = time.perf_counter()
-    settle(model.device)
+    wait_for(model.device)
     elapsed = time.perf_counter() - start
     speed = prompts.shape[0] * (new - WARM_UP) / elapsed
     if not routed_layers:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mixture_of_depths import MoDConfig
+from mixture_of_depths.device import wait_for
 
 Shape = dict[str, Any]
 
@@ -136,18 +137,12 @@ def short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def settle(device: torch.device) -> None:
-    """Waits until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long `run` takes, from an idle device to an idle device."""
-    settle(device)
+    wait_for(device)
     start = time.perf_counter()
     run()
-    settle(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
@@ -191,9 +186,9 @@ def own_peak_gigabytes(run: Callable[[], object], own_bytes: int, device: torch.
     """
     if device.type != "cuda":
         return None
-    settle(device)
+    wait_for(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
-    settle(device)
+    wait_for(device)
     return round((torch.cuda.max_memory_allocated(device) - before + own_bytes) / 1e9, 2)
