@@ -27,6 +27,18 @@ def test_the_entries_of_each_block_are_those_the_cache_stored() -> None:
     assert found.blocks_used.sum() == 2 * len(found.pieces) + found.entered.sum()
 
 
+@pytest.mark.parametrize("routing", ["top_k", "causal"])
+def test_a_first_token_that_enters_anyway_is_no_wrong_decision(routing: Any) -> None:
+    model = model_with(first_token_enters=True, causal_router="threshold")
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.threshold.fill_(1e9)
+    found = trace(model, TOKENIZER, TEXT, routing)
+    assert found.enters_by_itself.sum(axis=1).tolist() == [1, 1]
+    assert found.enters_by_itself[:, 0].all()
+    assert found.entered[:, 0].all()
+
+
 @pytest.mark.parametrize("changes", [{}, {"routed_layers": []}, {"router_type": "random"}, {"capacity": [0.5, 0.125]}])
 def test_the_flops_of_all_tokens_are_those_of_the_forward_pass(changes: dict[str, Any]) -> None:
     model = model_with(**changes)

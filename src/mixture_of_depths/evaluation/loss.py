@@ -179,11 +179,7 @@ def _run(model: MoDForCausalLM, batches_of_text: Iterable[dict[str, Tensor]], ro
         for layer_idx, layer in enumerate(output.routing):
             if layer is not None:
                 entering[layer_idx] += int(layer.entered.sum())
-                agrees_BT = (layer.causal_logits > 0) == layer.entered
-                if model.config.first_token_enters:
-                    # It enters whatever its causal router says.
-                    agrees_BT |= batch["position_ids"] == 0
-                agreeing[layer_idx] += int(agrees_BT.sum())
+                agreeing[layer_idx] += int((layer.enters_by_itself == layer.entered).sum())
         for layer_idx, layer in enumerate(output.expert_routing):
             if layer is not None:
                 figures = np.array([*layer.share.tolist(), layer.dropped.item()])

@@ -35,7 +35,7 @@ class Trace:
         capacity: fraction of the tokens that is to enter each of them.
         entered (np.ndarray): bool, of shape [R, T].
         router_weight (np.ndarray): the factor of the block's delta, if the token entered; float32, of shape [R, T].
-        enters_by_itself (np.ndarray): what the configured causal router decides; bool, of shape [R, T].
+        enters_by_itself (np.ndarray): whom causal routing lets in; bool, of shape [R, T].
         predictor_probability (np.ndarray): its probability of entering; not a number without a predictor; float32, of
             shape [R, T].
         experts_met (np.ndarray | None): how many experts took the token in each block: 0 where it did not enter, asked
@@ -178,7 +178,7 @@ def trace_tokens(
         capacity=[config.capacity_fraction(i) for i in routed_layers],
         entered=entered,
         router_weight=rows(gates, np.float32),
-        enters_by_itself=rows([logits > 0 for logits in causal], bool),
+        enters_by_itself=rows([decided.enters_by_itself for _, decided in routed], bool),
         predictor_probability=rows(probability, np.float32),
         experts_met=None if all_alike else experts_met,
         experts_expected=None if all_alike else expert_rows_per_token(config),

@@ -50,8 +50,10 @@ class LayerRouting(NamedTuple):
 
     Attributes:
         entered (torch.Tensor): which tokens entered the block; bool, of shape [B, T].
+        enters_by_itself (torch.Tensor): which tokens causal routing lets in, the first one included where it always
+            enters; bool, of shape [B, T].
         router_logits (torch.Tensor): the router's output before its activation; of shape [B, T].
-        causal_logits (torch.Tensor): positive where causal routing lets the token in; of shape [B, T].
+        causal_logits (torch.Tensor): positive where the causal router lets the token in; of shape [B, T].
         loss (torch.Tensor | None): binary cross-entropy of the causal decision against the top-k choice, a mean over
             the tokens that had a choice; None under causal routing, for thresholds and for random routers.
         boundary (torch.Tensor | None): where top-k cut, a scalar, and no number where no row had a choice; None outside
@@ -59,6 +61,7 @@ class LayerRouting(NamedTuple):
     """
 
     entered: Tensor
+    enters_by_itself: Tensor
     router_logits: Tensor
     causal_logits: Tensor
     loss: Tensor | None
@@ -204,17 +207,17 @@ class Router(PreciseModule):
         """
         router_logits_BT, causal_logits_BT = self.logits(hidden_BTD, position_BT, routing)
         is_first_BT = (position_BT == 0).expand_as(router_logits_BT) if self.config.first_token_enters else None
+        causal_BT = causal_logits_BT > 0
+        if is_first_BT is not None:
+            causal_BT = causal_BT | is_first_BT
+        if real_BT is not None:
+            causal_BT = causal_BT & real_BT
         if routing == "causal":
-            entered_BT = causal_logits_BT > 0
-            if is_first_BT is not None:
-                entered_BT = entered_BT | is_first_BT
-            if real_BT is not None:
-                entered_BT = entered_BT & real_BT
             # In training every weight gets a gradient, if one of 0: processes that average them wait for each.
-            selection = select_entered(entered_BT, least=1 if self.training else 0)
+            selection = select_entered(causal_BT, least=1 if self.training else 0)
             if self.training:
                 router_logits_BT = router_logits_BT + 0 * causal_logits_BT
-            return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, None, None)
+            return selection, LayerRouting(causal_BT, causal_BT, router_logits_BT, causal_logits_BT, None, None)
 
         scores_BT = self._scores(hidden_BTD, router_logits_BT)
         if is_first_BT is not None:
@@ -228,7 +231,7 @@ class Router(PreciseModule):
                 loss = membership_loss(causal_logits_BT, entered_BT, choice_BT)
             if self.training:
                 boundary = top_k_boundary(scores_BT, entered_BT, choice_BT)
-        return selection, LayerRouting(entered_BT, router_logits_BT, causal_logits_BT, loss, boundary)
+        return selection, LayerRouting(entered_BT, causal_BT, router_logits_BT, causal_logits_BT, loss, boundary)
 
     @torch.no_grad()
     def _scores(self, hidden_BTD: Tensor, router_logits_BT: Tensor) -> Tensor:
