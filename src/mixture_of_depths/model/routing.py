@@ -134,7 +134,8 @@ class Router(PreciseModule):
         self.layer_idx = layer_idx
         # Kept here: looked up by the block's index, it would have every block compiled by itself.
         self.capacity = config.capacity_fraction(layer_idx)
-        self.is_first_block = layer_idx == 0
+        # Dense blocks make them different: no two have the same tokens before them.
+        self.meets_equal_tokens = set(range(layer_idx)) <= set(config.routed_layers or [])
         self.is_random = config.router_type == "random"
         if not self.is_random:
             self.proj = PreciseLinear(config.hidden_size, 1, bias=False)
@@ -237,10 +238,10 @@ class Router(PreciseModule):
     def _scores(self, hidden_BTD: Tensor, router_logits_BT: Tensor) -> Tensor:
         """What top-k compares: the router's logits, and equal ones for equal tokens; of shape [B, T].
 
-        Before the first block tokens of one word are equal. A matrix product gives them logits whose last bit depends
+        Tokens of one word are equal until they enter a block. A matrix product gives them logits whose last bit depends
         on where they stand, so that padding would tell which of them enter.
         """
-        if not self.is_first_block or self.is_random or not isinstance(self.proj, PreciseLinear):
+        if not self.meets_equal_tokens or self.is_random or not isinstance(self.proj, PreciseLinear):
             return router_logits_BT
         with full_precision(hidden_BTD.device):
             return (self.input_of(hidden_BTD) * self.proj.weight[0]).sum(dim=-1)
