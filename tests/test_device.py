@@ -9,10 +9,13 @@ import torch
 from command import TINY, data, run
 from gpus import pretended_gpus
 from models import write_numbers
+from runs import QUIET, config_for, dense_for
 
+from mixture_of_depths import Corpus, SamplingOptions, TrainOptions, retrofit, stream, train
 from mixture_of_depths.cli.main import commands
 from mixture_of_depths.compiler import can_compile
 from mixture_of_depths.device import accelerator_name, chosen_device
+from mixture_of_depths.options import RetrofitOptions
 
 # Every command that computes, with what it cannot do without.
 COMPUTING = (
@@ -93,6 +96,20 @@ def test_compiling_asks_for_a_compiler_on_the_cpu_only(monkeypatch: pytest.Monke
     monkeypatch.setattr("mixture_of_depths.compiler.get_cpp_compiler", missing)
     assert not can_compile(torch.device("cpu"))
     assert can_compile(torch.device("cuda"))
+
+
+def test_without_a_compiler_nothing_is_begun_that_is_to_be_compiled(corpus: Corpus, tmp_path: Path) -> None:
+    options, dense = TrainOptions(max_steps=2, batch_size=4, compile=True), dense_for(corpus)
+    missing = torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)})
+    refused = pytest.raises(ValueError, match="compile needs a C\\+\\+ compiler; install one, such as g\\+\\+")
+    with missing, refused:
+        train(config_for(corpus), corpus, options, tmp_path / "run", device="cpu")
+    with missing, refused:
+        retrofit(dense, "dense", corpus, RetrofitOptions(), options, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+    prompt = torch.zeros(1, 3, dtype=torch.int64)
+    with missing, pytest.raises(ValueError, match="compiled needs a C"):
+        next(stream(dense, prompt, options=SamplingOptions(max_new_tokens=2), compiled=True))
 
 
 def test_records_name_the_gpu_that_computed_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

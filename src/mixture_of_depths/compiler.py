@@ -18,6 +18,12 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
+def require_compiler(option: str, device: torch.device) -> None:
+    """Raises ValueError, naming the option, where there is not what compiling for a device needs."""
+    if not can_compile(device):
+        raise ValueError(f"{option} needs a C++ compiler; install one, such as g++")
+
+
 def any_length(tensor: Tensor, dim: int) -> None:
     """Has one graph serve every length of a dimension.
 

@@ -88,7 +88,7 @@ def _check_before_loading(port: int, compile: bool, device: str, extra: str, *mo
 
     That is a port, a module of an extra, a device, or the compiler.
     """
-    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
 
     quiet_libraries()
@@ -96,6 +96,6 @@ def _check_before_loading(port: int, compile: bool, device: str, extra: str, *mo
         raise ValueError(f"port={port} must lie between 1 and 65535")
     require_extra(extra, *modules)
     place = chosen_device(device)
-    if compile and not can_compile(place):
-        raise ValueError("compile needs a C++ compiler; install one, such as g++")
+    if compile:
+        require_compiler("compile", place)
     return place

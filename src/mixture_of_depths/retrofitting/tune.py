@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
+from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.model.configuration import MoDConfig, capacity_tokens
@@ -228,6 +229,8 @@ def retrofit(
         )
     horizon(training, dense.config, length)
     check_options(training, corpus)
+    if training.compile:
+        require_compiler("compile", dense.device)
     importance: list[BlockImportance] = []
     chosen = list(options.routed_layers or [])
     if chosen:

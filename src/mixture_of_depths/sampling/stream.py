@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
@@ -92,11 +93,13 @@ def stream(
         watch: is shown the state after the prompts, and after every step, which has read the token yielded before it.
 
     Raises:
-        ValueError: for prompts the model cannot go on from.
+        ValueError: for prompts the model cannot go on from, or a compiler that is missing.
         FloatingPointError: when the model's logits are not finite.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     check_prompts(model, input_ids, attention_mask, options.max_new_tokens)
+    if compiled:
+        require_compiler("compiled", model.device)
     batch_size = input_ids.shape[0]
     if active_B is None:
         active_B = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers import TrainingArguments as HFTrainingArguments
 
+from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.device import chosen_device
 from mixture_of_depths.distributed import failing_together, from_main, is_main, meet
 from mixture_of_depths.evaluation.calibration import calibrate
@@ -128,6 +129,8 @@ def train(
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     check_memory(config, place)
+    if options.compile:
+        require_compiler("compile", place)
     arguments = trainer_arguments(options, config, length, folder, place)
     with ExitStack() as held:
 
