@@ -63,6 +63,13 @@ def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: 
     assert errors["parts"] < 1.3 * errors["at once"]
 
 
+def test_float64_stays_so_under_autocast() -> None:
+    hidden, head, target = torch.randn(1, 400, 16).double(), torch.randn(50, 16).double(), torch.randint(0, 50, (1, 400))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_loss(hidden, head, target, None)
+    assert loss.item() == pytest.approx(F.cross_entropy(F.linear(hidden, head)[0], target[0]).item(), rel=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skip_logits", [True, False])
 def test_a_batch_with_nothing_to_predict_has_no_loss_and_gradients_of_0(dtype: torch.dtype, skip_logits: bool) -> None:

@@ -36,7 +36,9 @@ def chunked_loss(
     """
     hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
     device, dtype = hidden_ND.device.type, hidden_ND.dtype
-    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    is_autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Autocast leaves float64 as it is.
+    if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
 
     if dtype in (torch.float16, torch.bfloat16):
