@@ -19,7 +19,6 @@ from sampling_sides import calibrate, generate_speed, llama, random_tokens, rout
 
 from mixture_of_depths import MoDForCausalLM, SamplingOptions, decode_bytes, model_parameters, stream
 from mixture_of_depths.device import wait_for
-from mixture_of_depths.sampling.step import State
 
 # Sampled before the clock starts: the first steps compile, grow the buffers and drop their checks.
 WARM_UP = 4
@@ -39,22 +38,14 @@ def build(size: str, longest: int, scale: Scale) -> dict[str, MoDForCausalLM]:
     return models
 
 
-def stored(state: State, routed_layers: list[int]) -> torch.Tensor:
-    """How many tokens each row has stored in the routed blocks; of shape [blocks, rows]."""
-    return torch.stack([state.layers[layer_idx].length_B.clone() for layer_idx in routed_layers])
-
-
 def stream_speed(model: MoDForCausalLM, prompts: torch.Tensor, new: int) -> tuple[float, float | None]:
     """Tokens per second of decoding, and the share of the sampled tokens that entered; None for a dense model."""
     options = SamplingOptions(max_new_tokens=new, temperature=0)
     routed_layers = model.config.routed_layers or []
-    states: list[State] = []
     lengths: list[torch.Tensor] = []
 
-    def watch(state: State) -> None:
-        if not states and routed_layers:
-            lengths.append(stored(state, routed_layers))
-        states.append(state)
+    def watch(stored_LB: torch.Tensor) -> None:
+        lengths.append(stored_LB[routed_layers])
 
     start = 0.0
     for number, _ in enumerate(stream(model, prompts, options=options, compiled=True, watch=watch), start=1):
@@ -66,8 +57,8 @@ def stream_speed(model: MoDForCausalLM, prompts: torch.Tensor, new: int) -> tupl
     speed = prompts.shape[0] * (new - WARM_UP) / elapsed
     if not routed_layers:
         return speed, None
-    entered = stored(states[-1], routed_layers) - lengths[0]
-    return speed, entered.float().mean().item() / (len(states) - 1)
+    entered = lengths[-1] - lengths[0]
+    return speed, entered.float().mean().item() / (len(lengths) - 1)
 
 
 def decode(size: str, rows: int, scale: Scale) -> dict[str, Any]:

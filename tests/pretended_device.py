@@ -165,7 +165,24 @@ def sample(options: SamplingOptions, quantized: bool = False, **changes: Any) ->
     mask[0, :3] = 0
     assert model.generation_config is not None
     model.generation_config.eos_token_id = 7
-    assert all(token.device == DEVICE for token in stream(model, input_ids, mask, options))
+    assert all(token.device.type == "cpu" for token in stream(model, input_ids, mask, options))
+
+
+def prefill(**changes: Any) -> None:
+    """The pass over the prompts that fills the cache."""
+    model = model_on_device(num_hidden_layers=4, routed_layers=[1, 3], **changes).eval()
+    model.model.layers[3].router.predictor.down_proj.bias.data.fill_(1e6)
+    with torch.no_grad():
+        model(tokens(3), use_cache=True, routing="causal", logits_to_keep=1)
+
+
+def sample_two() -> None:
+    """Two tokens a row, of which the second is a pass of its own over blocks that all rows enter."""
+    model = model_on_device(num_hidden_layers=4, routed_layers=[1, 3]).eval()
+    for layer_idx in (1, 3):
+        model.model.layers[layer_idx].router.predictor.down_proj.bias.data.fill_(1e6)
+    options = SamplingOptions(max_new_tokens=2, temperature=0)
+    assert len(list(stream(model, tokens(3), options=options))) == 2
 
 
 def generate() -> None:
@@ -212,6 +229,9 @@ CASES: dict[str, Callable[[], None]] = {
     "stream, drawn": lambda: sample(DRAWN),
     "stream, experts": lambda: sample(DRAWN, **EXPERTS),
     "stream, int8": lambda: sample(DRAWN, quantized=True),
+    "prefill": prefill,
+    "prefill, experts": lambda: prefill(**EXPERTS),
+    "stream, two tokens": sample_two,
     "generate()": generate,
     "calibrate, evaluate": judge,
     "calibrate, evaluate, experts": lambda: judge(**EXPERTS),

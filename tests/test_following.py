@@ -18,6 +18,9 @@ CASES = (
     "stream, drawn",
     "stream, experts",
     "stream, int8",
+    "prefill",
+    "prefill, experts",
+    "stream, two tokens",
     "generate()",
     "calibrate, evaluate",
     "calibrate, evaluate, experts",
@@ -64,3 +67,20 @@ def test_every_tensor_is_on_the_device_of_the_model(results: dict[str, Any], cas
 def test_a_training_step_waits_for_the_device_before_the_first_block_only(results: dict[str, Any], case: str) -> None:
     # Two passes: one over packed documents, one over padded rows.
     assert results[case]["waits"] == dict.fromkeys(BEFORE_THE_BLOCKS, 1)
+
+
+@pytest.mark.parametrize("case", ["prefill", "prefill, experts"])
+def test_a_causal_prefill_waits_once_a_routed_block(results: dict[str, Any], case: str) -> None:
+    waits = {place: count for place, count in results[case]["waits"].items() if place != "model/experts.py:_segments"}
+    assert waits == {"model/routing.py:select_entered": 2}
+
+
+def test_a_token_is_waited_for_once_and_once_or_twice_a_routed_block(results: dict[str, Any]) -> None:
+    # Which tokens enter, in the prefill and in the pass, and how many each row of the cache holds then; the prompts are
+    # looked at before, and both tokens handed out.
+    assert results["stream, two tokens"]["waits"] == {
+        "sampling/stream.py:check_prompts": 2,
+        "model/routing.py:select_entered": 4,
+        "model/cache.py:_compact": 2,
+        "sampling/stream.py:stream": 2,
+    }

@@ -160,7 +160,7 @@ def test_a_block_that_no_token_enters_stores_none_of_each_row_on_the_device_of_t
     assert past.layers[0].num_stored().tolist() == [0, 0]
     assert past.get_seq_length() == 3
     layer = RoutedCacheLayer()
-    layer.skip(torch.empty(3, 0, dtype=torch.int64, device="meta"), 4)
+    layer.see(torch.empty(3, 4, 8, device="meta"))
     assert layer.num_stored().device.type == "meta"
 
 

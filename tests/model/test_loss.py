@@ -64,7 +64,11 @@ def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: 
 
 
 def test_float64_stays_so_under_autocast() -> None:
-    hidden, head, target = torch.randn(1, 400, 16).double(), torch.randn(50, 16).double(), torch.randint(0, 50, (1, 400))
+    hidden, head, target = (
+        torch.randn(1, 400, 16).double(),
+        torch.randn(50, 16).double(),
+        torch.randint(0, 50, (1, 400)),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_loss(hidden, head, target, None)
     assert loss.item() == pytest.approx(F.cross_entropy(F.linear(hidden, head)[0], target[0]).item(), rel=1e-14)

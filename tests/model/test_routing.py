@@ -34,7 +34,7 @@ def test_top_k_takes_the_largest_in_order_and_ties_go_to_the_earlier(
     batch, length, seed = shape
     logits = torch.randint(0, 4, (batch, length), generator=torch.Generator().manual_seed(seed)).float()
     capacity = capacity_tokens(fraction, length)
-    index_BK, valid_BK = select_top_k(logits, fraction)
+    index_BK, valid_BK, _ = select_top_k(logits, fraction)
     assert valid_BK is None
     for row, chosen in zip(logits.tolist(), index_BK.tolist(), strict=True):
         assert chosen == sorted(sorted(range(length), key=lambda i: (-row[i], i))[:capacity])
@@ -47,12 +47,12 @@ def test_top_k_takes_the_capacity_of_a_rows_own_tokens_and_never_padding(
     batch, length, seed = shape
     generator = torch.Generator().manual_seed(seed)
     logits, real = torch.randn(batch, length, generator=generator), torch.rand(batch, length, generator=generator) < 0.6
-    entered = membership(select_top_k(logits, fraction, real), length)
+    entered = membership(select_top_k(logits, fraction, real), logits.shape)
     assert not (entered & ~real).any()
     for row in range(batch):
         own = logits[row, real[row]]
         if len(own):
-            alone = membership(select_top_k(own[None], fraction), len(own))[0]
+            alone = membership(select_top_k(own[None], fraction), (1, len(own)))[0]
             assert torch.equal(entered[row, real[row]], alone)
 
 
@@ -68,8 +68,8 @@ def test_a_causal_selection_is_the_mask_it_came_from(shape: tuple[int, int, int]
     batch, length, seed = shape
     entered = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
     selection = select_entered(entered)
-    assert torch.equal(membership(selection, length), entered)
-    assert selection.index_BK.shape[1] == entered.sum(1).max()
+    assert torch.equal(membership(selection, entered.shape), entered)
+    assert selection.index_RK.shape[1] == entered.sum(1).max()
 
 
 @given(shape=shapes, share=st.floats(0.1, 1))
@@ -103,10 +103,10 @@ def test_membership_loss_is_the_mean_over_real_tokens() -> None:
 
 def test_the_boundary_lies_between_the_least_chosen_and_the_greatest_other() -> None:
     logits = torch.tensor([[1.0, 5.0, 3.0, 2.0], [0.0, -4.0, 9.0, 8.0]])
-    entered = membership(select_top_k(logits, 0.5), 4)
+    entered = membership(select_top_k(logits, 0.5), logits.shape)
     assert top_k_boundary(logits, entered, None).item() == ((3 + 2) / 2 + (8 + 0) / 2) / 2
     real = torch.tensor([[True, True, True, False], [False] * 4])
-    entered = membership(select_top_k(logits, 0.7, real), 4)
+    entered = membership(select_top_k(logits, 0.7, real), logits.shape)
     assert top_k_boundary(logits, entered, real).item() == (3 + 1) / 2
     assert top_k_boundary(logits, entered, real & False).isnan()
     whole = torch.ones_like(entered)

@@ -143,3 +143,31 @@ def test_rows_are_ended_by_their_owner_and_a_mask_may_be_of_booleans() -> None:
     assert len(tokens) == 12
     assert torch.equal(torch.stack(tokens, dim=1)[0], expected[0, :12])
     assert torch.equal(torch.stack(tokens, dim=1)[1, :5], expected[1, :5])
+
+
+@pytest.mark.parametrize("way", ["stream", "generate"])
+def test_rows_that_skip_a_block_are_not_computed_in_it(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
+    layer, sizes = model.model.layers[1], []
+    delta = layer.delta
+
+    def counted(hidden: torch.Tensor, *arguments: Any) -> Any:
+        sizes.append(tuple(hidden.shape[:2]))
+        return delta(hidden, *arguments)
+
+    monkeypatch.setattr(layer, "delta", counted)
+    input_ids, mask = left_padded(6, 5)
+    logits = model(input_ids, mask, use_cache=False, routing="causal", output_routing=True).routing[1].causal_logits
+    layer.router.threshold.add_(logits.quantile(0.8))
+    sizes.clear()
+    if way == "stream":
+        tokens = torch.stack(list(stream(model, input_ids, mask, SamplingOptions(max_new_tokens=40, temperature=0))), 1)
+    else:
+        tokens = greedy(model, input_ids, mask, 40)
+    known = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    monkeypatch.undo()
+    whole = model(torch.cat([input_ids, tokens], dim=1), known, use_cache=False, routing="causal", output_routing=True)
+    entering = whole.routing[1].entered[:, 5:-1].sum(dim=0)
+    assert sizes[1:] == [(count, 1) for count in entering.tolist() if count > 0]
+    assert 0 in entering
+    assert len(set(sizes[1:])) > 1

@@ -4,7 +4,8 @@ A *slot* is a token's place in the padded row, counted from 0; left padding has 
 a rectangle as wide as its fullest row, and the unused entries of other rows hold the slot `EMPTY`, which lies behind
 every token, so causal attention never sees them.
 
-Shapes: B batch, H key-value heads, K stored tokens, N new tokens, h head width.
+Shapes: B batch, R rows of which tokens entered, H key-value heads, K stored tokens, N new tokens, T tokens given, D
+hidden size, h head width.
 """
 
 from typing import Any
@@ -32,38 +33,52 @@ class RoutedCacheLayer(DynamicLayer):
         """Stores the tokens that entered.
 
         Args:
-            key_states (torch.Tensor): of shape [B, H, N, h].
-            value_states (torch.Tensor): of shape [B, H, N, h].
-            slots (torch.Tensor): keyword; the slots of the new tokens, `EMPTY` where a row has fewer than N; [B, N].
-            num_tokens (int): keyword; how many tokens the model was given in this pass, those that skipped included.
+            key_states (torch.Tensor): of shape [R, H, N, h].
+            value_states (torch.Tensor): of shape [R, H, N, h].
+            slots (torch.Tensor): keyword; the slots of the new tokens, rising, and `EMPTY` where a row has fewer than
+                N; of shape [R, N].
+            rows (torch.Tensor | None): keyword; which rows of the batch these are, None for all; of shape [R].
 
         Returns:
-            The keys and values of all stored tokens, each of shape [B, H, K, h]; `slots_BK` tells where they stand.
+            The keys and values of all stored tokens of these rows, each of shape [R, H, K, h]; `slots_of` tells where
+            they stand.
         """
-        new_slots_BN: Tensor = kwargs["slots"]
+        rows: Tensor | None = kwargs["rows"]
+        slots_BK, new_slots_BN = self.slots_BK, self._in_batch(kwargs["slots"], rows, EMPTY)
+        assert slots_BK is not None
+        new_keys, new_values = (self._in_batch(states, rows, 0) for states in (key_states, value_states))
         if self.keys is None:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values, self.slots_BK = key_states, value_states, new_slots_BN
+            self.lazy_initialization(new_keys, new_values)
+            self.keys, self.values, self.slots_BK = new_keys, new_values, new_slots_BN
         else:
-            assert self.values is not None and self.slots_BK is not None
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-            self.slots_BK = torch.cat([self.slots_BK, new_slots_BN], dim=1)
-        self.num_tokens_seen += kwargs["num_tokens"]
-        self._compact()
+            assert self.values is not None
+            self.keys = torch.cat([self.keys, new_keys], dim=2)
+            self.values = torch.cat([self.values, new_values], dim=2)
+            self.slots_BK = torch.cat([slots_BK, new_slots_BN], dim=1)
+            self._compact()
         assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        if rows is None:
+            return self.keys, self.values
+        return self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
-    def skip(self, slots_B0: Tensor, num_tokens: int) -> None:
-        """Counts tokens of which none entered the block.
-
-        Args:
-            slots_B0 (torch.Tensor): the slots of those that entered, none in each row; of shape [B, 0].
-            num_tokens: how many tokens the model was given in this pass.
-        """
+    def see(self, hidden_BTD: Tensor) -> None:
+        """Counts the tokens the model is given, those that skip the block included; before any of them is stored."""
         if self.slots_BK is None:
-            self.slots_BK = slots_B0
-        self.num_tokens_seen += num_tokens
+            self.slots_BK = torch.empty(hidden_BTD.shape[0], 0, dtype=torch.int64, device=hidden_BTD.device)
+        self.num_tokens_seen += hidden_BTD.shape[1]
+
+    def slots_of(self, rows: Tensor | None) -> Tensor:
+        """The slots of what is stored of these rows, None for all; of shape [R, K]."""
+        assert self.slots_BK is not None
+        return self.slots_BK if rows is None else self.slots_BK.index_select(0, rows)
+
+    def _in_batch(self, states: Tensor, rows: Tensor | None, fill: int) -> Tensor:
+        """The states of the whole batch, `fill` for rows that are left out."""
+        if rows is None:
+            return states
+        assert self.slots_BK is not None
+        whole = states.new_full((self.slots_BK.shape[0], *states.shape[1:]), fill)
+        return whole.index_copy(0, rows, states)
 
     def _compact(self) -> None:
         """Sorts each row by slot, so that empty entries come last, and cuts the rectangle to the fullest row."""

@@ -210,10 +210,11 @@ class ExpertMLP(nn.Module):
         batch_size, length = hidden_BTD.shape[:2]
         if routing == "top_k":
             most = batch_size * self.config.expert_rows(length)
-        elif torch.compiler.is_compiling():
-            most = batch_size * length * self.config.most_experts_per_token
-        else:
+        elif hidden_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
             most = int(taken_BTE.sum())
+        else:
+            # As many as there may be: to count them is to wait for the device, and a graph cannot.
+            most = batch_size * length * self.config.most_experts_per_token
         token_M, ends_E, weight_M = dispatch(taken_BTE.flatten(0, 1), weight_BTE.flatten(0, 1), most)
         hidden_ND = hidden_BTD.flatten(0, 1)
         gate_MF, up_MF = self.gate_up_proj(hidden_ND.index_select(0, token_M), ends_E).chunk(2, dim=-1)

@@ -4,8 +4,9 @@ The baseline is the same model with `routed_layers=[]`, and its parameters carry
 and sampling all run this file; `routing.py` holds the choice of tokens, `experts.py` that of experts, `cache.py` the
 keys and values of the past.
 
-Shapes: B batch, T tokens given, S tokens known (past and given), K chosen tokens per row, Q queries, D hidden size,
-H heads, h head width, V vocabulary. A slot is a token's place in the padded row (see `cache.py`).
+Shapes: B batch, T tokens given, S tokens known (past and given), K chosen tokens per row, R rows of which tokens are
+chosen, Q queries, D hidden size, H heads, h head width, V vocabulary. A slot is a token's place in the padded row (see
+`cache.py`).
 """
 
 import os
@@ -57,6 +58,7 @@ class Placement:
         mask (torch.Tensor | None): True where a query may attend to a key; of shape [B, 1, Q, S]. None when every
             token attends to all tokens up to itself.
         real (torch.Tensor | None): False for padding; of shape [B, T]. None when there is none.
+        rows (torch.Tensor | None): which rows of the batch these are, where others are left out; of shape [B].
     """
 
     cos: Tensor
@@ -65,6 +67,7 @@ class Placement:
     documents: Tensor | None
     mask: Tensor | None
     real: Tensor | None
+    rows: Tensor | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Placement":
         """The same on another device, as accelerate asks of what a block is given when blocks lie on several."""
@@ -74,22 +77,23 @@ class Placement:
         }
         return Placement(**fields)
 
-    def of(self, selection: Selection) -> "Placement":
-        """The placement of the chosen tokens, which attend to one another only."""
-        index_BK, valid_BK = selection
-        batch_size = index_BK.shape[0]
+    def of(self, selection: Selection, batch_size: int) -> "Placement":
+        """The placement of the tokens chosen of a batch, which attend to one another only."""
+        valid_RK = selection.valid_RK
 
         def chosen(values: Tensor) -> Tensor:
             return gather_tokens(values.expand(batch_size, *values.shape[1:]), selection)
 
-        slots_BK = chosen(self.slots)
-        if valid_BK is not None:
-            slots_BK = slots_BK.masked_fill(~valid_BK, EMPTY)
-        documents_BK = None if self.documents is None else chosen(self.documents)
+        slots_RK = chosen(self.slots)
+        if valid_RK is not None:
+            slots_RK = slots_RK.masked_fill(~valid_RK, EMPTY)
+        documents_RK = None if self.documents is None else chosen(self.documents)
         mask = None
-        if self.mask is not None or valid_BK is not None:
-            mask = visible(slots_BK, slots_BK, documents_BK)
-        return Placement(chosen(self.cos), chosen(self.sin), slots_BK, documents_BK, mask, valid_BK)
+        if self.mask is not None or valid_RK is not None:
+            mask = visible(slots_RK, slots_RK, documents_RK)
+        return Placement(
+            chosen(self.cos), chosen(self.sin), slots_RK, documents_RK, mask, valid_RK, rows=selection.row_R
+        )
 
 
 def visible(query_slots_BQ: Tensor, key_slots_BS: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -130,7 +134,6 @@ class Attention(nn.Module):
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.is_grouped = config.num_key_value_heads != config.num_attention_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -140,7 +143,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, placement: Placement, past: Cache | None) -> Tensor:
         head_shape = (*hidden_BTD.shape[:2], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_BTD).view(head_shape))
         key = self.k_norm(self.k_proj(hidden_BTD).view(head_shape))
@@ -152,14 +155,24 @@ class Attention(nn.Module):
         is_causal = mask is None and query.shape[2] > 1
         if past is not None:
             layer = past.layers[self.layer_idx]
-            key, value = past.update(key, value, self.layer_idx, slots=placement.slots, num_tokens=num_tokens)
+            key, value = past.update(key, value, self.layer_idx, slots=placement.slots, rows=placement.rows)
             if isinstance(layer, RoutedCacheLayer):
-                assert layer.slots_BK is not None
-                is_causal, mask = False, visible(placement.slots, layer.slots_BK, None)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+                is_causal, mask = False, visible(placement.slots, layer.slots_of(placement.rows), None)
+        return self.o_proj(attend(query, key, value, mask, is_causal).transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attention of queries [B, H, Q, h] to keys and values, which neighbouring heads share; of the queries' shape."""
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1 and query.shape[2] == 1:
+        # The queries that share keys are so many rows of one attention, as a mask of one row is all of theirs.
+        grouped = F.scaled_dot_product_attention(query.view(*key.shape[:2], num_groups, -1), key, value, attn_mask=mask)
+        return grouped.view_as(query)
+    if num_groups > 1 and mask is not None and query.device.type == "cuda":
+        # There no fused kernel takes a mask together with keys that are shared.
+        key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
+    is_shared = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=is_shared)
 
 
 class MLP(nn.Module):
@@ -191,10 +204,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.router = Router(config, layer_idx) if layer_idx in config.routed_layers else None
 
     def delta(
-        self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, num_tokens: int, routing: Routing
+        self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, routing: Routing
     ) -> tuple[Tensor, ExpertRouting | None]:
         """What the block adds to the residual stream of the tokens it is given: f(X) of the paper's equation 1."""
-        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past, num_tokens)
+        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past)
         normed_BTD = self.post_attention_layernorm(hidden_BTD + attended_BTD)
         if self.config.has_experts:
             mlp_BTD, expert_routing = self.mlp(normed_BTD, placement.real, routing)
@@ -216,23 +229,23 @@ class DecoderLayer(GradientCheckpointingLayer):
         tensors that are returned by themselves, and whoever computes a loss from logits does not see it. It then counts
         `factor` times, which is needed under top-k routing alone.
         """
-        num_tokens = hidden_BTD.shape[1]
         layer_routing = None
         if self.router is None:
-            delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, num_tokens, routing)
+            delta_BTD, expert_routing = self.delta(hidden_BTD, placement, cache, routing)
             hidden_BTD, loss = self.tie_loss(hidden_BTD, None, expert_routing, factor)
             hidden_BTD = hidden_BTD + delta_BTD
         else:
             selection, layer_routing = self.router(hidden_BTD, position_BT, placement.real, routing)
-            if selection.index_BK.shape[1] == 0:
-                if cache is not None:
-                    cast(RoutedCacheLayer, cache.layers[self.layer_idx]).skip(selection.index_BK, num_tokens)
+            if cache is not None:
+                cast(RoutedCacheLayer, cache.layers[self.layer_idx]).see(hidden_BTD)
+            if selection.index_RK.shape[1] == 0:
                 return hidden_BTD, None, layer_routing, None
-            chosen_BKD = gather_tokens(hidden_BTD, selection)
-            delta_BKD, expert_routing = self.delta(chosen_BKD, placement.of(selection), cache, num_tokens, routing)
-            weight_BK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
+            chosen_RKD = gather_tokens(hidden_BTD, selection)
+            chosen_placement = placement.of(selection, hidden_BTD.shape[0])
+            delta_RKD, expert_routing = self.delta(chosen_RKD, chosen_placement, cache, routing)
+            weight_RK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
             hidden_BTD, loss = self.tie_loss(hidden_BTD, layer_routing, expert_routing, factor)
-            hidden_BTD = add_weighted(hidden_BTD, selection, delta_BKD, weight_BK)
+            hidden_BTD = add_weighted(hidden_BTD, selection, delta_RKD, weight_RK)
         return hidden_BTD, loss, layer_routing, expert_routing
 
     def tie_loss(

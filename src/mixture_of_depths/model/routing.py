@@ -13,8 +13,8 @@ where X are the chosen tokens only (arXiv:2404.02258, section 3.4, equation 1). 
 C counts the real tokens of a row, so that a row is routed alike whatever it is padded to or batched with. What decides
 is computed in float32 at least, whatever the model is in: in bf16 most rows would tie where they are cut.
 
-Shapes: B batch, T tokens, K chosen tokens per row (the largest number in the batch), D hidden size, I inputs,
-O outputs.
+Shapes: B batch, T tokens, K chosen tokens per row (the largest number in the batch), R rows of a selection, D hidden
+size, I inputs, O outputs.
 """
 
 import math
@@ -36,13 +36,16 @@ class Selection(NamedTuple):
     """The tokens of each row that enter a block, in the order of the sequence.
 
     Attributes:
-        index_BK (torch.Tensor): their indices in the row, rising; of shape [B, K].
-        valid_BK (torch.Tensor | None): False where a row has fewer than K chosen tokens and the entry only fills the
+        index_RK (torch.Tensor): their indices in the row, rising; of shape [R, K].
+        valid_RK (torch.Tensor | None): False where a row has fewer than K chosen tokens and the entry only fills the
             rectangle; None when every entry is a chosen token.
+        row_R (torch.Tensor | None): which rows of the batch these are, when those of which no token enters are left
+            out; of shape [R]. None when they are all there.
     """
 
-    index_BK: Tensor
-    valid_BK: Tensor | None
+    index_RK: Tensor
+    valid_RK: Tensor | None
+    row_R: Tensor | None = None
 
 
 class LayerRouting(NamedTuple):
@@ -224,7 +227,7 @@ class Router(PreciseModule):
         if is_first_BT is not None:
             scores_BT = scores_BT.masked_fill(is_first_BT, math.inf)
         selection = select_top_k(scores_BT, self.capacity, real_BT)
-        entered_BT = membership(selection, hidden_BTD.shape[1])
+        entered_BT = membership(selection, scores_BT.shape)
         loss = boundary = None
         if not self.is_random:
             choice_BT = self._choice(entered_BT, is_first_BT, real_BT)
@@ -320,25 +323,32 @@ def finite_mean(values: Tensor, dim: int) -> Tensor:
 
 
 def select_entered(entered_BT: Tensor, least: int = 0) -> Selection:
-    """The tokens marked in `entered_BT` (bool, [B, T]), in the order of the sequence, as a rectangle [B, K].
+    """The tokens marked in `entered_BT` (bool, [B, T]), in the order of the sequence, as a rectangle [R, K].
 
-    K is the largest number of marked tokens in a row, or `least`; it depends on the data.
+    K is the largest number of marked tokens in a row, or `least`. Rows without any are left out, unless `least` has
+    them take part or no row has one. Both sizes depend on the data: a device is waited for, once.
     """
-    count_B = entered_BT.sum(dim=1)
-    largest = max(int(count_B.max()), least)
-    index_BK = entered_BT.int().argsort(dim=1, descending=True, stable=True)[:, :largest]
-    if bool((count_B == largest).all()):
-        return Selection(index_BK, None)
-    return Selection(index_BK, torch.arange(largest, device=count_B.device) < count_B[:, None])
+    count_R, row_R = entered_BT.sum(dim=1), None
+    counts = count_R.tolist()
+    number_of_rows = sum(count > 0 for count in counts)
+    if least == 0 and 0 < number_of_rows < len(counts):
+        row_R = (count_R > 0).int().argsort(descending=True, stable=True)[:number_of_rows]
+        entered_BT, count_R = entered_BT.index_select(0, row_R), count_R.index_select(0, row_R)
+        counts = [count for count in counts if count > 0]
+    largest = max(*counts, least)
+    index_RK = entered_BT.int().argsort(dim=1, descending=True, stable=True)[:, :largest]
+    if min(counts) == largest:
+        return Selection(index_RK, None, row_R)
+    return Selection(index_RK, torch.arange(largest, device=count_R.device) < count_R[:, None], row_R)
 
 
-def membership(selection: Selection, sequence_length: int) -> Tensor:
-    """The selection as a mask over the sequence: bool, of shape [B, T]."""
-    index_BK, valid_BK = selection
-    entered_BT = torch.zeros(index_BK.shape[0], sequence_length, dtype=torch.bool, device=index_BK.device)
-    if valid_BK is None:
-        return entered_BT.scatter(1, index_BK, True)
-    return entered_BT.scatter(1, index_BK, valid_BK)
+def membership(selection: Selection, shape: tuple[int, ...]) -> Tensor:
+    """The selection as a mask over the batch, of the given shape [B, T]; bool."""
+    nothing = torch.zeros(math.prod(shape), dtype=torch.bool, device=selection.index_RK.device)
+    index = flat_index(selection, shape[1])
+    if selection.valid_RK is None:
+        return nothing.scatter(0, index, True).view(shape)
+    return nothing.scatter(0, index, selection.valid_RK.flatten()).view(shape)
 
 
 def membership_loss(causal_logits_BT: Tensor, entered_BT: Tensor, choice_BT: Tensor | None) -> Tensor:
@@ -356,26 +366,27 @@ def membership_loss(causal_logits_BT: Tensor, entered_BT: Tensor, choice_BT: Ten
     return loss_BT.masked_fill(~choice_BT, 0).sum() / choice_BT.sum().clamp(min=1)
 
 
-def flat_index(index_BK: Tensor, sequence_length: int) -> Tensor:
-    """The indices of [B, K] into rows of length `sequence_length`, as indices into all B * T tokens; shape [B * K]."""
-    row_B = torch.arange(index_BK.shape[0], device=index_BK.device) * sequence_length
-    return (index_BK + row_B[:, None]).flatten()
+def flat_index(selection: Selection, sequence_length: int) -> Tensor:
+    """The selection as indices into all B * T tokens of rows of length `sequence_length`; of shape [R * K]."""
+    index_RK, _, row_R = selection
+    if row_R is None:
+        row_R = torch.arange(index_RK.shape[0], device=index_RK.device)
+    return (index_RK + row_R[:, None] * sequence_length).flatten()
 
 
 def gather_tokens(hidden_BTD: Tensor, selection: Selection) -> Tensor:
-    """The chosen tokens, of shape [B, K, D]. Works for any [B, T, *] tensor."""
-    index = flat_index(selection.index_BK, hidden_BTD.shape[1])
-    chosen = hidden_BTD.flatten(0, 1).index_select(0, index)
-    return chosen.view(*selection.index_BK.shape, *hidden_BTD.shape[2:])
+    """The chosen tokens, of shape [R, K, D]. Works for any [B, T, *] tensor."""
+    chosen = hidden_BTD.flatten(0, 1).index_select(0, flat_index(selection, hidden_BTD.shape[1]))
+    return chosen.view(*selection.index_RK.shape, *hidden_BTD.shape[2:])
 
 
-def add_weighted(hidden_BTD: Tensor, selection: Selection, delta_BKD: Tensor, weight_BK: Tensor) -> Tensor:
+def add_weighted(hidden_BTD: Tensor, selection: Selection, delta_RKD: Tensor, weight_RK: Tensor) -> Tensor:
     """Adds weight times delta to the chosen tokens and leaves all others as they are; of shape [B, T, D]."""
-    if selection.valid_BK is not None:
-        weight_BK = weight_BK.masked_fill(~selection.valid_BK, 0)
-    update_BKD = (weight_BK[..., None] * delta_BKD).to(hidden_BTD.dtype)
-    index = flat_index(selection.index_BK, hidden_BTD.shape[1])
-    return hidden_BTD.flatten(0, 1).index_add(0, index, update_BKD.flatten(0, 1)).view_as(hidden_BTD)
+    if selection.valid_RK is not None:
+        weight_RK = weight_RK.masked_fill(~selection.valid_RK, 0)
+    update_RKD = (weight_RK[..., None] * delta_RKD).to(hidden_BTD.dtype)
+    index = flat_index(selection, hidden_BTD.shape[1])
+    return hidden_BTD.flatten(0, 1).index_add(0, index, update_RKD.flatten(0, 1)).view_as(hidden_BTD)
 
 
 class _WithLoss(torch.autograd.Function):

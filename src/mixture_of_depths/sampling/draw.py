@@ -46,23 +46,15 @@ class TokenChoice:
         if options.min_p > 0:
             self.processors.append(MinPLogitsWarper(options.min_p))
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """The next tokens, of shape [B]; remembers them.
-
-        Raises:
-            FloatingPointError: when logits are not finite, which is no fault of the prompt.
-        """
+    def __call__(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens, which it remembers, and whether they come of finite logits; both of shape [B]."""
         logits_BV = self.processors(cast(torch.LongTensor, self.known_BT), cast(torch.FloatTensor, logits_BV))
         largest_B, token_B = logits_BV.max(dim=-1)
-        if not bool(largest_B.isfinite().all()):
-            raise FloatingPointError(
-                "logits of the next token are not finite; check the weights, or raise the precision"
-            )
         if not self.is_greedy:
             token_B = draw(logits_BV, self.generators)
         if self.is_penalised:
             self.known_BT = torch.cat([self.known_BT, token_B[:, None]], dim=1)
-        return token_B
+        return token_B, largest_B.isfinite()
 
 
 def draw(logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

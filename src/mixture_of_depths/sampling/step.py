@@ -1,8 +1,8 @@
-"""The fast decode step: an eager prefill, then one graph a token with static buffers and real branches.
+"""The fast decode step: one graph a token with static buffers and real branches, behind an eager prefill.
 
-The prefill is the model's own causal pass. A decode step is a single function over static buffers that
-`torch.compile` turns into one graph: no Python per block, and a routed block inside `torch.cond`, so that one that no
-row enters reads none of its weights.
+The prefill is the model's own causal pass. A decode step is a single function over static buffers, for `torch.compile`
+to make one graph of: no Python per block, and a routed block inside `torch.cond`, so that one that no row enters reads
+none of its weights.
 
 Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots of a buffer,
 E experts, F width of an expert, O outputs, V vocabulary.
@@ -58,25 +58,21 @@ def settled(values: Tensor) -> Tensor:
     The compiler would otherwise repeat an elementwise expression, such as the SwiGLU's exponentials, for every output
     of the reduction that reads it. `as_strided` makes it write its operand to memory first.
     """
-    if not torch.compiler.is_compiling():
-        return values
     values = values.contiguous()
     return values.as_strided(values.shape, values.stride())
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same values, as exact as `dtype` has them; in a compiled step in float32, which it computes in.
+    """The same values in float32, which the step computes in, as exact as `dtype` has them.
 
     In bf16 the model's own pass rounds what every operation gives. Decoding does so, too, or its routers would see
     other hidden states than those of the prefill, and decide differently.
     """
-    return values.to(dtype).float() if torch.compiler.is_compiling() else values.to(dtype)
+    return values.to(dtype).float()
 
 
 def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """`layer(x_BD)`, rounded to `dtype`; of shape [B, O]."""
-    if not torch.compiler.is_compiling():
-        return layer(x_BD)
     out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
     return rounded(out_BO if layer.bias is None else out_BO + layer.bias.float(), dtype)
 
@@ -106,8 +102,6 @@ def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
 
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """The MLP or the experts of one token a row; `dtype` is that of the model's other weights."""
-    if not torch.compiler.is_compiling():
-        return mlp(x_BD) if isinstance(mlp, MLP) else mlp(x_BD[:, None], None, "causal")[0][:, 0]
     if isinstance(mlp, MLP):
         gate_BF = rounded(F.silu(matvec(mlp.gate_proj, x_BD, dtype)), dtype)
         return matvec(mlp.down_proj, rounded(gate_BF * matvec(mlp.up_proj, x_BD, dtype), dtype), dtype)
@@ -149,8 +143,8 @@ def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tenso
 
 def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
     """`norm(x)`, rounded to what the norm's weight is in."""
-    if isinstance(norm, nn.Identity) or not torch.compiler.is_compiling():
-        return norm(x)
+    if isinstance(norm, nn.Identity):
+        return x
     return rounded(F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps), norm.weight.dtype)
 
 
@@ -158,13 +152,6 @@ def attend(
     query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
 ) -> Tensor:
     """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
-    if not torch.compiler.is_compiling():
-        dtype = keys_BHSh.dtype
-        keys = torch.cat([keys_BHSh, key_BHh[:, :, None].to(dtype)], dim=2)
-        values = torch.cat([values_BHSh, value_BHh[:, :, None].to(dtype)], dim=2)
-        mask = F.pad(used_BS, (0, 1), value=True)[:, None, None]
-        # The queries that share keys are so many rows of one attention: no key is repeated.
-        return F.scaled_dot_product_attention(query_BHGh.to(dtype), keys, values, attn_mask=mask).flatten(1)
     query_BHGh = settled(query_BHGh * query_BHGh.shape[-1] ** -0.5)
     scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
     scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
@@ -312,8 +299,8 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
     for cached in output.cache.layers:
         stored_B, size = torch.full((batch,), length, device=input_ids.device), length + room
         if isinstance(cached, RoutedCacheLayer):
-            stored_B = cached.num_stored()
-            size = int(stored_B.max()) + 1
+            # As wide as its fullest row.
+            stored_B, size = cached.num_stored(), cached.slots_of(None).shape[1] + 1
         heads, head_dim = cast(int, model.config.num_key_value_heads), cast(int, model.config.head_dim)
         empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
         keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))

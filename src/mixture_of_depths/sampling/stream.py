@@ -1,6 +1,6 @@
-"""Tokens one by one: the prompts through the model once, then a decode step a token, until every row has ended.
+"""Tokens one by one: the prompts through the model once, then a pass or a compiled step a token, until every row ends.
 
-Shapes: B batch, T tokens, V vocabulary, E tokens that end a text.
+Shapes: B batch, T tokens given, S tokens known, L blocks, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from mixture_of_depths.compiler import require_compiler
+from mixture_of_depths.model.cache import MoDCache, RoutedCacheLayer
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
-from mixture_of_depths.sampling.step import State, decode_step, grow, prefill
+from mixture_of_depths.sampling.step import decode_step, grow, prefill
 
 GREEDY = SamplingOptions(temperature=0)
 
 
-def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> None:
-    """Refuses prompts the model cannot go on from.
+def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> bool:
+    """Refuses prompts the model cannot go on from; returns whether there is padding among them.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, right padding, or too long a text.
@@ -29,6 +30,8 @@ def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tens
             f"input_ids of shape {list(input_ids.shape)} and attention_mask of shape {list(attention_mask.shape)} "
             "must both be of shape [batch, tokens]"
         )
+    # Looked at on the CPU: a device is waited for once a tensor, not once a question.
+    input_ids, attention_mask = input_ids.cpu(), attention_mask.cpu()
     if input_ids.numel() == 0 or not bool(attention_mask.any(dim=1).all()):
         raise ValueError("input_ids holds an empty prompt; give at least one token a row")
     if bool((attention_mask.diff(dim=1) < 0).any()):
@@ -45,6 +48,7 @@ def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tens
             f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens is more than the model's "
             f"max_position_embeddings={longest}; shorten one of them"
         )
+    return not bool(attention_mask.all())
 
 
 def end_tokens(model: MoDForCausalLM) -> list[int]:
@@ -65,6 +69,71 @@ COMPILER_OPTIONS: dict[str, Any] = {
 }
 
 
+class ModelPass:
+    """The prompts through the model, and its own pass for every token that follows: what `generate()` runs."""
+
+    def __init__(self, model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        self.model, self.attention_mask_BS = model, attention_mask
+        self.cache = MoDCache(config=model.config)
+        self.logits_BV = self._run(input_ids)
+
+    def __call__(self, token_B: Tensor, going: list[bool], going_B: Tensor) -> Tensor:
+        """The logits after one more token a row, of shape [B, V]; a row that has ended enters no routed block."""
+        mask_BS = self.attention_mask_BS
+        if mask_BS is None and not all(going):
+            mask_BS = torch.ones(len(going), self.cache.get_seq_length(), dtype=torch.int64, device=token_B.device)
+        if mask_BS is not None:
+            self.attention_mask_BS = torch.cat([mask_BS, going_B[:, None].to(mask_BS.dtype)], dim=1)
+        return self._run(token_B[:, None])
+
+    def _run(self, input_ids: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=self.attention_mask_BS,
+            cache=self.cache,
+            use_cache=True,
+            routing="causal",
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def stored(self) -> Tensor:
+        """How many tokens each block has stored; of shape [L, B]."""
+        counts = []
+        for layer in self.cache.layers:
+            if isinstance(layer, RoutedCacheLayer):
+                counts.append(layer.num_stored())
+            else:
+                length = layer.get_seq_length()
+                counts.append(torch.full(self.logits_BV.shape[:1], length, device=self.logits_BV.device))
+        return torch.stack(counts)
+
+
+class CompiledStep:
+    """The prompts through the model, and the compiled step for every token that follows."""
+
+    def __init__(self, model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int) -> None:
+        self.model, self.room, self.number = model, 0, 0
+        # Only what is marked is dynamic: another model is another graph, not one of unknown width.
+        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
+        self.logits_BV, self.state = prefill(model, input_ids, attention_mask, room)
+
+    def __call__(self, token_B: Tensor, going: list[bool], going_B: Tensor) -> Tensor:
+        """The logits after one more token a row, of shape [B, V]; a row that has ended enters no routed block."""
+        if self.room == 0:
+            self.room = grow(self.state)
+        self.room -= 1
+        # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=self.number > 0):
+            logits_BV = self.step(self.model, token_B, going_B, self.state)
+        self.number += 1
+        return logits_BV
+
+    def stored(self) -> Tensor:
+        """How many tokens each block has stored; of shape [L, B]."""
+        return torch.stack([layer.length_B for layer in self.state.layers])
+
+
 @torch.no_grad()
 def stream(
     model: MoDForCausalLM,
@@ -74,9 +143,9 @@ def stream(
     seeds: Sequence[int] | None = None,
     active_B: Tensor | None = None,
     compiled: bool = False,
-    watch: Callable[[State], None] | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every row, [B], token by token, until all rows have ended.
+    """Yields the next token of every row, [B] and on the CPU, token by token, until all rows have ended.
 
     A row ends with the model's end of text, or when the owner of `active_B` says so; from then on it enters no routed
     block, and yields the end of text if the model has one.
@@ -87,52 +156,57 @@ def stream(
         attention_mask (torch.Tensor | None): 0 for padding; of shape [B, T]. None when there is none.
         options: how tokens are drawn; `stop` needs text and is not looked at here.
         seeds: one seed a row; by default the options' and those after it.
-        active_B (torch.Tensor | None): True for rows that go on; of shape [B]. It is only read: its owner may end a
-            row by writing False between two tokens.
+        active_B (torch.Tensor | None): True for rows that go on; of shape [B], on the CPU. It is only read: its owner
+            may end a row by writing False between two tokens.
         compiled: whether to compile the step, which needs a C++ compiler on the CPU; see docs/sampling.md for the time.
-        watch: is shown the state after the prompts, and after every step, which has read the token yielded before it.
+            Otherwise every token is a pass of the model.
+        watch: is shown how many tokens each block has stored, of shape [L, B], after the prompts, and after every
+            step, which has read the token yielded before it.
 
     Raises:
         ValueError: for prompts the model cannot go on from, or a compiler that is missing.
         FloatingPointError: when the model's logits are not finite.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    check_prompts(model, input_ids, attention_mask, options.max_new_tokens)
+    is_padded = check_prompts(model, input_ids, attention_mask, options.max_new_tokens)
     if compiled:
         require_compiler("compiled", model.device)
     batch_size = input_ids.shape[0]
-    if active_B is None:
-        active_B = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
-    ends = end_tokens(model)
-    ends_E = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
-    ended_B = torch.zeros_like(active_B)
-    # Only what is marked is dynamic: another model is another graph, not one of unknown width.
-    step = (
-        torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS) if compiled else decode_step
-    )
-    logits_BV, state = prefill(model, input_ids, attention_mask, options.max_new_tokens)
+    if compiled:
+        step = CompiledStep(model, input_ids, attention_mask, options.max_new_tokens)
+    else:
+        step = ModelPass(model, input_ids, attention_mask if is_padded else None)
     if watch is not None:
-        watch(state)
-    room = 0
+        watch(step.stored())
+    ends = end_tokens(model)
+    going = [True] * batch_size if active_B is None else active_B.tolist()
+    going_B = torch.tensor(going, device=input_ids.device)
+    logits_BV = step.logits_BV
     for number in range(options.max_new_tokens):
-        token_B = choose_token(logits_BV)
+        token_B, is_finite_B = choose_token(logits_BV)
         if ends:
-            token_B = token_B.where(active_B & ~ended_B, ends[0])
-            ended_B |= torch.isin(token_B, ends_E)
-        yield token_B
-        going_B = active_B & ~ended_B
-        if number + 1 == options.max_new_tokens or not bool(going_B.any()):
+            token_B = token_B.where(going_B, ends[0])
+        # All at once: a device is waited for each time.
+        tokens, is_finite = torch.stack([token_B, is_finite_B.long()]).tolist()
+        if not all(is_finite):
+            raise FloatingPointError(
+                "logits of the next token are not finite; check the weights, or raise the precision"
+            )
+        yield torch.tensor(tokens)
+        active = [True] * batch_size if active_B is None else active_B.tolist()
+        still_going = [
+            goes_on and is_active and token not in ends
+            for goes_on, is_active, token in zip(going, active, tokens, strict=True)
+        ]
+        if number + 1 == options.max_new_tokens or not any(still_going):
             return
-        if room == 0:
-            room = grow(state)
-        room -= 1
-        # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=compiled and number > 0):
-            logits_BV = step(model, token_B, going_B, state)
+        if still_going != going:
+            going, going_B = still_going, torch.tensor(still_going, device=input_ids.device)
+        logits_BV = step(token_B, going, going_B)
         if watch is not None:
-            watch(state)
+            watch(step.stored())
 
 
 def compile_step(model: MoDForCausalLM) -> None:

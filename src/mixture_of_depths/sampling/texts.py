@@ -61,7 +61,7 @@ def step_texts(
     rows = [[0] * pad + sample.tokens for pad, sample in zip(padding, samples, strict=True)]
     input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
     attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
-    active_B = torch.tensor([sample.ended is None for sample in samples], device=model.device)
+    active_B = torch.tensor([sample.ended is None for sample in samples])
     decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
     begun = [len(sample.tokens) for sample in samples]
     stops = [StopStrings(options.stop) for _ in samples]

@@ -21,7 +21,6 @@ from mixture_of_depths.inspect.trace import trace_tokens
 from mixture_of_depths.model.flops import expert_rows_per_token, share_saved
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.step import State
 from mixture_of_depths.sampling.stream import compile_step, end_tokens, stream
 from mixture_of_depths.sampling.texts import begin
 from mixture_of_depths.serving.address import check_address
@@ -67,9 +66,9 @@ def play(
     traced = trace_tokens(model, tokenizer, sample.tokens)
     tokens, inside_LT, stored_L = list(sample.tokens), traced.inside, None
 
-    def watch(state: State) -> None:
+    def watch(stored_LB: torch.Tensor) -> None:
         nonlocal inside_LT, stored_L
-        before_L, stored_L = stored_L, torch.stack([layer.length_B[0] for layer in state.layers]).cpu().numpy()
+        before_L, stored_L = stored_L, stored_LB[:, 0].cpu().numpy()
         if before_L is not None:
             inside_LT = np.column_stack([inside_LT, stored_L > before_L])
 
