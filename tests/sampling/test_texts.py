@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import SENTENCE
+from models import SENTENCE, greedy
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.texts import begin, sample_texts, step_texts, stream_texts
+from mixture_of_depths.sampling.texts import Sample, begin, sample_texts, step_texts, stream_texts
 from mixture_of_depths.text.tokenizer import train_tokenizer
 
 PROMPTS = ["A", "The router decides which of the tokens", "é world"]
@@ -110,3 +110,35 @@ def test_steps_come_once_a_token_and_count_those_of_the_stop_string(model: MoDFo
     assert samples[0].new_tokens == next(count for count in range(31) if stop in texts[count])
     # One more for what is held back at the end.
     assert len(steps) == samples[0].new_tokens + 1
+
+
+@pytest.mark.parametrize("prompt", ["the tokens\ufffd", "\ufffd\ufffd", "the ü"])
+def test_the_prompt_s_broken_end_is_not_told_again(model: MoDForCausalLM, tokenizer: Any, prompt: str) -> None:
+    model, ids = copy.deepcopy(model).double(), tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # The last prompt breaks off inside its last character.
+    tokens = ids[:-1] if prompt == "the ü" else ids
+    before = tokenizer.decode(tokens)
+    assert before.endswith("\ufffd")
+    input_ids = torch.tensor([tokens])
+    new = greedy(model, input_ids, torch.ones_like(input_ids), 40)[0].tolist()
+    expected = tokenizer.decode(tokens + new, skip_special_tokens=True).removeprefix(before).rstrip("\ufffd")
+    assert len(expected) > 8
+    for stop in ((), (prompt[:3],), (expected[4:7],)):
+        sample, streamed = Sample(prompt, "", list(tokens)), ""
+        options = SamplingOptions(max_new_tokens=40, temperature=0, stop=stop)
+        for _, text in stream_texts(model, tokenizer, [sample], options):
+            streamed += text
+        ends = [expected.index(string) for string in stop if string in expected]
+        assert sample.text == streamed == expected[: min(ends, default=None)]
+        assert sample.ended == ("stop" if ends else "length")
+
+
+def test_the_tokens_before_a_stop_string_keep_the_last_character_whole(
+    model: MoDForCausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,), new = tokenizer("A")["input_ids"], tokenizer("ü.", add_special_tokens=False)["input_ids"]
+    assert len(new) == 3
+    monkeypatch.setattr("mixture_of_depths.sampling.texts.stream", lambda *_: (torch.tensor([token]) for token in new))
+    (sample,) = sample_texts(model, tokenizer, ["A"], SamplingOptions(stop=(".",)))
+    assert (sample.text, sample.tokens[1:]) == ("ü", new[:2])
+    assert sample.tokens[0] == before

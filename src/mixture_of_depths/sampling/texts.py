@@ -1,18 +1,17 @@
 """Text from a model: sampled after prompts of any lengths, and streamed as it appears."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.stops import StopStrings
 from mixture_of_depths.sampling.stream import end_tokens, stream
-from mixture_of_depths.text.pieces import tokenized
+from mixture_of_depths.text.pieces import NewText, tokenized
 
 
 @dataclass
@@ -21,7 +20,8 @@ class Sample:
 
     Attributes:
         prompt: the text before.
-        text: the text sampled, without the stop string that ended it.
+        text: the text sampled, without the stop string that ended it. A character that the prompt's tokens break off
+            and the next ones end belongs to it; one that the last token breaks off does not.
         tokens: the tokens of both, and that of the end of text if it came.
         ended: "end_of_text", "stop" or "length"; None while it goes on.
         new_tokens: how many tokens were sampled, those of the stop string and of the end of text among them.
@@ -62,11 +62,11 @@ def step_texts(
     input_ids = torch.tensor(rows, dtype=torch.int64, device=model.device)
     attention_mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
     active_B = torch.tensor([sample.ended is None for sample in samples])
-    decoders = [DecodeStream(ids=sample.tokens, skip_special_tokens=True) for sample in samples]
-    begun = [len(sample.tokens) for sample in samples]
+    new_texts = [NewText(tokenizer, sample.tokens) for sample in samples]
+    # How long a row's new text is before its first new token, and after each.
+    lengths = [[0] for _ in samples]
     stops = [StopStrings(options.stop) for _ in samples]
     ends = end_tokens(model)
-    backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
     for token_B in stream(model, input_ids, attention_mask, options, seeds, active_B, compiled):
         texts = []
         for row, (sample, token) in enumerate(zip(samples, token_B.tolist(), strict=True)):
@@ -77,14 +77,13 @@ def step_texts(
             if token in ends:
                 sample.ended, ready = "end_of_text", stops[row].held
             else:
-                ready = stops[row].let_through(decoders[row].step(backend, token) or "")
+                piece = new_texts[row].step(token)
+                lengths[row].append(lengths[row][-1] + len(piece))
+                ready = stops[row].let_through(piece)
                 if stops[row].has_stopped:
                     sample.ended, active_B[row] = "stop", False
-                    whole = len(sample.text) + len(ready)
-                    while len(sample.tokens) > begun[row] and whole <= len(
-                        tokenizer.decode(sample.tokens[begun[row] : -1], skip_special_tokens=True)
-                    ):
-                        sample.tokens.pop()
+                    kept = bisect_left(lengths[row], len(sample.text) + len(ready))
+                    del sample.tokens[len(sample.tokens) - sample.new_tokens + kept :]
             sample.text += ready
             if ready:
                 texts.append((row, ready))

@@ -37,6 +37,36 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], name: st
     return tokens_of_texts
 
 
+class NewText:
+    """The text that tokens add to a prompt, told token by token.
+
+    It is the text of the prompt and the tokens, without the beginning that it shares with the prompt's own text. So a
+    character that begins in the prompt and ends in the tokens is new.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: the prompt's tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
+        self.backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
+        self.decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
+        text = self.backend.decode(prompt, skip_special_tokens=True)
+        # A text with this end may break off inside a character; the library then tells the prompt's text again.
+        self.told_again = text if text.endswith("\ufffd") else ""
+
+    def step(self, token: int) -> str:
+        """The text that the next token adds; the bytes of one character may be spread over several tokens."""
+        text = self.decoder.step(self.backend, token) or ""
+        if not text:
+            return ""
+        shared = len(self.told_again.rstrip("\ufffd"))
+        while shared < len(self.told_again) and text.startswith("\ufffd", shared):
+            shared += 1
+        self.told_again = ""
+        return text[shared:]
+
+
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
     """The text each token adds; the bytes of one character may be spread over several, and come with the last."""
     decoder, backend = DecodeStream(skip_special_tokens=False), cast(TokenizersBackend, tokenizer).backend_tokenizer
