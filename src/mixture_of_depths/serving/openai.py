@@ -314,6 +314,14 @@ class _Stop:
                 raise
 
 
+def _why_unreadable(cause: BaseException | None) -> str:
+    """What keeps a body from being parsed beside the grammar of JSON."""
+    if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError):
+        # The only other reason why Python's reader raises one.
+        return f"a number in the body has more than {sys.get_int_max_str_digits()} digits; send fewer"
+    return "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply"
+
+
 def _refusal(request: Request, error: Exception) -> JSONResponse:
     """What went wrong, in OpenAI's form."""
     headers = None
@@ -325,7 +333,7 @@ def _refusal(request: Request, error: Exception) -> JSONResponse:
         # The library says no more of these than the names of their statuses.
         place = f"{request.method} {request.url.path}"
         messages = {
-            400: "the body cannot be read: it must be a JSON object in UTF-8, not nested deeply",
+            400: _why_unreadable(error.__cause__),
             404: f"{place} does not exist",
             405: f"{place} does not exist; the path takes {(error.headers or {}).get('Allow')}",
         }
