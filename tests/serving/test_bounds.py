@@ -58,6 +58,13 @@ ENDPOINTS = {"completions": COMPLETION, "chat/completions": CHAT, "responses": R
         ),
         (
             "chat/completions",
+            {"messages": [turn(content=[{"type": "text", "text": "", **fields(300_000)}])]},
+            "messages[0].content[0].f0",
+            "messages[0].content[0].f0=1 is not supported; leave it out",
+        ),
+        ("chat/completions", {"tools": [1] * 1_900_000}, "tools[0]", "tools[0]=1 must be an object"),
+        (
+            "chat/completions",
             {"messages": [turn(content="")] * 130_000},
             "messages",
             "there are 130000 messages and parts of them; send at most 4096",
@@ -94,6 +101,7 @@ def test_a_body_of_very_many_parts_is_refused_soon_and_by_its_field(
         ("chat/completions", "chat_template_kwargs"),
         ("responses", "metadata"),
         ("responses", "unknown"),
+        ("completions", "\ud800"),
     ],
 )
 def test_a_field_that_is_nested_deeply_is_refused_by_its_name(
@@ -103,13 +111,16 @@ def test_a_field_that_is_nested_deeply_is_refused_by_its_name(
     body = json.dumps({"model": "name", **ENDPOINTS[endpoint], field: "VALUE"}).replace('"VALUE"', value)
     answer = client.post(f"/v1/{endpoint}", content=body, headers={"Content-Type": "application/json"})
     message = f"{field} is nested in more than 100 levels; send fewer"
+    if field == "\ud800":
+        # A name that no answer can tell again.
+        field, message = "?", "? holds half a character (half of a surrogate pair); send whole ones"
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
     assert answer.json()["error"]["message"] == message
 
 
 def test_a_body_that_is_nested_as_deeply_as_it_may_be_is_answered(client: TestClient) -> None:
     value = json.loads('{"a":' * 100 + "1" + "}" * 100)
-    body = {"model": "name", **CHAT, "max_tokens": 2, "chat_template_kwargs": value, "user": value}
+    body = {"model": "name", **CHAT, "max_tokens": 2, "chat_template_kwargs": value, "prediction": value}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 

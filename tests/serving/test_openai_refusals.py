@@ -69,7 +69,7 @@ def test_what_would_change_the_answer_and_cannot_is_refused_by_its_own_name(
         "min_p": 2,
         "repetition_penalty": 0,
         "seed": "one",
-        "stop": [""],
+        "stop": [1] * 65,
         limit[endpoint]: 0,
     }
     for name, value in {**faults, **common}.items():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from mixture_of_depths.serving.requests import ChatBody, ResponseBody, default_options
+from mixture_of_depths.serving.requests import ChatBody, CompletionBody, ResponseBody, default_options
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,27 @@ def test_a_chat_is_told_to_its_template_as_text() -> None:
         {"role": "user", "content": "one\ntwo", "name": "me"},
         {"role": "assistant", "content": ""},
     ]
+
+
+def test_what_answers_that_are_handed_back_carry_is_let_through() -> None:
+    cited = [{"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}]
+    part = {"type": "output_text", "text": "a", "annotations": cited, "logprobs": [], "image_url": None}
+    item = {"type": "message", "role": "assistant", "content": [part], "id": "b", "status": "completed"}
+    cached = {"type": "text", "text": "c", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    for kind, field in ((ChatBody, "messages"), (ResponseBody, "input")):
+        body = kind.model_validate({"model": "name", field: [item, {"role": "user", "content": [cached]}]})
+        assert [message.for_template()["content"] for message in getattr(body, field)] == ["a", "c"]
+
+
+def test_a_null_reaches_the_chat_template() -> None:
+    messages = [{"role": "user", "content": "fox"}]
+    body = ChatBody.model_validate({"model": "name", "messages": messages, "chat_template_kwargs": {"x": None}})
+    assert body.chat_template_kwargs == {"x": None}
+
+
+def test_the_best_of_all_that_are_told_asks_for_nothing_more() -> None:
+    for n, best_of in ((1, 1), (2, 2), (2, None)):
+        CompletionBody.model_validate({"model": "name", "prompt": "fox", "n": n, "best_of": best_of})
 
 
 @pytest.mark.parametrize("form", [{}, {"format": {"type": "text"}}])

@@ -9,7 +9,7 @@ from typing import Any
 
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import Sample
-from mixture_of_depths.serving.requests import Body, ResponseBody
+from mixture_of_depths.serving.requests import ChoicesBody, ResponseBody
 
 # What a value of another type must be, in the words of JSON's readers instead of pydantic's.
 KINDS = {
@@ -64,7 +64,7 @@ def misread(errors: Sequence[Any]) -> RequestError:
         message = str(problem["ctx"]["error"])
     elif param is None:
         message = "the body must be a JSON object, sent as application/json"
-    elif problem["type"] == "extra_forbidden":
+    elif problem["type"] in ("extra_forbidden", "unsupported"):
         message = f"{param}={value} is not supported; leave it out"
     elif problem["type"] == "too_short":
         message = f"{param}={value} must not be empty"
@@ -98,7 +98,7 @@ class CompletionAnswer:
     prefix, whole_object, event_object = "cmpl", "text_completion", "text_completion"
     end = "data: [DONE]\n\n"
 
-    def __init__(self, body: Body, samples: list[Sample], prompt_tokens: int) -> None:
+    def __init__(self, body: ChoicesBody, samples: list[Sample], prompt_tokens: int) -> None:
         self.body, self.samples, self.prompt_tokens = body, samples, prompt_tokens
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 

@@ -14,23 +14,6 @@ from transformers import GenerationConfig
 
 from mixture_of_depths.options import SamplingOptions
 
-# What does not touch the answer: who asks, how it is billed and cached, a guess that would hasten it, and how tools, of
-# which there are none, would be called.
-IGNORED = frozenset(
-    (
-        "user",
-        "safety_identifier",
-        "metadata",
-        "store",
-        "service_tier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "prediction",
-        "parallel_tool_calls",
-        "max_tool_calls",
-    )
-)
 # The values of fields that are not honoured with which they ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -40,10 +23,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "reasoning_effort": ("none",),
@@ -66,6 +45,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
 }
+# Fields whose null parts say something; in all others a part that is null asks for nothing.
+WITH_NULLS = ("chat_template_kwargs", "metadata")
+# What an item of a response carries, and a chat's message does not.
+OF_AN_ITEM = ("id", "status", "phase")
 # Bounds of what one body may cost to check, to render and at every token; the docs state them.
 MOST_SAMPLES = 2048
 MOST_MESSAGES = 4096
@@ -116,12 +99,15 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def _as_stops(value: Any) -> Any:
     """One stop string becomes a list of one."""
+    if value == "":
+        raise PydanticCustomError("must", "at least one character long")
     strings = [value] if isinstance(value, str) else value
-    if isinstance(strings, list):
-        characters = sum(len(string) for string in strings if isinstance(string, str))
-        if len(strings) > MOST_STOPS or characters > MOST_STOP_CHARACTERS:
-            size = f"{len(strings)} strings of {characters} characters in all"
-            raise ValueError(f"stop has {size}; give at most {MOST_STOPS} of at most {MOST_STOP_CHARACTERS} in all")
+    if not isinstance(strings, list):
+        raise PydanticCustomError("must", "a text or a list of texts")
+    characters = sum(len(string) for string in strings if isinstance(string, str))
+    if len(strings) > MOST_STOPS or characters > MOST_STOP_CHARACTERS:
+        size = f"{len(strings)} strings of {characters} characters in all"
+        raise ValueError(f"stop has {size}; give at most {MOST_STOPS} of at most {MOST_STOP_CHARACTERS} in all")
     return strings
 
 
@@ -152,7 +138,10 @@ def _as_parts(value: Any) -> Any:
 
 
 def _as_messages(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list):
+        raise PydanticCustomError("must", "a text or a list of messages")
+    return messages
 
 
 def _not_too_many(messages: Any) -> Any:
@@ -169,7 +158,32 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     same = (
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
     )
-    return name in IGNORED or any(same)
+    return any(same)
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Refuses a field that is nested too deeply, or holds what JSON does not: half a character, or not a number."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise _half(name) from error
+    if _is_deeper(value, MOST_LEVELS):
+        raise _of_field(name, " is nested in more than {levels} levels; send fewer", levels=MOST_LEVELS)
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise _half(name) from error
+    except ValueError as error:
+        raise _of_field(name, " holds a number that is not finite; send finite ones") from error
+
+
+def _half(name: str) -> PydanticCustomError:
+    # JSON can spell half a surrogate pair, and no text holds it.
+    shown = name.encode(errors="replace").decode()
+    return _of_field(shown, " holds half a character (half of a surrogate pair); send whole ones")
+
+
+Objects = Annotated[list[dict[str, Any]], FailFast()]
 
 
 class _Strict(BaseModel):
@@ -179,15 +193,27 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """What a stream holds beside the answer; obfuscation is padding against those who watch the network."""
 
-    include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Part(BaseModel):
+class ChunkOptions(StreamOptions):
+    """What a stream of chunks holds beside the answer; other streams always tell how many tokens it took."""
+
+    include_usage: bool = False
+
+
+class Part(_Strict):
     """A part of a message."""
+
+    # Not forbidden at once: another kind of part is refused by its type, whatever else it holds.
+    model_config = ConfigDict(extra="allow")
 
     type: str
     text: str
+    # What answers that are handed back carry, and where a cache may end.
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
     @field_validator("type")
     @classmethod
@@ -196,6 +222,13 @@ class Part(BaseModel):
             raise ValueError(f"the model reads text alone, not {kind}")
         return kind
 
+    @model_validator(mode="after")
+    def _nothing_else(self) -> "Part":
+        for name, value in (self.model_extra or {}).items():
+            if value not in (None, []):
+                raise _of_field(name, "={value} is not supported; leave it out", value=reprlib.repr(value))
+        return self
+
 
 class Message(_Strict):
     """A turn of a conversation: a chat's message, or an item of a response that is handed back."""
@@ -203,18 +236,23 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)]
     name: str | None = None
+    # Of what is handed back; templates do not read it.
+    annotations: list[Any] = []
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_says_nothing(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        left_out = ["annotations", *(["type", "id", "status", "phase"] if message.get("type") == "message" else [])]
-        kept = (name for name in message if name not in left_out)
         # An empty content is one all the same.
-        said = {name: message[name] for name in kept if name == "content" or message[name] not in (None, [])}
+        said = {name: message[name] for name in message if name == "content" or message[name] not in (None, [])}
+        known = set(cls.model_fields).difference(() if said.get("type") == "message" else ("type", *OF_AN_ITEM))
         # Before the content, which calls of tools stand in for; and the type, which tells what all the others are.
-        unknown = [name for name in said if name not in cls.model_fields]
+        unknown = [name for name in said if name not in known]
         if unknown:
             name = "type" if "type" in unknown else unknown[0]
             raise _of_field(name, "={value} is not supported; leave it out", value=reprlib.repr(said[name]))
@@ -236,14 +274,30 @@ class Body(_Strict):
 
     model: str
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_as_stops)] | None = None
+    stop: Annotated[list[Annotated[str, Len(1)]], BeforeValidator(_as_stops)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    # What does not touch the answer: who asks, how it is billed and cached, a guess that would hasten it, and how tools
+    # would be called, which are none or must not be. The answers of /v1/responses tell some of it again.
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] = {}
+    store: bool = False
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] = {}
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] = {}
+    parallel_tool_calls: bool = True
+    max_tool_calls: int | None = None
+    tool_choice: Literal["none", "auto"] = "auto"
+    tools: Objects = []
+    function_call: Literal["none", "auto"] = "auto"
+    functions: Objects = []
 
     @model_validator(mode="before")
     @classmethod
@@ -253,29 +307,26 @@ class Body(_Strict):
         if len(body) > MOST_FIELDS:
             raise ValueError(f"the body has {len(body)} fields; send at most {MOST_FIELDS}")
         for name, value in body.items():
-            if _is_deeper(value, MOST_LEVELS):
-                raise _of_field(name, " is nested in more than {levels} levels; send fewer", levels=MOST_LEVELS)
+            _check_json(name, value)
             if name in cls.model_fields and isinstance(value, dict) and len(value) > MOST_FIELDS:
                 sizes = {"fields": len(value), "most": MOST_FIELDS}
                 raise _of_field(name, " has {fields} fields; send at most {most}", **sizes)
-            try:
-                json.dumps({name: value}, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                # Half a surrogate pair: JSON can spell it, and no text holds it.
-                name = name.encode(errors="replace").decode()
-                message = " holds half a character (half of a surrogate pair); send whole ones"
-                raise _of_field(name, message) from error
         body = {name: value for name, value in body.items() if value is not None}
         for name, value in body.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and name not in WITH_NULLS:
                 body[name] = {key: part for key, part in value.items() if part is not None}
-        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-            if body.get(choice) == "none":
-                body.pop(tools, None)
         kept = (name for name in body if name in cls.model_fields or not _asks_for_nothing(name, body[name]))
         return {name: body[name] for name in kept}
 
-    @field_validator("stream_options")
+    @field_validator("tools", "functions")
+    @classmethod
+    def _not_to_be_called(cls, tools: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
+        choice = "tool_choice" if info.field_name == "tools" else "function_call"
+        if tools and info.data.get(choice) != "none":
+            raise PydanticCustomError("unsupported", "")
+        return tools
+
+    @field_validator("stream_options", check_fields=False)
     @classmethod
     def _only_of_a_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
         if not info.data.get("stream"):
@@ -288,7 +339,6 @@ class Body(_Strict):
         return 0 if top_k == -1 else top_k
 
     @field_validator(
-        "stop",
         "temperature",
         "top_p",
         "top_k",
@@ -318,23 +368,38 @@ class Body(_Strict):
         return {name: value for name, value in options.items() if value is not None}
 
 
-class CompletionBody(Body):
+class ChoicesBody(Body):
+    """Of an endpoint whose answers are choices, and which streams them in chunks."""
+
+    stream_options: ChunkOptions = ChunkOptions()
+    n: Annotated[int, Ge(1), Le(128)] = 1
+    best_of: int | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_are_told(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n")
+        if best_of is not None and n is not None and best_of != n:
+            fault = f"must be at least n={n}" if best_of < n else f"is not supported; leave it out, or give n={n}"
+            raise ValueError(f"best_of={best_of} {fault}")
+        return best_of
+
+
+class CompletionBody(ChoicesBody):
     """Of /v1/completions."""
 
     limits = ("max_tokens",)
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_as_prompts)]
-    n: Annotated[int, Ge(1), Le(128)] = 1
     max_tokens: int = 16
 
 
-class ChatBody(Body):
+class ChatBody(ChoicesBody):
     """Of /v1/chat/completions."""
 
     limits = ("max_completion_tokens", "max_tokens")
 
     messages: Annotated[list[Message], FailFast(), BeforeValidator(_not_too_many), Len(1)]
-    n: Annotated[int, Ge(1), Le(128)] = 1
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] = {}
@@ -355,7 +420,4 @@ class ResponseBody(Body):
     input: Annotated[list[Message], FailFast(), BeforeValidator(_not_too_many), BeforeValidator(_as_messages), Len(1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
-    # What the answer tells again.
-    metadata: dict[str, str] = {}
-    parallel_tool_calls: bool = True
-    tool_choice: Literal["none", "auto"] = "auto"
+    stream_options: StreamOptions = StreamOptions()
