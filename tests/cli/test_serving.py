@@ -86,6 +86,37 @@ def test_serve_takes_a_key_from_the_environment_when_none_is_named(
         assert (status, "the environment variable MOD_API_KEY cannot be sent" in errors, handed) == (2, True, [])
 
 
+def test_serve_calls_the_model_as_its_folder_is_spelt(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    names = []
+    monkeypatch.setattr("mixture_of_depths.serving.openai.serve", lambda *arguments: names.append(arguments[2]))
+    monkeypatch.delenv("MOD_API_KEY", raising=False)
+    monkeypatch.chdir(checkpoint.parent)
+    for spelling in (f"./{checkpoint.name}", f"{checkpoint.name}/", str(checkpoint)):
+        assert run(monkeypatch, capsys, "serve", spelling)[0] == 0
+        assert names.pop() == spelling
+
+
+def test_serve_refuses_an_address_or_a_model_that_is_not_there_in_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("MOD_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            ([str(checkpoint), "--host", "999.1.1.1"], "error: host=999.1.1.1 cannot be listened on"),
+            # Kept for documentation: no machine has it.
+            ([str(checkpoint), "--host", "192.0.2.1"], "error: host=192.0.2.1 cannot be listened on"),
+            ([str(checkpoint), "--port", str(port)], f"error: port={port} of host=127.0.0.1 cannot be listened on"),
+            ([str(checkpoint), "--port", "0"], "error: port=0 must lie between 1 and 65535"),
+            ([str(tmp_path / "absent")], f"error: checkpoint={tmp_path}/absent holds no config.json"),
+        ):
+            status, output, errors = run(monkeypatch, capsys, "serve", *arguments)
+            assert (status, output, errors.count("\n")) == (2, "", 1)
+            assert errors.startswith(message)
+
+
 def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

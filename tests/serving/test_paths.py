@@ -57,3 +57,17 @@ def test_a_response_tells_what_was_asked_and_how_it_was_sampled(
     body = {"model": "name", "input": "fox", "max_output_tokens": 2, **asked}
     answer = client.post("/v1/responses", json=body).json()
     assert {name: answer[name] for name in told} == told
+
+
+@pytest.mark.parametrize("name", ["runs/mod", "./runs/mod", "runs/mod/"])
+def test_a_model_answers_to_every_spelling_of_its_folder(tmp_path: Path, name: str) -> None:
+    make_checkpoint(tmp_path)
+    model, tokenizer = MoDForCausalLM.from_pretrained(tmp_path).eval(), load_tokenizer(str(tmp_path))
+    client = TestClient(application(model, tokenizer, name))
+    assert client.get("/v1/models").json()["data"][0]["id"] == name
+    for spelling in ("runs/mod", "./runs/mod", "runs/mod/"):
+        assert client.get(f"/v1/models/{spelling}").json()["id"] == name
+        body = {"model": spelling, "prompt": "fox", "max_tokens": 1}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    for other in ("mod", "runs", "runs/mod/mod", "/runs/mod"):
+        assert client.post("/v1/completions", json={**body, "model": other}).status_code == 404

@@ -42,7 +42,7 @@ def playground(
 
 
 def serve(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")],
     host: str = "127.0.0.1",
     port: int = 8000,
     precision: Precision = "fp32",
@@ -52,7 +52,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
 
-    The model is called by the name of its folder, as given here. Needs the extra "serve".
+    The model is called by its folder, as given here; clients may leave out ./ before it and / after it. Needs the extra
+    "serve".
 
     Args:
         checkpoint: Folder of a model.
@@ -77,10 +78,10 @@ def serve(
             message = "must be printable ASCII, at least one character, with no space at its start or end"
             raise ValueError(f"{name} cannot be sent as a header: it {message}")
     place = _check_before_loading(port, compile, device, "serve", "fastapi", "uvicorn")
-    model, tokenizer = load_to_sample(checkpoint, precision, place)
+    model, tokenizer = load_to_sample(Path(checkpoint), precision, place)
     from mixture_of_depths.serving.openai import serve as run
 
-    run(model, tokenizer, str(checkpoint), host, port, compile, tuple(keys.values()))
+    run(model, tokenizer, checkpoint, host, port, compile, tuple(keys.values()))
 
 
 def _check_before_loading(port: int, compile: bool, device: str, extra: str, *modules: str) -> "torch.device":

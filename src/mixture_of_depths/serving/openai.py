@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import uvicorn
@@ -357,7 +358,7 @@ def application(
     Args:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer; chat and responses need a chat template.
-        name: what requests call the model.
+        name: what requests call the model; if it is a path, in any spelling of it.
         compiled: whether to compile the sampling step.
         api_keys: keys of which a client must bring one; none lets everybody in.
         stopping: whether the server has been told to stop; it is asked before every token.
@@ -377,7 +378,8 @@ def application(
     described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     def check_model(asked: str) -> None:
-        if asked != name:
+        # Clients write the folder in their own way, and take "./" out of an address.
+        if Path(asked) != Path(name):
             raise RequestError(404, f"the model {asked!r} does not exist; it is {name!r}", "model", "model_not_found")
 
     @app.get("/health")
