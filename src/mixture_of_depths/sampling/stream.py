@@ -99,14 +99,9 @@ class ModelPass:
 
     def stored(self) -> Tensor:
         """How many tokens each block has stored; of shape [L, B]."""
-        counts = []
-        for layer in self.cache.layers:
-            if isinstance(layer, RoutedCacheLayer):
-                counts.append(layer.num_stored())
-            else:
-                length = layer.get_seq_length()
-                counts.append(torch.full(self.logits_BV.shape[:1], length, device=self.logits_BV.device))
-        return torch.stack(counts)
+        all_B = self.logits_BV.new_full(self.logits_BV.shape[:1], self.cache.get_seq_length(), dtype=torch.int64)
+        layers = self.cache.layers
+        return torch.stack([layer.num_stored() if isinstance(layer, RoutedCacheLayer) else all_B for layer in layers])
 
 
 class CompiledStep:
