@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from models import left_padded, model_with, routed_model, some_sequences
-from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.calibration import calibrate, using_causal_router
@@ -253,16 +253,80 @@ def test_after_400_padded_steps_the_capacity_enters_text_that_was_not_trained_on
         assert entered.float().mean().item() == pytest.approx(0.125, rel=0.2)
 
 
-def test_an_adapter_that_keeps_no_routers_is_warned_of() -> None:
-    batches = [{"input_ids": torch.randint(0, 31, (4, 32))}]
-    without = get_peft_model(routed_model(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match="the adapter does not keep the routers"):
-        calibrate(without, batches)
-    keeping = get_peft_model(routed_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"]))
-    for model in (keeping.requires_grad_(False), routed_model()):
+EXPERTS: dict[str, Any] = {"num_experts": 4, "expert_capacity": 0.6}
+
+
+@pytest.mark.parametrize("causal_router", ["predictor", "threshold"])
+@pytest.mark.parametrize(
+    ("adapters", "experts"),
+    [
+        ({}, {}),
+        ({"target_modules": "all-linear"}, {}),
+        ({"target_parameters": ["router.proj.weight"]}, {}),
+        ({"modules_to_save": ["router.proj"]}, {}),
+        ({"modules_to_save": ["layers.2.router"]}, {}),
+        ({"modules_to_save": ["mlp"]}, EXPERTS),
+    ],
+)
+def test_an_adapter_that_does_not_keep_all_that_moves_is_warned_of(
+    causal_router: str, adapters: dict[str, Any], experts: dict[str, Any]
+) -> None:
+    model = routed_model(causal_router=causal_router, **experts)
+    adapted = get_peft_model(model, LoraConfig(r=2, **{"target_modules": ["q_proj"], **adapters}))
+    with pytest.warns(UserWarning, match=r'does not keep model\.layers\.0\.router.* modules_to_save=\["router"\]'):
+        calibrate(adapted, [{"input_ids": torch.randint(0, 31, (4, 32))}])
+
+
+def test_an_adapter_that_keeps_the_routers_of_blocks_but_not_of_experts_is_warned_of() -> None:
+    saved = ["layers.0.router", "layers.2.router"]
+    model = get_peft_model(routed_model(**EXPERTS), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with pytest.warns(UserWarning, match=r"does not keep model\.layers\.0\.mlp\.router\.threshold and 2 more"):
+        calibrate(model, [{"input_ids": torch.randint(0, 31, (4, 32))}])
+
+
+def test_adapters_in_the_layers_of_a_model_are_warned_of() -> None:
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), routed_model())
+    with pytest.warns(UserWarning, match="the adapter does not keep") as warned:
+        calibrate(model, [{"input_ids": torch.randint(0, 31, (4, 32))}])
+    # It points at the caller.
+    assert [warning.filename for warning in warned if warning.category is UserWarning] == [__file__]
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS])
+def test_what_keeps_all_that_moves_is_not_warned_of(experts: dict[str, Any]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"])
+    keeping = get_peft_model(routed_model(**experts), config).requires_grad_(False)
+    merged = get_peft_model(routed_model(**experts), LoraConfig(r=2, target_modules=["q_proj"])).merge_and_unload()
+    for model in (keeping, merged, routed_model(**experts)):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
+            calibrate(model, [{"input_ids": torch.randint(0, 31, (4, 32))}])
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS])
+@pytest.mark.parametrize("other_keeps", [True, False])
+def test_calibrating_one_of_two_adapters_leaves_the_other_and_the_model_alone(
+    other_keeps: bool, experts: dict[str, Any]
+) -> None:
+    keeping = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"], init_lora_weights=False)
+    without = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(routed_model(**experts), keeping, adapter_name="one")
+    model.add_adapter("two", keeping if other_keeps else without)
+    batches = [{"input_ids": torch.randint(0, 31, (4, 32))}]
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    calibrate(model, batches)
+    moved = {name for name, values in model.state_dict().items() if not torch.equal(values, before[name])}
+    assert moved
+    assert all(".modules_to_save.one." in name for name in moved)
+    model.set_adapter("two")
+    if other_keeps:
+        calibrate(model, batches)
+    else:
+        with pytest.warns(UserWarning, match="moves in the model that all adapters share"):
             calibrate(model, batches)
+    again = {name for name, values in model.state_dict().items() if not torch.equal(values, before[name])} - moved
+    assert again
+    assert all((".modules_to_save.two." if other_keeps else ".original_module.") in name for name in again)
 
 
 def test_a_model_of_which_blocks_are_offloaded_is_refused(tmp_path: Path) -> None:

@@ -78,10 +78,11 @@ def calibrate(
             a model of which blocks are offloaded.
 
     Warns:
-        UserWarning: when the routers are not among what an adapter keeps, so that it is saved without what is set here.
+        UserWarning: when the active adapter does not keep all that moves, so that it is saved without it, and the model
+            and its other adapters change, too.
     """
     base = without_adapters(model)
-    _check_constants(model, base)
+    _check_constants(base)
     batches_of_text = list(_batches(base.device, sequences, end_of_text, batch_size))
     if not batches_of_text:
         raise ValueError("sequences holds no text; give at least one")
@@ -101,22 +102,41 @@ def calibrate(
         base.train(was_training)
 
 
-def _check_constants(model: Adapted, base: MoDForCausalLM) -> None:
-    """Refuses constants that are not in memory, and warns of those that the adapter at work does not keep."""
+def _check_constants(base: MoDForCausalLM) -> None:
+    """Refuses constants that are not in memory, and warns of those that the active adapter does not keep."""
     routers = {name: module for name, module in base.named_modules() if isinstance(module, Router | ExpertRouter)}
     for name, router in routers.items():
         if any(weight.is_meta for weight in router.parameters()):
             raise ValueError(f"{name} is offloaded, where it cannot be set; load the model without offloading")
-    is_kept = any(
-        ".modules_to_save." in name or any(weight.requires_grad for weight in router.parameters())
-        for name, router in routers.items()
-    )
-    if model is not base and routers and not is_kept:
+    # Adapters may lie in the layers without a model of peft's around them.
+    if not any(type(module).__module__.partition(".")[0] == "peft" for module in base.modules()):
+        return
+    moved = {id(constant) for constant in _constants(base)}
+    named = [*base.named_parameters(), *base.named_buffers()]
+    shared = [name for name, tensor in named if id(tensor) in moved and ".modules_to_save." not in name]
+    if shared:
+        others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         warnings.warn(
-            "the adapter does not keep the routers: it will be saved without what is set here; name them in "
-            "modules_to_save, or merge the adapter before",
-            stacklevel=3,
+            f"the adapter does not keep {shared[0]}{others}: what is set here moves in the model that all adapters "
+            'share, and the adapter will be saved without it; make it with modules_to_save=["router"], or merge it '
+            "before",
+            # Three frames: this one, calibrate's, and that of its decorator.
+            stacklevel=4,
         )
+
+
+def _constants(base: MoDForCausalLM) -> Iterator[Tensor]:
+    """What calibration moves: of routers under adapters, the copies that are active."""
+    for layer in cast(list[DecoderLayer], list(base.model.layers)):
+        if layer.router is not None and "threshold" in base.config.causal_routers:
+            yield layer.router.threshold
+        if layer.router is not None and "predictor" in base.config.causal_routers:
+            assert layer.router.predictor is not None
+            yield layer.router.predictor.down_proj.bias
+        if base.config.expert_capacity is not None:
+            threshold = cast(ExpertMLP, layer.mlp).router.threshold
+            assert threshold is not None
+            yield threshold
 
 
 def _batches(
