@@ -29,9 +29,9 @@ def test_a_loss_without_logits_is_the_loss_of_the_logits(dtype: torch.dtype) -> 
             output = model(input_ids, num_items_in_batch=count, skip_logits=skip, **fields)
             output.loss.backward()
             assert (output.logits is None) == skip
-            assert output.lm_loss.dtype in (torch.float32, torch.float64)
+            assert output.lm_loss.dtype == torch.promote_types(dtype, torch.float32)
             results.append((output.loss.item(), [weight.grad.clone() for weight in model.parameters()]))
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     for (loss, grads), (expected, expected_grads) in zip(results[:3], results[3:], strict=True):
         assert loss == pytest.approx(expected, rel=tolerance)
         for a, b in zip(grads, expected_grads, strict=True):
@@ -61,6 +61,14 @@ def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: 
     # Under autocast the logits of both are those of bf16.
     assert 0.001 < errors["at once"] < 0.01
     assert errors["parts"] < 1.3 * errors["at once"]
+
+
+def test_a_loss_function_of_ones_own_serves_whatever_the_model_is_in() -> None:
+    model, input_ids = tiny().eval(), torch.randint(0, 31, (2, 12))
+    model.loss_function = lambda logits, shift_labels, **others: logits.sum() * (shift_labels == -100).sum()
+    for dtype in (torch.float64, torch.float32):
+        output = model.to(dtype)(input_ids, labels=input_ids)
+        torch.testing.assert_close(output.lm_loss, 2 * output.logits.sum())
 
 
 def test_float64_stays_so_under_autocast() -> None:

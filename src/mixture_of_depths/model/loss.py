@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import fixed_cross_entropy
 
 # Tokens of which the head's logits are in memory at once, where they serve the loss alone.
 HEAD_TOKENS = 256
@@ -19,6 +20,18 @@ def next_tokens(labels_BT: Tensor, attention_mask_BS: Tensor | None) -> Tensor:
         return target_BT
     # The first token after padding on the left would be predicted from padding.
     return target_BT.masked_fill(attention_mask_BS[:, -labels_BT.shape[1] :] == 0, -100)
+
+
+def float64_loss(logits_BTV: Tensor, target_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Cross-entropy of the next token in nats, as the library has it, of logits in float64 without a cast.
+
+    Args:
+        logits_BTV (torch.Tensor): of shape [B, T, V].
+        target_BT (torch.Tensor): what each token is to predict, -100 for nothing; of shape [B, T].
+        num_items_in_batch: the number of predictions to average over; None for those there are.
+    """
+    target_N = target_BT.flatten().to(logits_BTV.device)
+    return fixed_cross_entropy(logits_BTV.flatten(0, 1), target_N, num_items_in_batch)  # pyright: ignore[reportArgumentType]
 
 
 def chunked_loss(

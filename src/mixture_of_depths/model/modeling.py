@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -33,7 +34,7 @@ from mixture_of_depths.files import follow_umask
 from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
-from mixture_of_depths.model.loss import chunked_loss, next_tokens
+from mixture_of_depths.model.loss import chunked_loss, float64_loss, next_tokens
 from mixture_of_depths.model.routing import (
     LayerRouting,
     PreciseLinear,
@@ -613,6 +614,9 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
                 target_BT = next_tokens(labels, attention_mask)
             if logits_BTV is None:
                 lm_loss = chunked_loss(hidden_BTD, self.lm_head.weight, target_BT, num_items_in_batch)
+            elif logits_BTV.dtype == torch.float64 and self.loss_function is ForCausalLMLoss:
+                # The library's own computes in float32.
+                lm_loss = float64_loss(logits_BTV, target_BT, num_items_in_batch)
             else:
                 lm_loss = self.loss_function(
                     logits=logits_BTV,
