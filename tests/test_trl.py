@@ -64,7 +64,7 @@ ROUTERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded", "completion-only", "padding-free"])
+@pytest.mark.parametrize("kind", ["packed", "wrapped", "padded", "completion-only", "padding-free"])
 @pytest.mark.parametrize(("changes", "learner"), ROUTERS)
 def test_supervised_tuning(tmp_path: Path, kind: str, changes: dict[str, Any], learner: str) -> None:
     from trl import SFTConfig, SFTTrainer
@@ -74,9 +74,12 @@ def test_supervised_tuning(tmp_path: Path, kind: str, changes: dict[str, Any], l
     # Before the trainer puts its own forward pass into it.
     untrained = copy.deepcopy(model).train()
     length = None if kind == "padding-free" else 64
+    packing: dict[str, Any] = {"packing": kind in ("packed", "wrapped"), "padding_free": kind == "padding-free"}
+    if kind == "wrapped":
+        packing["packing_strategy"] = "wrapped"
     trainer = SFTTrainer(
         model,
-        SFTConfig(max_length=length, packing=kind == "packed", padding_free=kind == "padding-free", **common(tmp_path)),
+        SFTConfig(max_length=length, **packing, **common(tmp_path)),
         train_dataset=datasets.Dataset.from_dict(columns),
         processing_class=tokenizer(),
     )
@@ -91,6 +94,8 @@ def test_supervised_tuning(tmp_path: Path, kind: str, changes: dict[str, Any], l
     records, moved = train(trainer)
     assert learner in moved
     assert records[-1]["loss"] < records[0]["loss"]
+    # Whose tokens share a capacity.
+    assert len(batches[0]["input_ids"]) == (1 if kind in ("packed", "padding-free") else 2)
     # It takes the loss of the language model from hidden states.
     assert records[0]["loss"] == pytest.approx(untrained(**batches[0]).lm_loss.item(), rel=1e-4)
     if kind in ("padded", "completion-only"):

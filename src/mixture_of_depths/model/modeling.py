@@ -388,9 +388,11 @@ class MoDModel(MoDPreTrainedModel):
         documents_BT = self._documents(attention_mask, position_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and routing == "causal" and not self.training and documents_BT is None
+        self._check_cache(cache)
         if routing == "top_k" and (use_cache or cache is not None):
             raise ValueError(
-                "routing='top_k' looks ahead and cannot be used with a cache; use routing='causal', or use_cache=False"
+                "routing='top_k' looks ahead and cannot be used with a cache; use routing='causal', or use_cache=False "
+                "and no cache"
             )
         if documents_BT is not None and (use_cache or cache is not None):
             raise ValueError(
@@ -399,7 +401,6 @@ class MoDModel(MoDPreTrainedModel):
             )
         if cache is None and use_cache:
             cache = MoDCache(config=self.config)
-        self._check_cache(cache)
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
@@ -469,7 +470,7 @@ class MoDModel(MoDPreTrainedModel):
         if routed != set(self.config.routed_layers) or len(layers) != self.config.num_hidden_layers:
             raise ValueError(
                 f"cache={type(past).__name__} has routed layers {sorted(routed)} where this model has "
-                f"{self.config.routed_layers}; build it with MoDCache(config=model.config)"
+                f"{self.config.routed_layers}; build it with MoDCache(config=model.config), which prefix tuning cannot"
             )
 
     def _documents(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
