@@ -412,3 +412,18 @@ def test_dispatch_lists_every_pair_once(seed: int, tokens: int, experts: int, ro
 def test_equal_scores_go_to_the_lower_index() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     assert largest(scores, 2, dim=1).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+def test_under_autocast_and_in_bf16_routers_of_experts_compute_in_float32() -> None:
+    router, hidden = ExpertMLP(config_of(num_experts=4, expert_capacity=0.7)).router, torch.randn(1, 2048, 16)
+    expected = router(hidden, None, "top_k")
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = router(hidden, None, "top_k")
+    of_rounded = router.bfloat16()(hidden.bfloat16(), None, "top_k")
+    exact = router(hidden.bfloat16().float(), None, "top_k")
+    for (_, weight, decided), (_, exact_weight, exactly) in ((under_autocast, expected), (of_rounded, exact)):
+        assert torch.equal(weight, exact_weight)
+        for name in ("scores", "balance_loss", "z_loss"):
+            assert torch.equal(getattr(decided, name), getattr(exactly, name))
+    # In bf16 some hundreds would be left.
+    assert expected[2].scores.unique().numel() > 2000

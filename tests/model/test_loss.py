@@ -1,8 +1,10 @@
 """The loss of the next token, with and without the logits in memory."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -169,3 +171,61 @@ def test_the_librarys_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[])
     loss = Trainer(model, arguments).compute_loss(model, dict(batch))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def padded_dataset() -> datasets.Dataset:
+    """Two rows, of which the second predicts few tokens."""
+    input_ids, mask = padded_rows(24)
+    labels = input_ids.masked_fill(mask == 0, -100)
+    fields = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return datasets.Dataset.from_dict({name: values.tolist() for name, values in fields.items()})
+
+
+def test_the_librarys_trainer_weighs_unequal_parts_of_a_batch_by_what_they_predict(tmp_path: Path) -> None:
+    rows, model = padded_dataset(), tiny(routed_layers=[])
+    results = []
+    for parts in (1, 2):
+        trained = copy.deepcopy(model)
+        arguments = TrainingArguments(
+            str(tmp_path / str(parts)),
+            max_steps=1,
+            per_device_train_batch_size=2 // parts,
+            gradient_accumulation_steps=parts,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=1e9,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        loss = Trainer(trained, arguments, train_dataset=rows).train().training_loss
+        results.append((loss, trained.state_dict()))
+    (loss, weights), (of_parts, weights_of_parts) = results
+    assert of_parts == pytest.approx(loss, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_of_parts[name], weight, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "expert_capacity": 0.7}])
+@pytest.mark.parametrize("training_routing", ["top_k", "causal"])
+def test_the_librarys_trainer_predicts_logits_and_judges_them(
+    tmp_path: Path, training_routing: str, changes: dict[str, Any]
+) -> None:
+    model = tiny(training_routing=training_routing, **changes).float()
+    seen: list[Any] = []
+
+    def judge(predicted: Any) -> dict[str, float]:
+        seen.append(predicted)
+        return {"tokens": float((predicted.label_ids != -100).sum())}
+
+    arguments = TrainingArguments(str(tmp_path), use_cache=True, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer, rows = Trainer(model, arguments, compute_metrics=judge), padded_dataset()
+    assert trainer.evaluate(rows)["eval_tokens"] == 24 + 8
+    seen.append(trainer.predict(rows))
+    batch = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
+    expected = model.eval()(**batch).logits.detach().numpy()
+    for predicted in seen:
+        assert predicted.predictions.shape == (2, 24, 31)
+        assert predicted.predictions == pytest.approx(expected, abs=1e-5)

@@ -88,6 +88,14 @@ def test_the_delta_is_weighted_and_the_residual_is_not(shape: tuple[int, int, in
             assert torch.allclose(result[b, i], factor * hidden[b, i])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_added_is_multiplied_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    hidden, delta, weight = torch.randn(2, 64, 16).to(dtype), torch.randn(2, 64, 16).to(dtype), torch.randn(2, 64)
+    every = select_entered(torch.ones(2, 64, dtype=torch.bool))
+    result = add_weighted(hidden, every, delta, weight)
+    assert torch.equal(result, hidden + (weight.double()[..., None] * delta.double()).float().to(dtype))
+
+
 def test_rows_keep_their_own_tokens() -> None:
     hidden = torch.arange(12.0).view(2, 6, 1)
     selection = Selection(torch.tensor([[0, 5], [2, 3]]), None)
@@ -187,9 +195,10 @@ def test_routers_of_a_model_made_in_half_precision_are_in_float32(dtype: torch.d
         model.train()(input_ids, labels=input_ids).loss.backward()
 
 
+@pytest.mark.parametrize("router_norm", [False, True])
 @pytest.mark.parametrize("causal_router", ["predictor", "auxiliary_loss", "threshold"])
-def test_under_autocast_and_in_bf16_routers_compute_in_float32(causal_router: str) -> None:
-    model = routed_model(causal_router=causal_router, **EXPERTS).train()
+def test_under_autocast_and_in_bf16_routers_compute_in_float32(causal_router: str, router_norm: bool) -> None:
+    model = routed_model(causal_router=causal_router, router_norm=router_norm, **EXPERTS).train()
     router = model.model.layers[0].router
     hidden, positions = torch.randn(1, 2048, 16), torch.arange(2048)[None]
     expected = router.logits(hidden, positions)
