@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
-from mixture_of_depths.model.modeling import Placement, attend
+from mixture_of_depths.model.modeling import Placement, attend, rotary_factors
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,6 +166,16 @@ def test_without_routed_blocks_it_gives_the_logits_of_llama(changes: dict[str, A
     llama, ours = llama_pair(**changes)
     input_ids = torch.randint(0, 97, (2, 40))
     torch.testing.assert_close(ours(input_ids).logits, llama(input_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}])
+def test_the_angles_of_late_positions_are_exact_in_a_bf16_model(changes: dict[str, Any]) -> None:
+    config = MoDConfig(hidden_size=64, num_attention_heads=1, rope_parameters={"rope_theta": 10000.0, **changes})
+    positions = torch.arange(4000, 4096)[None]
+    exact = rotary_factors(config, positions, torch.float64)
+    for factors, exactly in zip(rotary_factors(config, positions, torch.bfloat16), exact, strict=True):
+        assert factors.dtype == torch.bfloat16
+        torch.testing.assert_close(factors.double(), exactly, atol=2.5e-3, rtol=0)
 
 
 def test_left_padded_batches_and_greedy_tokens_equal_llama() -> None:
