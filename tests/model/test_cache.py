@@ -99,7 +99,8 @@ def test_a_conversation_goes_on_from_a_returned_cache() -> None:
     out = model.generate(first, return_dict_in_generate=True, **arguments)
     second = torch.cat([out.sequences, torch.randint(0, 31, (1, 4))], dim=1)
     arguments["attention_mask"] = torch.ones_like(second)
-    continued = model.generate(second, cache=out.cache, **arguments)
+    # The name that every release of transformers knows.
+    continued = model.generate(second, past_key_values=out.past_key_values, **arguments)
     assert torch.equal(continued, model.generate(second, **arguments))
 
 
@@ -193,3 +194,16 @@ def test_the_earlier_name_of_the_cache_is_still_taken() -> None:
     following = torch.randint(0, 31, (1, 1))
     by_name = model(following, cache=copy.deepcopy(past)).logits
     assert torch.equal(by_name, model(following, past_key_values=past).logits)
+
+
+def test_an_output_has_its_cache_under_the_earlier_name_too() -> None:
+    output = tiny(routed_layers=[0, 2]).eval()(torch.randint(0, 31, (1, 4)))
+    assert output.past_key_values is output.cache is not None
+
+
+def test_a_cache_under_both_names_is_refused() -> None:
+    model = tiny(routed_layers=[0, 2]).eval()
+    input_ids = torch.randint(0, 31, (1, 4))
+    past = model(input_ids).cache
+    with pytest.raises(ValueError, match="cache= is past_key_values= in generate"):
+        model.prepare_inputs_for_generation(input_ids, past_key_values=past, cache=past)

@@ -297,7 +297,7 @@ def test_thresholds_follow_where_the_capacity_cuts_once_a_training_pass(
     model = tiny(routed_layers=[], num_experts=4, threshold_decay=0.7, **changes)
     router = model.model.layers[1].mlp.router
     if checkpointed:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     input_ids = torch.randint(0, 31, (4, 16))
     model.eval()(input_ids, routing="top_k", use_cache=False)
     assert (router.threshold == 0).all()

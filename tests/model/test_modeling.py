@@ -296,7 +296,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             return [weight.grad.clone() for weight in model.parameters()]
 
         plain = gradients(model, input_ids)
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         for a, b in zip(plain, gradients(model, input_ids), strict=True):
             assert torch.equal(a, b)
 
@@ -428,6 +428,11 @@ def test_logits_can_be_kept_for_the_last_or_for_chosen_positions() -> None:
     whole = model(input_ids).logits
     assert torch.allclose(model(input_ids, logits_to_keep=3).logits, whole[:, -3:])
     assert torch.allclose(model(input_ids, logits_to_keep=torch.tensor([1, 6])).logits, whole[:, [1, 6]])
+    of_each_row = model(input_ids, logits_to_keep=torch.tensor([[1, 6], [0, 3]])).logits
+    assert torch.allclose(of_each_row, torch.stack([whole[0, [1, 6]], whole[1, [0, 3]]]))
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, 2], mask[1, 5] = True, True
+    assert torch.allclose(model(input_ids, logits_to_keep=mask).logits, torch.stack([whole[0, 2], whole[1, 5]]))
 
 
 def test_documents_packed_for_other_attention_kernels_are_told_apart() -> None:

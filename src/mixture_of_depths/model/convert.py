@@ -144,7 +144,15 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
         raise ValueError(f"source={source} cannot be read: {error}") from error
     misfits = [f"missing {name}" for name in sorted(loading_info["missing_keys"])]
-    for name, stored, meant in sorted(loading_info["mismatched_keys"]):
+    mismatched = [*loading_info["mismatched_keys"]]
+    if gguf:
+        # Of these files transformers before 5.23 takes whatever shapes they hold, and does not tell.
+        with torch.device("meta"):
+            planned = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+        for name, weight in model.named_parameters():
+            if weight.shape != planned[name].shape:
+                mismatched.append((name, weight.shape, planned[name].shape))
+    for name, stored, meant in sorted(mismatched):
         misfits.append(f"{name} has shape {list(stored)}, not {list(meant)}")
     if misfits:
         raise ValueError(f"source={source}: its weights do not fit its configuration: {', '.join(misfits[:3])}")

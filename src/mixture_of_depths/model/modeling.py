@@ -23,12 +23,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from mixture_of_depths.files import follow_umask
 from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
@@ -283,11 +281,24 @@ class DecoderLayer(GradientCheckpointingLayer):
         return total
 
 
+class OutputWithCache(ModelOutput):
+    """An output whose cache is also found under the name that transformers before 5.24 looks for."""
+
+    cache: Cache | None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
+
+
 @dataclass
-class MoDModelOutput(BaseModelOutputWithPast):
+class MoDModelOutput(OutputWithCache):
     """Output of `MoDModel`: the base model's fields, and what the routers decided.
 
     Attributes:
+        last_hidden_state (torch.Tensor): the residual stream after the final norm; of shape [B, T, D].
+        cache (Cache | None): keys and values of past tokens; None without `use_cache`.
+        hidden_states: the residual stream before each block and after the final norm; with `output_hidden_states=True`.
         routers_loss (torch.Tensor | None): sum of what the blocks' routers add to the loss; None under causal routing
             and where they add nothing. Its gradient reaches them in any backward pass through the hidden states: with
             the factor that it has in the loss, or once an optimiser step where it is no part of it.
@@ -295,17 +306,23 @@ class MoDModelOutput(BaseModelOutputWithPast):
         expert_routing: one `ExpertRouting` a block, None where there are no experts or no token entered.
     """
 
+    last_hidden_state: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     routers_loss: Tensor | None = None
     routing: tuple[LayerRouting | None, ...] | None = None
     expert_routing: tuple[ExpertRouting | None, ...] | None = None
 
 
 @dataclass
-class MoDCausalLMOutput(CausalLMOutputWithPast):
+class MoDCausalLMOutput(OutputWithCache):
     """Output of `MoDForCausalLM`.
 
     Attributes:
         loss (torch.Tensor): the language model's loss plus the weighted losses of the routers; given with labels.
+        logits (torch.Tensor): of shape [B, T, V], or of the positions asked for; None with `skip_logits=True`.
+        cache (Cache | None): keys and values of past tokens; None without `use_cache`.
+        hidden_states: the residual stream before each block and after the final norm; with `output_hidden_states=True`.
         lm_loss (torch.Tensor): mean cross-entropy of the next token, in nats.
         router_loss (torch.Tensor): the blocks' mean cross-entropy of the causal decision against the top-k choice,
             unweighted and without a gradient of its own; given with labels under top-k routing.
@@ -315,6 +332,10 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
         expert_routing: one `ExpertRouting` a block, None where there is none; given with `output_routing=True`.
     """
 
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     router_loss: Tensor | None = None
     balance_loss: Tensor | None = None
@@ -576,7 +597,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache; by default only under causal routing outside training.
             output_attentions: not supported; must be false.
             output_hidden_states: whether to return the residual stream before each block and after the final norm.
-            logits_to_keep: how many last positions to compute logits for, 0 for all; or the positions, of shape [N].
+            logits_to_keep: how many last positions to compute logits for, 0 for all; or the positions, of shape [N], or
+                [B, N] where each row has its own; or True where logits are wanted, of shape [B, T].
             num_items_in_batch: number of labels the loss is averaged over, when a batch is given in several parts; the
                 routers' losses then count by this part's share of them.
             routing: "top_k" or "causal"; by default "top_k" in training mode and "causal" outside it.
@@ -608,7 +630,7 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = loss = lm_loss = router_loss = balance_loss = z_loss = None
         if not (skip_logits and self._head_is_plain(hidden_BTD.device)):
-            logits_BTV = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
+            logits_BTV = self.lm_head(at_positions(hidden_BTD, logits_to_keep))
         if labels is not None:
             target_BT = kwargs.get("shift_labels")
             if target_BT is None:
@@ -656,13 +678,25 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         return type(head) is nn.Linear and head.bias is None and head.weight.device == device and not any(hooks)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Sampling never looks ahead, whatever mode the module is in."""
+        # What transformers before 5.24 calls the cache, here and in `generate()`.
+        if past_key_values is not None:
+            if "cache" in kwargs:
+                raise ValueError("cache= is past_key_values= in generate() of transformers before 5.24; give it so")
+            kwargs["past_key_values"] = past_key_values
         # The mixin annotates itself with a private protocol that no public class satisfies.
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
+        if "past_key_values" in inputs:
+            inputs["cache"] = inputs.pop("past_key_values")
         return {"routing": "causal", **inputs}
 
     def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> Cache:
@@ -679,6 +713,22 @@ def ends_step() -> bool:
     A compiled graph is guarded by the answer, so that there are two of them.
     """
     return GradientState().sync_gradients
+
+
+def at_positions(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The hidden states whose logits are wanted; transformers has this as a function from 5.21 on.
+
+    Args:
+        hidden_BTD (torch.Tensor): of shape [B, T, D].
+        logits_to_keep (int | torch.Tensor): as in `MoDForCausalLM.forward`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_BTD[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_BTD[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_BTD.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_BTD[:, logits_to_keep]
 
 
 def packed_positions(cu_seq_lens: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from rich.console import Console
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -236,7 +238,11 @@ def _run(
     """Trains to the horizon, or until a signal; returns the steps done in all."""
     model = tuning.model
     if options.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers before 5.23 has the former name only, and those after it warn of that one.
+        if Version(transformers.__version__) < Version("5.23"):
+            model.gradient_checkpointing_enable()
+        else:
+            model.activation_checkpointing_enable()
     if options.compile:
         # The graphs of models trained before in this process count against the number the compiler keeps.
         torch.compiler.reset()
