@@ -22,6 +22,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 RouterType = Literal["learned", "random"]
 RouterActivation = Literal["none", "sigmoid", "tanh", "straight_through"]
 CausalRouter = Literal["predictor", "auxiliary_loss", "threshold"]
+RoutedPart = Literal["block", "block_keep_keys", "mlp"]
 ExpertRoutingType = Literal["token_choice", "expert_choice"]
 Precision = Literal["fp32", "bf16"]
 

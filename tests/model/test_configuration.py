@@ -1,6 +1,7 @@
 """What a configuration derives, and what it refuses."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def test_capacity_may_differ_by_block() -> None:
     assert [config.capacity_tokens(i, 16) for i in range(4)] == [16, 8, 16, 4]
 
 
+def test_routed_parts_may_differ_by_block_and_are_spelt_one_way(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"num_hidden_layers": 4, "bypass_rank": 2}
+    config = MoDConfig(**shape, routed_parts=["mlp", "block_keep_keys"])
+    assert [config.routed_part(i) for i in range(4)] == [None, "mlp", None, "block_keep_keys"]
+    assert config.layer_types == ["full_attention"] * 4
+    assert MoDConfig(num_hidden_layers=2).layer_types == ["full_attention", "mixture_of_depths_routed"]
+    config.save_pretrained(tmp_path)
+    assert MoDConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert MoDConfig(**shape, routed_parts=["mlp", "mlp"]).to_dict() == MoDConfig(**shape, routed_parts="mlp").to_dict()
+    assert MoDConfig(routed_layers=[], routed_parts=[]).routed_parts == "block"
+
+
 @given(
     tokens=st.integers(1, 300),
     experts=st.integers(1, 9),
@@ -111,6 +124,17 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
         ({"capacity": 1.5}, "capacity=1.5 is out of range: it must be less than or equal to 1"),
         ({"capacity": float("nan")}, "capacity=nan is out of range: it must be a finite number"),
         ({"capacity": [0.5, 0.5]}, r"capacity=\[0.5, 0.5\] has 2 entries for 4 routed blocks"),
+        (
+            {"routed_parts": "attention"},
+            "routed_parts='attention' is out of range: it must be 'block', 'block_keep_keys' or 'mlp'",
+        ),
+        (
+            {"routed_parts": ["mlp", "mlp"]},
+            r"routed_parts=\['mlp', 'mlp'\] has 2 entries for 4 .* give one word",
+        ),
+        ({"routed_parts": ["mlp", "all", "mlp", "mlp"]}, r"routed_parts=\['mlp', 'all', .* must be 'block'"),
+        ({"bypass_rank": -1}, "bypass_rank=-1"),
+        ({"bypass_rank": 513}, "bypass_rank=513 is more than hidden_size=512, .* lower it"),
         ({"routed_layers": [8]}, r"routed_layers=\[8\] names a block that is not there"),
         ({"routed_layers": [-1]}, r"routed_layers=\[-1\] names a block"),
         ({"routed_layers": [3, 1]}, r"routed_layers=\[3, 1\] must be in rising order"),

@@ -14,6 +14,7 @@ from mixture_of_depths.options import (
     Fraction,
     NotNegative,
     Positive,
+    RoutedPart,
     RouterActivation,
     RouterType,
 )
@@ -64,6 +65,11 @@ class MoDConfig(PreTrainedConfig):
             Routing every other block was best in the paper (section 4.1).
         capacity: fraction of the sequence that enters a routed block, one number or one per routed block; 0.125 was
             best in the paper. A sequence of S tokens, padding not counted, gives `max(1, floor(capacity * S))` places.
+        routed_parts: what of a routed block tokens skip, one word or one per routed block: "block", all of it, as in
+            the paper; "block_keep_keys", all but its keys and values, so that chosen tokens attend to every token
+            before them; or "mlp", its MLP alone, while attention runs for every token. Equal words become one.
+        bypass_rank: rank of the linear map of its normed hidden state that a token which skips takes in the place of
+            the routed part; 0 for none, as in the paper.
         router_type: "learned", a linear projection; or "random", weights drawn from a Gaussian, the paper's
             stochastic control.
         router_activation: what is applied to the router's output before it scales the block's delta: "none" (the
@@ -141,6 +147,8 @@ class MoDConfig(PreTrainedConfig):
 
     routed_layers: list[int] | None = None
     capacity: Capacity | list[Capacity] = 0.125
+    routed_parts: RoutedPart | list[RoutedPart] = "block"
+    bypass_rank: NotNegative = 0
     router_type: RouterType = "learned"
     router_activation: RouterActivation = "sigmoid"
     router_norm: bool = False
@@ -193,6 +201,8 @@ class MoDConfig(PreTrainedConfig):
             )
         # What is inherited reads both before `validate` can look at them.
         self._validate_routed_layers()
+        if isinstance(self.routed_parts, list) and len(set(self.routed_parts)) < 2:
+            self.routed_parts = self.routed_parts[0] if self.routed_parts else "block"
         if not isinstance(self.rope_parameters, dict | None):
             raise ValueError(f"rope_parameters={self.rope_parameters!r} must be a mapping, such as of rope_theta")
         super().__post_init__(**kwargs)
@@ -251,10 +261,16 @@ class MoDConfig(PreTrainedConfig):
                 f"routed_layers={layers} names a block that is not there; with num_hidden_layers="
                 f"{self.num_hidden_layers} the indices are 0 to {self.num_hidden_layers - 1}"
             )
-        if isinstance(capacity, list) and len(capacity) != len(layers):
+        for name, values, one in (("capacity", capacity, "number"), ("routed_parts", self.routed_parts, "word")):
+            if isinstance(values, list) and len(values) != len(layers):
+                raise ValueError(
+                    f"{name}={values} has {len(values)} entries for {len(layers)} routed blocks; give one {one}, or "
+                    "one for each of routed_layers"
+                )
+        if self.bypass_rank > self.hidden_size:
             raise ValueError(
-                f"capacity={capacity} has {len(capacity)} entries for {len(layers)} routed blocks; give one number, or "
-                "one for each of routed_layers"
+                f"bypass_rank={self.bypass_rank} is more than hidden_size={self.hidden_size}, the rank of any map of "
+                "hidden states; lower it"
             )
 
     def _validate_experts(self) -> None:
@@ -356,11 +372,19 @@ class MoDConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """The kind of cache each block needs, read by transformers when it builds a cache for `generate()`."""
-        routed = set(self.routed_layers or [])
         return [
-            "mixture_of_depths_routed" if layer in routed else "full_attention"
+            "mixture_of_depths_routed" if self.routed_part(layer) == "block" else "full_attention"
             for layer in range(self.num_hidden_layers)
         ]
+
+    def routed_part(self, layer_idx: int) -> RoutedPart | None:
+        """What of block `layer_idx` tokens skip; None for a dense block."""
+        assert self.routed_layers is not None
+        if layer_idx not in self.routed_layers:
+            return None
+        if isinstance(self.routed_parts, list):
+            return self.routed_parts[self.routed_layers.index(layer_idx)]
+        return self.routed_parts
 
     def capacity_fraction(self, layer_idx: int) -> float:
         """The fraction of tokens that enters block `layer_idx`: its capacity, or 1 for a dense block."""
