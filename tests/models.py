@@ -39,6 +39,9 @@ LLAMA: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
+# What of two routed blocks tokens skip.
+PARTS: list[Any] = ["block", "block_keep_keys", "mlp", ["block_keep_keys", "mlp"], ["mlp", "block"]]
+
 SENTENCE = "The router lets few tokens in, and the others pass. "
 TEXT = "the quick brown fox jumps over the lazy dog\n    <script>é😀</script> שלום" * 3
 TOKENIZER = train_tokenizer([TEXT * 10], 300)
@@ -64,6 +67,15 @@ def tiny(**changes: Any) -> MoDForCausalLM:
 def routed_model(**changes: Any) -> MoDForCausalLM:
     """A small model with two routed blocks of different capacities."""
     return MoDForCausalLM(MoDConfig(**{**TINY, "routed_layers": [0, 2], "capacity": [0.25, 0.125], **changes}))
+
+
+def with_parts(parts: Any, bypass_rank: int, **changes: Any) -> MoDForCausalLM:
+    """A small model whose bypasses do something."""
+    model = tiny(**{"routed_layers": [0, 2], **changes}, routed_parts=parts, bypass_rank=bypass_rank)
+    for layer in model.model.layers:
+        if layer.bypass is not None:
+            torch.nn.init.normal_(layer.bypass.up.weight, std=0.5)
+    return model
 
 
 def model_with(**changes: Any) -> MoDForCausalLM:

@@ -105,19 +105,18 @@ def expert_losses(asked: list[Asked], config: MoDConfig) -> tuple[Tensor, Tensor
     return balance, z
 
 
-def block_deltas(
+def attention_outputs(
     layer: DecoderLayer,
     tokens: dict[int, Tensor],
+    asking: list[int],
     positions: list[int],
     documents: list[int],
     config: MoDConfig,
-    routing: str,
-    asked: list[Asked],
 ) -> dict[int, Tensor]:
-    """f(X)_i for every token i of `tokens`, which are the only ones that attend and are attended to."""
+    """What attention gives every token of `asking`; all of `tokens`, and no others, are attended to."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     queries, keys, values = {}, {}, {}
     for i, x_D in tokens.items():
         normed = rms_norm(x_D, layer.input_layernorm.weight, eps)
@@ -129,8 +128,8 @@ def block_deltas(
         queries[i] = [rope(q, positions[i], theta) for q in query]
         keys[i] = [rope(k, positions[i], theta) for k in key]
         values[i] = linear(attention.v_proj, normed).view(key_heads, -1)
-    attended_D, normed = {}, {}
-    for i, x_D in tokens.items():
+    outputs = {}
+    for i in asking:
         seen = [j for j in tokens if j <= i and documents[j] == documents[i]]
         attended = []
         for head in range(heads):
@@ -138,16 +137,30 @@ def block_deltas(
             scores = torch.stack([queries[i][head] @ keys[j][group] for j in seen]) / math.sqrt(len(queries[i][head]))
             shares = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
             attended.append(sum(share * values[j][group] for share, j in zip(shares, seen, strict=True)))
-        attended_D[i] = linear(attention.o_proj, torch.cat(attended))
-        normed[i] = rms_norm(x_D + attended_D[i], layer.post_attention_layernorm.weight, eps)
+        outputs[i] = linear(attention.o_proj, torch.cat(attended))
+    return outputs
+
+
+def mlp_outputs(
+    layer: DecoderLayer, tokens: dict[int, Tensor], config: MoDConfig, routing: str, asked: list[Asked]
+) -> dict[int, Tensor]:
+    """What the MLP, or the experts, give every token."""
+    mlp = layer.mlp
+    normed = {i: rms_norm(x_D, layer.post_attention_layernorm.weight, config.rms_norm_eps) for i, x_D in tokens.items()}
     if isinstance(mlp, ExpertMLP):
-        outputs = expert_outputs(mlp, normed, routing, asked)
-    else:
-        outputs = {
-            i: linear(mlp.down_proj, swiglu(linear(mlp.gate_proj, x_D), linear(mlp.up_proj, x_D)))
-            for i, x_D in normed.items()
-        }
-    return {i: attended_D[i] + outputs[i] for i in tokens}
+        return expert_outputs(mlp, normed, routing, asked)
+    return {
+        i: linear(mlp.down_proj, swiglu(linear(mlp.gate_proj, x_D), linear(mlp.up_proj, x_D)))
+        for i, x_D in normed.items()
+    }
+
+
+def bypass_output(layer: DecoderLayer, x_D: Tensor, part: str, eps: float) -> Tensor:
+    """What a token takes in the place of the part that it skips: U V norm(x), or nothing without a bypass."""
+    if layer.bypass is None:
+        return torch.zeros_like(x_D)
+    norm = layer.post_attention_layernorm if part == "mlp" else layer.input_layernorm
+    return layer.bypass.up.weight @ (layer.bypass.down.weight @ rms_norm(x_D, norm.weight, eps))
 
 
 def activate(r: Tensor, name: str) -> Tensor:
@@ -197,9 +210,19 @@ def reference_forward(
     losses, balances, zs = [], [], []
     for layer_idx, layer in enumerate(model.model.layers):
         entropy, counted, asked = torch.zeros((), dtype=torch.float64), 0, []
+        part = config.routed_parts
+        if isinstance(part, list) and layer_idx in config.routed_layers:
+            part = part[config.routed_layers.index(layer_idx)]
         for b in range(batch):
             alive = [i for i in range(length) if real[b][i]]
             chosen, weights = alive, {}
+            if layer_idx in config.routed_layers and part == "mlp":
+                # Before the router, which decides about the MLP alone.
+                attended = attention_outputs(
+                    layer, {i: x[b][i] for i in alive}, alive, positions[b], documents[b], config
+                )
+                for i in alive:
+                    x[b][i] = x[b][i] + attended[i]
             if layer_idx in config.routed_layers:
                 r = {i: router_logit(layer, x[b][i], eps) for i in alive}
                 logits = {i: causal_logit(layer, x[b][i], eps) for i in alive}
@@ -219,17 +242,19 @@ def reference_forward(
                 else:
                     chosen = [i for i in alive if i in firsts or float(logits[i]) > 0]
                 weights = {i: activate(r[i], config.router_activation) for i in chosen}
-            deltas = block_deltas(
-                layer,
-                {i: x[b][i] for i in chosen},
-                positions[b],
-                documents[b],
-                config,
-                routing,
-                asked,
-            )
-            for i in chosen:
-                x[b][i] = x[b][i] + (weights[i] * deltas[i] if weights else deltas[i])
+            attended = {i: torch.zeros_like(x[b][i]) for i in chosen}
+            if layer_idx not in config.routed_layers or part != "mlp":
+                keyed = alive if part == "block_keep_keys" else chosen
+                attended = attention_outputs(
+                    layer, {i: x[b][i] for i in keyed}, chosen, positions[b], documents[b], config
+                )
+            outputs = mlp_outputs(layer, {i: x[b][i] + attended[i] for i in chosen}, config, routing, asked)
+            for i in alive:
+                if i in chosen:
+                    delta = attended[i] + outputs[i]
+                    x[b][i] = x[b][i] + (weights[i] * delta if weights else delta)
+                else:
+                    x[b][i] = x[b][i] + bypass_output(layer, x[b][i], part, eps)
         if routing == "top_k" and layer_idx in config.routed_layers and config.causal_router != "threshold":
             losses.append(entropy / max(counted, 1))
         if asked:

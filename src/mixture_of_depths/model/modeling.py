@@ -10,7 +10,7 @@ chosen, Q queries, D hidden size, H heads, h head width, V vocabulary. A slot is
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,12 +34,14 @@ from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
 from mixture_of_depths.model.loss import chunked_loss, float64_loss, next_tokens
 from mixture_of_depths.model.routing import (
+    Bypass,
     LayerRouting,
     PreciseLinear,
     Predictor,
     Router,
     Routing,
     Selection,
+    ZeroLinear,
     add_weighted,
     gather_tokens,
     with_loss,
@@ -94,6 +96,16 @@ class Placement:
             chosen(self.cos), chosen(self.sin), slots_RK, documents_RK, mask, valid_RK, rows=selection.row_R
         )
 
+    def asking(self, selection: Selection, batch_size: int) -> "Placement":
+        """The placement of the tokens chosen of a batch, which attend to all tokens."""
+        chosen, mask = self.of(selection, batch_size), None
+        if self.mask is not None:
+            mask_BTS = self.mask[:, 0].expand(batch_size, -1, -1)
+            mask = gather_tokens(mask_BTS, selection)[:, None]
+        elif self.slots.shape[1] > 1:
+            mask = visible(chosen.slots, self.slots, None)
+        return replace(chosen, mask=mask)
+
 
 def visible(query_slots_BQ: Tensor, key_slots_BS: Tensor, documents_BT: Tensor | None) -> Tensor:
     """True where a query may attend to a key: at or before it, and of the same document; of shape [B, 1, Q, S]."""
@@ -142,21 +154,29 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, placement: Placement, past: Cache | None) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, asking: Selection | None = None
+    ) -> Tensor:
+        """What each token gets from those it attends to, of shape [B, T, D]; with `asking` only these, [R, K, D]."""
+        asking_RKD, asking_from = hidden_BTD, placement
+        if asking is not None:
+            asking_RKD, asking_from = gather_tokens(hidden_BTD, asking), placement.asking(asking, hidden_BTD.shape[0])
         head_shape = (*hidden_BTD.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_BTD).view(head_shape))
+        query = self.q_norm(self.q_proj(asking_RKD).unflatten(-1, (-1, self.head_dim)))
         key = self.k_norm(self.k_proj(hidden_BTD).view(head_shape))
         value = self.v_proj(hidden_BTD).view(head_shape).transpose(1, 2)
-        query = rotate(query, placement.cos, placement.sin).transpose(1, 2)
+        query = rotate(query, asking_from.cos, asking_from.sin).transpose(1, 2)
         key = rotate(key, placement.cos, placement.sin).transpose(1, 2)
 
-        mask = placement.mask
+        mask = asking_from.mask
         is_causal = mask is None and query.shape[2] > 1
         if past is not None:
             layer = past.layers[self.layer_idx]
             key, value = past.update(key, value, self.layer_idx, slots=placement.slots, rows=placement.rows)
             if isinstance(layer, RoutedCacheLayer):
                 is_causal, mask = False, visible(placement.slots, layer.slots_of(placement.rows), None)
+        if asking is not None and asking.row_R is not None:
+            key, value = key.index_select(0, asking.row_R), value.index_select(0, asking.row_R)
         return self.o_proj(attend(query, key, value, mask, is_causal).transpose(1, 2).flatten(2))
 
 
@@ -189,7 +209,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """One block, attention and MLP with their norms; routed when the configuration lists it in `routed_layers`."""
+    """One block, attention and MLP with their norms; routed when the configuration lists it in `routed_layers`.
+
+    What of it is routed, `routed_parts` says; `routing.py` has the equations.
+    """
 
     def __init__(self, config: MoDConfig, layer_idx: int) -> None:
         super().__init__()
@@ -200,18 +223,44 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = ExpertMLP(config) if config.has_experts else MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.router = Router(config, layer_idx) if layer_idx in config.routed_layers else None
+        self.part = config.routed_part(layer_idx)
+        self.router = Router(config, layer_idx) if self.part else None
+        self.bypass = Bypass(config) if self.part and config.bypass_rank else None
 
     def delta(
         self, hidden_BTD: Tensor, placement: Placement, past: Cache | None, routing: Routing
     ) -> tuple[Tensor, ExpertRouting | None]:
         """What the block adds to the residual stream of the tokens it is given: f(X) of the paper's equation 1."""
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past)
-        normed_BTD = self.post_attention_layernorm(hidden_BTD + attended_BTD)
-        if self.config.has_experts:
-            mlp_BTD, expert_routing = self.mlp(normed_BTD, placement.real, routing)
-            return attended_BTD + mlp_BTD, expert_routing
-        return attended_BTD + self.mlp(normed_BTD), None
+        mlp_BTD, expert_routing = self.mlp_delta(hidden_BTD + attended_BTD, placement.real, routing)
+        return attended_BTD + mlp_BTD, expert_routing
+
+    def mlp_delta(
+        self, hidden_BTD: Tensor, real_BT: Tensor | None, routing: Routing
+    ) -> tuple[Tensor, ExpertRouting | None]:
+        """What the MLP, or its experts, add to the residual stream."""
+        normed_BTD = self.post_attention_layernorm(hidden_BTD)
+        return self.mlp(normed_BTD, real_BT, routing) if self.config.has_experts else (self.mlp(normed_BTD), None)
+
+    def chosen_delta(
+        self, hidden_BTD: Tensor, selection: Selection, placement: Placement, past: Cache | None, routing: Routing
+    ) -> tuple[Tensor, ExpertRouting | None]:
+        """What the routed part adds to the residual stream of the chosen tokens, of shape [R, K, D]."""
+        chosen_RKD = gather_tokens(hidden_BTD, selection)
+        if self.part == "block":
+            return self.delta(chosen_RKD, placement.of(selection, hidden_BTD.shape[0]), past, routing)
+        if self.part == "mlp":
+            return self.mlp_delta(chosen_RKD, selection.valid_RK, routing)
+        attended_RKD = self.self_attn(self.input_layernorm(hidden_BTD), placement, past, selection)
+        mlp_RKD, expert_routing = self.mlp_delta(chosen_RKD + attended_RKD, selection.valid_RK, routing)
+        return attended_RKD + mlp_RKD, expert_routing
+
+    def bypassed(self, hidden_BTD: Tensor, entered_BT: Tensor) -> Tensor:
+        """The residual stream, with what the tokens that skip take in the place of the routed part."""
+        if self.bypass is None:
+            return hidden_BTD
+        norm = self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm
+        return hidden_BTD + self.bypass(norm(hidden_BTD), entered_BT).to(hidden_BTD.dtype)
 
     def forward(
         self,
@@ -234,16 +283,20 @@ class DecoderLayer(GradientCheckpointingLayer):
             hidden_BTD, loss = self.tie_loss(hidden_BTD, None, expert_routing, factor)
             hidden_BTD = hidden_BTD + delta_BTD
         else:
+            if self.part == "mlp":
+                attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), placement, cache)
+                hidden_BTD = hidden_BTD + attended_BTD
             selection, layer_routing = self.router(hidden_BTD, position_BT, placement.real, routing)
-            if cache is not None:
+            bypassed_BTD = self.bypassed(hidden_BTD, layer_routing.entered)
+            if cache is not None and self.part == "block":
                 cast(RoutedCacheLayer, cache.layers[self.layer_idx]).see(hidden_BTD)
             if selection.index_RK.shape[1] == 0:
-                return hidden_BTD, None, layer_routing, None
-            chosen_RKD = gather_tokens(hidden_BTD, selection)
-            chosen_placement = placement.of(selection, hidden_BTD.shape[0])
-            delta_RKD, expert_routing = self.delta(chosen_RKD, chosen_placement, cache, routing)
+                if cache is not None and self.part == "block_keep_keys":
+                    self.self_attn(self.input_layernorm(hidden_BTD), placement, cache, selection)
+                return bypassed_BTD, None, layer_routing, None
+            delta_RKD, expert_routing = self.chosen_delta(hidden_BTD, selection, placement, cache, routing)
             weight_RK = self.router.gate(gather_tokens(layer_routing.router_logits, selection))
-            hidden_BTD, loss = self.tie_loss(hidden_BTD, layer_routing, expert_routing, factor)
+            hidden_BTD, loss = self.tie_loss(bypassed_BTD, layer_routing, expert_routing, factor)
             hidden_BTD = add_weighted(hidden_BTD, selection, delta_RKD, weight_RK)
         return hidden_BTD, loss, layer_routing, expert_routing
 
@@ -366,6 +419,8 @@ class MoDPreTrainedModel(PreTrainedModel):
             init.ones_(module.router_scale)
         if isinstance(module, Router) and not module.is_random:
             init.zeros_(module.threshold)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
         if isinstance(module, GroupedLinear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, ExpertRouter) and module.threshold is not None:
@@ -487,11 +542,12 @@ class MoDModel(MoDPreTrainedModel):
         if past is None or not self.config.routed_layers:
             return
         layers = past.layers
-        routed = {i for i, layer in enumerate(layers) if isinstance(layer, RoutedCacheLayer)}
-        if routed != set(self.config.routed_layers) or len(layers) != self.config.num_hidden_layers:
+        routed = [i for i, layer in enumerate(layers) if isinstance(layer, RoutedCacheLayer)]
+        expected = [i for i, kind in enumerate(self.config.layer_types) if kind == RoutedCacheLayer._layer_type]
+        if routed != expected or len(layers) != self.config.num_hidden_layers:
             raise ValueError(
-                f"cache={type(past).__name__} has routed layers {sorted(routed)} where this model has "
-                f"{self.config.routed_layers}; build it with MoDCache(config=model.config), which prefix tuning cannot"
+                f"cache={type(past).__name__} has routed layers {routed} where this model has "
+                f"{expected}; build it with MoDCache(config=model.config), which prefix tuning cannot"
             )
 
     def _documents(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:

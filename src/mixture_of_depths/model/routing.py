@@ -2,9 +2,17 @@
 
 A routed block f with router weights r maps the hidden states x of a sequence to
 
-    x'_i = x_i + r_i f(X)_i   for the chosen tokens i,    x'_i = x_i   for all others,
+    x'_i = x_i + r_i f(X)_i   for the chosen tokens i,    x'_i = x_i + b(x_i)   for all others,
 
-where X are the chosen tokens only (arXiv:2404.02258, section 3.4, equation 1). Two ways of choosing them:
+where X are the chosen tokens only and b is 0 (arXiv:2404.02258, section 3.4, equation 1), or with `bypass_rank` the
+bypass b(x) = U V norm(x), by the norm of the part that is skipped. What that is, `routed_parts` says:
+
+- "block": the equation as it stands.
+- "block_keep_keys": a chosen token attends to the keys and values of all tokens up to itself, chosen or not.
+- "mlp": all tokens attend, h_i = x_i + a(x)_i. The equation then holds for h and the MLP in the place of x and f, and
+  the router reads h.
+
+Two ways of choosing the tokens:
 
 - top-k (expert choice): the C tokens of the sequence with the largest weights. C is fixed, so shapes are static. It
   looks ahead, and so serves training and the paper's evaluation, not sampling.
@@ -137,8 +145,10 @@ class Router(PreciseModule):
         self.layer_idx = layer_idx
         # Kept here: looked up by the block's index, it would have every block compiled by itself.
         self.capacity = config.capacity_fraction(layer_idx)
-        # Dense blocks make them different: no two have the same tokens before them.
-        self.meets_equal_tokens = set(range(layer_idx)) <= set(config.routed_layers or [])
+        # Where all attend they become different: no two have the same tokens before them.
+        self.meets_equal_tokens = config.routed_part(layer_idx) != "mlp" and all(
+            config.routed_part(before) in ("block", "block_keep_keys") for before in range(layer_idx)
+        )
         self.is_random = config.router_type == "random"
         if not self.is_random:
             self.proj = PreciseLinear(config.hidden_size, 1, bias=False)
@@ -261,6 +271,27 @@ class Router(PreciseModule):
             is_cut_B1 = is_left_BT.any(dim=1, keepdim=True)
             choice_BT = is_cut_B1.expand_as(entered_BT) if choice_BT is None else choice_BT & is_cut_B1
         return choice_BT
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that begins as 0."""
+
+
+class Bypass(nn.Module):
+    """What a token that skips takes in the place of the routed part: a linear map of low rank of its normed state.
+
+    It begins as 0, so that a skipped token first keeps its residual alone, as in the paper, and a model that gets
+    bypasses does what it did. It learns all the same, since `down` does not begin as 0.
+    """
+
+    def __init__(self, config: MoDConfig) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, config.bypass_rank, bias=False)
+        self.up = ZeroLinear(config.bypass_rank, config.hidden_size, bias=False)
+
+    def forward(self, normed_BTD: Tensor, entered_BT: Tensor) -> Tensor:
+        """U V times the normed states of the tokens that skip, 0 for those that entered; of shape [B, T, D]."""
+        return self.up(self.down(normed_BTD).masked_fill(entered_BT[..., None], 0))
 
 
 @torch.compiler.assume_constant_result
