@@ -39,7 +39,18 @@ def test_a_first_token_that_enters_anyway_is_no_wrong_decision(routing: Any) -> 
     assert found.entered[:, 0].all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"routed_layers": []}, {"router_type": "random"}, {"capacity": [0.5, 0.125]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"routed_layers": []},
+        {"router_type": "random"},
+        {"capacity": [0.5, 0.125]},
+        {"bypass_rank": 4},
+        {"routed_parts": "mlp", "bypass_rank": 4},
+        {"routed_parts": ["mlp", "block_keep_keys"], "capacity": [0.25, 1.0]},
+    ],
+)
 def test_the_flops_of_all_tokens_are_those_of_the_forward_pass(changes: dict[str, Any]) -> None:
     model = model_with(**changes)
     found = trace(model, TOKENIZER, TEXT, "top_k")

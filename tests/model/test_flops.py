@@ -35,6 +35,10 @@ CONFIGS: list[dict[str, Any]] = [
     {"num_experts": 4, "num_experts_per_tok": 2, "routed_layers": []},
     {"num_experts": 4, "num_experts_per_tok": 2, "expert_capacity": 0.7},
     {"num_experts": 3, "expert_routing": "expert_choice", "expert_capacity": 1.5, "route_every": 1, "capacity": 0.3},
+    {"routed_parts": "block_keep_keys", "num_key_value_heads": 2},
+    {"routed_parts": "mlp", "bypass_rank": 5, "router_type": "random"},
+    {"routed_parts": ["mlp", "block_keep_keys"], "bypass_rank": 8, "num_experts": 3, "attention_bias": True},
+    {"bypass_rank": 3, "query_key_norm": True},
     {"predictor_hidden_size": 33, "tie_word_embeddings": True, "attention_bias": True, "query_key_norm": True},
 ]
 
@@ -150,6 +154,57 @@ def test_decoding_expects_a_routed_block_at_its_capacity() -> None:
         assert decode_bytes(config, 100, batch_size=rows, bytes_per_element=1).weights == pytest.approx(expected)
         read = decode_bytes(config, 100, batch_size=rows, bytes_per_element=1).cache
         assert read == rows * 2 * 64 * 100 * (4 + 0.25 * 0.25)
+
+
+@pytest.mark.parametrize("parts", ["block_keep_keys", "mlp", ["mlp", "block_keep_keys"]])
+@pytest.mark.parametrize("bypass_rank", [0, 8])
+def test_a_sampling_step_costs_what_the_counter_counts_when_all_enter_and_when_none_does(
+    parts: Any, bypass_rank: int
+) -> None:
+    shape: dict[str, Any] = {"routed_parts": parts, "bypass_rank": bypass_rank, "num_key_value_heads": 2}
+    config = config_of({**shape, "capacity": 0.25, "num_experts": 3})
+    model = MoDForCausalLM(config).eval()
+    counted = []
+    for bias in (1e6, -1e6):
+        for layer_idx in (1, 3):
+            model.model.layers[layer_idx].router.predictor.down_proj.bias.data.fill_(bias)
+        past = model(torch.randint(0, 101, (1, 19))).cache
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.randint(0, 101, (1, 1)), cache=past)
+        counted.append(counter.get_total_flops())
+        assert past.num_bytes() == cache_bytes(config, 20)
+    every, none = counted
+    assert decode_flops(config, 20).total == pytest.approx(0.25 * every + 0.75 * none)
+
+
+def test_a_sampling_step_reads_what_its_parts_need_whoever_enters() -> None:
+    shape: dict[str, Any] = {"routed_layers": [2], "capacity": 0.25, "bypass_rank": 3, "causal_router": "threshold"}
+    block, keys, mlp = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64, 2 * 64 * 64 + 64, 3 * 64 * 192 + 64
+    for rows in (1, 3):
+        some = 1 - 0.75**rows
+        ends = 64 * (101 + rows + 1) + 4 * block + 64 + 2 * 64 * 3
+        for part, read, cached in (
+            # The bypass reads the norm before it.
+            ("block", some * block + (1 - some) * 64, 0.25 * 0.25),
+            ("block_keep_keys", keys + some * (block - keys), 0.25),
+            ("mlp", block - mlp + some * mlp + (1 - some) * 64, 1.0),
+        ):
+            found = decode_bytes(config_of({**shape, "routed_parts": part}), 100, rows, bytes_per_element=1)
+            assert found.weights == pytest.approx(ends + read)
+            assert found.cache == pytest.approx(rows * 2 * 64 * 100 * (4 + cached))
+
+
+def test_the_operations_of_a_text_are_those_of_its_tokens_whatever_is_routed() -> None:
+    inside_LT = np.ones((5, 10), dtype=bool)
+    met_LT = np.zeros_like(inside_LT)
+    for part in ("block", "block_keep_keys", "mlp"):
+        config = config_of({"routed_parts": part, "capacity": 1.0, "bypass_rank": 2})
+        assert token_flops(config, inside_LT, met_LT).sum() == pytest.approx(forward_flops(config, 10).total)
+    config = config_of({"routed_parts": ["block_keep_keys", "mlp"], "bypass_rank": 2})
+    inside_LT[1, [0, 4, 5]] = inside_LT[3, 4:] = False
+    projections, pair, mlp = 2 * 64 * 2 * 64, 4 * 64, 2 * 64 * 3 * 192
+    skipped = 3 * (projections + mlp) + pair * (1 + 5 + 6) + 6 * mlp
+    assert sum(dense_token_flops(config, 10) - token_flops(config, inside_LT, met_LT)) == pytest.approx(skipped)
 
 
 def test_a_routed_block_is_read_when_any_row_enters() -> None:

@@ -1,18 +1,21 @@
 """Analytic floating-point operations and bytes of a Mixture-of-Depths model and of its baseline.
 
 Counted are matrix products, two operations a multiply-add: projections, attention scores and their use, MLP or
-experts, routers, predictor and head. Norms, RoPE, softmax, activations and the embedding's look-up are not. Attention
-is counted at its causal half: a token attends to itself and the tokens before it, S (S + 1) / 2 pairs for a sequence of
-S tokens. A backward pass costs twice its forward pass, so training is three times the forward count.
+experts, routers, predictor, bypass and head. Norms, RoPE, softmax, activations and the embedding's look-up are not.
+Attention is counted at its causal half: a token attends to itself and the tokens before it, S (S + 1) / 2 pairs for a
+sequence of S tokens. A backward pass costs twice its forward pass, so training is three times the forward count.
 
-A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2). Experts
-work for the tokens that ask for them, up to their capacity; no-ops are taken to get the share that is their target.
+A routed block works for its capacity only: C tokens, C (C + 1) / 2 pairs (arXiv:2404.02258, section 3.2). One that
+keeps its keys and values computes those of all tokens, and C (S + 1) / 2 pairs, with its C queries spread evenly; of
+one that routes its MLP alone, the attention is a dense block's. The bypass is computed for all tokens, and dropped
+where they enter. Experts work for the tokens that ask for them, up to their capacity; no-ops are taken to get the share
+that is their target.
 
 Shapes: T tokens, L blocks.
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -29,10 +32,11 @@ class FlopCount:
     router: float = 0
     predictor: float = 0
     head: float = 0
+    bypass: float = 0
 
     @property
     def total(self) -> float:
-        return self.projections + self.attention + self.mlp + self.router + self.predictor + self.head
+        return self.projections + self.attention + self.mlp + self.router + self.predictor + self.head + self.bypass
 
     def __add__(self, other: "FlopCount") -> "FlopCount":
         return FlopCount(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -48,24 +52,53 @@ def _projection_sizes(config: MoDConfig) -> tuple[int, int]:
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
-def block_flops(config: MoDConfig, tokens: float, pairs: float, expert_rows: float) -> FlopCount:
-    """Forward operations of one block, its router left out.
+class Working(NamedTuple):
+    """For how many tokens the parts of a block work.
+
+    Attributes:
+        queries: tokens with a query, and an output projection of what it finds.
+        keys: tokens with a key and a value.
+        mlp: tokens that meet the MLP, or the experts' router.
+    """
+
+    queries: float
+    keys: float
+    mlp: float
+
+
+def working(config: MoDConfig, layer_idx: int, tokens: float, chosen: float) -> Working:
+    """What a block works for if `chosen` of `tokens` tokens enter it; in a dense one all of them do."""
+    part = config.routed_part(layer_idx)
+    return Working(
+        queries=tokens if part == "mlp" else chosen,
+        keys=tokens if part in ("mlp", "block_keep_keys") else chosen,
+        mlp=chosen,
+    )
+
+
+def part_flops(config: MoDConfig, works: Working, pairs: float, expert_rows: float) -> FlopCount:
+    """Forward operations of one block, its router and bypass left out.
 
     Args:
         config: the model.
-        tokens: number of tokens.
+        works: number of tokens.
         pairs: number of query-key pairs.
         expert_rows: number of products of an expert and a token; not looked at without experts.
     """
     assert config.intermediate_size is not None
     query_size, key_size = _projection_sizes(config)
-    rows = expert_rows if config.has_experts else tokens
+    rows = expert_rows if config.has_experts else works.mlp
     return FlopCount(
-        projections=tokens * 2 * config.hidden_size * (2 * query_size + 2 * key_size),
+        projections=2 * config.hidden_size * (works.queries * 2 * query_size + works.keys * 2 * key_size),
         attention=pairs * 2 * 2 * query_size,
         mlp=rows * 2 * config.hidden_size * 3 * config.intermediate_size,
-        router=tokens * 2 * config.hidden_size * _expert_choices(config),
+        router=works.mlp * 2 * config.hidden_size * _expert_choices(config),
     )
+
+
+def block_flops(config: MoDConfig, tokens: float, pairs: float, expert_rows: float) -> FlopCount:
+    """As `part_flops`, with all parts working for `tokens` tokens."""
+    return part_flops(config, Working(tokens, tokens, tokens), pairs, expert_rows)
 
 
 def _expert_choices(config: MoDConfig) -> int:
@@ -91,18 +124,19 @@ def expert_rows_per_token(config: MoDConfig) -> float:
 
 
 def router_flops(config: MoDConfig, tokens: float) -> FlopCount:
-    """Forward operations of a routed block's router and predictor, which see every token."""
+    """Forward operations of a routed block's router, predictor and bypass, which see every token."""
+    bypass = tokens * 2 * bypass_parameters(config)
     if config.router_type == "random":
-        return FlopCount()
+        return FlopCount(bypass=bypass)
     predictor = 0.0
     if config.causal_router == "predictor":
         assert config.predictor_hidden_size is not None
         predictor = tokens * 2 * (config.hidden_size + 1) * config.predictor_hidden_size
-    return FlopCount(router=tokens * 2 * config.hidden_size, predictor=predictor)
+    return FlopCount(router=tokens * 2 * config.hidden_size, predictor=predictor, bypass=bypass)
 
 
-def _pairs(tokens: float, attention: Literal["causal", "full"]) -> float:
-    return tokens * tokens if attention == "full" else tokens * (tokens + 1) / 2
+def _pairs(works: Working, attention: Literal["causal", "full"]) -> float:
+    return works.queries * works.keys if attention == "full" else works.queries * (works.keys + 1) / 2
 
 
 def forward_flops(
@@ -118,11 +152,11 @@ def forward_flops(
     """
     total = FlopCount(head=sequence_length * 2 * config.hidden_size * config.vocab_size)
     for layer_idx in range(config.num_hidden_layers):
-        tokens = sequence_length
-        if layer_idx in (config.routed_layers or []):
-            tokens = config.capacity_tokens(layer_idx, sequence_length)
+        chosen = config.capacity_tokens(layer_idx, sequence_length)
+        works = working(config, layer_idx, sequence_length, chosen)
+        total += part_flops(config, works, _pairs(works, attention), expert_rows(config, chosen))
+        if config.routed_part(layer_idx) is not None:
             total += router_flops(config, sequence_length)
-        total += block_flops(config, tokens, _pairs(tokens, attention), expert_rows(config, tokens))
     return total
 
 
@@ -145,10 +179,14 @@ def token_flops(config: MoDConfig, inside_LT: np.ndarray, experts_met_LT: np.nda
         experts_met_LT: how many experts took each token in each block, of shape [L, T]; not looked at without experts.
     """
     # The cost of a token is that of itself, of the pairs it attends with and of its experts.
-    fixed = block_flops(config, 1, 0, 0).total
     pair = block_flops(config, 0, 1, 0).total
-    expert = block_flops(config, 0, 0, 1).total
-    total = (inside_LT * (fixed + pair * inside_LT.cumsum(axis=1)) + expert * experts_met_LT).sum(axis=0)
+    total = block_flops(config, 0, 0, 1).total * experts_met_LT.sum(axis=0)
+    for layer_idx, inside_T in enumerate(inside_LT):
+        enters, skips = working(config, layer_idx, 1, 1), working(config, layer_idx, 1, 0)
+        fixed_T = np.where(inside_T, part_flops(config, enters, 0, 0).total, part_flops(config, skips, 0, 0).total)
+        queries_T = np.where(inside_T, enters.queries, skips.queries)
+        keys_T = np.where(inside_T, enters.keys, skips.keys)
+        total = total + fixed_T + pair * queries_T * keys_T.cumsum()
     routers = len(config.routed_layers or []) * router_flops(config, 1).total
     return total + routers + 2.0 * config.hidden_size * config.vocab_size
 
@@ -173,14 +211,16 @@ def share_saved(config: MoDConfig, inside_LT: np.ndarray, experts_met_LT: np.nda
 def decode_flops(config: MoDConfig, context_length: int) -> FlopCount:
     """Expected operations of one sampling step: one token, attending to `context_length` tokens, itself included.
 
-    A routed block is entered with the probability of its capacity, and then finds that fraction of the context.
+    A routed block is entered with the probability of its capacity, and then finds that fraction of the context; or all
+    of it, where it keeps the keys of all tokens.
     """
     total = FlopCount(head=2 * config.hidden_size * config.vocab_size)
     for layer_idx in range(config.num_hidden_layers):
         fraction = config.capacity_fraction(layer_idx)
-        per_token = expert_rows_per_token(config)
-        total += block_flops(config, 1, fraction * context_length, per_token).scaled(fraction)
-        if layer_idx in (config.routed_layers or []):
+        works = working(config, layer_idx, 1, fraction)
+        pairs = works.queries * works.keys * context_length
+        total += part_flops(config, works, pairs, fraction * expert_rows_per_token(config))
+        if config.routed_part(layer_idx) is not None:
             total += router_flops(config, 1)
     return total
 
@@ -198,13 +238,37 @@ class DecodeBytes:
 
 
 def block_parameters(config: MoDConfig) -> int:
-    """Number of weights of one block, its router left out."""
-    query_size, key_size = _projection_sizes(config)
-    projections = config.hidden_size * (2 * query_size + 2 * key_size)
-    biases = (query_size + 2 * key_size + config.hidden_size) if config.attention_bias else 0
-    norms = 2 * config.hidden_size + (2 * cast(int, config.head_dim) if config.query_key_norm else 0)
-    expert_router = config.hidden_size * _expert_choices(config)
-    return projections + biases + norms + expert_router + config.num_experts * expert_parameters(config)
+    """Number of weights of one block, its router and bypass left out."""
+    experts = config.num_experts * expert_parameters(config)
+    return _query_parameters(config) + _key_parameters(config) + _mlp_parameters(config) + experts
+
+
+def _query_parameters(config: MoDConfig) -> int:
+    """Number of weights of queries and output projection."""
+    query_size, _ = _projection_sizes(config)
+    biases = query_size + config.hidden_size if config.attention_bias else 0
+    return 2 * config.hidden_size * query_size + biases + _head_norm_parameters(config)
+
+
+def _key_parameters(config: MoDConfig) -> int:
+    """Number of weights of keys, values and the norm before them."""
+    _, key_size = _projection_sizes(config)
+    biases = 2 * key_size if config.attention_bias else 0
+    return 2 * config.hidden_size * key_size + biases + _head_norm_parameters(config) + config.hidden_size
+
+
+def _head_norm_parameters(config: MoDConfig) -> int:
+    return cast(int, config.head_dim) if config.query_key_norm else 0
+
+
+def _mlp_parameters(config: MoDConfig) -> int:
+    """Number of weights of the norm before the MLP, and of the experts' router."""
+    return config.hidden_size * (1 + _expert_choices(config))
+
+
+def bypass_parameters(config: MoDConfig) -> int:
+    """Number of weights of a routed block's bypass."""
+    return 2 * config.hidden_size * config.bypass_rank
 
 
 def expert_parameters(config: MoDConfig) -> int:
@@ -214,14 +278,14 @@ def expert_parameters(config: MoDConfig) -> int:
 
 
 def router_parameters(config: MoDConfig) -> int:
-    """Number of weights of a routed block's router and predictor."""
+    """Number of weights of a routed block's router, predictor and bypass."""
     if config.router_type == "random":
-        return 0
+        return bypass_parameters(config)
     predictor = 0
     if config.causal_router == "predictor":
         assert config.predictor_hidden_size is not None
         predictor = (config.hidden_size + 2) * config.predictor_hidden_size + 2
-    return config.hidden_size + predictor
+    return config.hidden_size + predictor + bypass_parameters(config)
 
 
 def model_parameters(config: MoDConfig) -> int:
@@ -234,8 +298,9 @@ def model_parameters(config: MoDConfig) -> int:
 def cache_bytes(config: MoDConfig, context_length: int, bytes_per_element: float = 4) -> float:
     """Expected bytes of the keys and values that one sequence of `context_length` tokens leaves in the cache."""
     per_token = 2 * _projection_sizes(config)[1] * bytes_per_element
-    fractions = sum(config.capacity_fraction(layer_idx) for layer_idx in range(config.num_hidden_layers))
-    return per_token * context_length * fractions
+    layers = range(config.num_hidden_layers)
+    stored = sum(working(config, i, context_length, config.capacity_fraction(i) * context_length).keys for i in layers)
+    return per_token * stored
 
 
 def decode_bytes(
@@ -243,8 +308,8 @@ def decode_bytes(
 ) -> DecodeBytes:
     """Expected bytes that one sampling step reads for `batch_size` sequences.
 
-    The weights of a routed block are read when any row of the batch enters it, those of an expert when any row goes to
-    it, and the cache for the rows that enter; rows are taken to decide independently, and experts to be as likely as
+    The weights that tokens skip are read when any row of the batch does not, those of an expert when any row goes to
+    it, and the cache for the rows that attend; rows are taken to decide independently, and experts to be as likely as
     one another. Of the embedding one entry per row is read.
     """
     key_size = _projection_sizes(config)[1]
@@ -253,13 +318,19 @@ def decode_bytes(
     experts = config.num_experts * expert_parameters(config)
     chosen = expert_rows_per_token(config) / config.num_experts if config.has_experts else 1.0
     for layer_idx in range(config.num_hidden_layers):
-        fraction = config.capacity_fraction(layer_idx)
-        weights += _chance_of_any(fraction, batch_size) * (block_parameters(config) - experts)
+        fraction, part = config.capacity_fraction(layer_idx), config.routed_part(layer_idx)
+        works = working(config, layer_idx, 1, fraction)
+        weights += _chance_of_any(works.queries, batch_size) * _query_parameters(config)
+        weights += _chance_of_any(works.keys, batch_size) * _key_parameters(config)
+        weights += _chance_of_any(works.mlp, batch_size) * _mlp_parameters(config)
         weights += _chance_of_any(fraction * chosen, batch_size) * experts
-        if layer_idx in (config.routed_layers or []):
+        if part is not None:
             weights += router_parameters(config)
-        stored = fraction * context_length
-        cache += fraction * batch_size * stored * 2 * key_size
+        if part is not None and config.bypass_rank:
+            # It reads the norm before it, whoever enters.
+            skipped = works.mlp if part == "mlp" else works.keys
+            weights += (1 - _chance_of_any(skipped, batch_size)) * config.hidden_size
+        cache += works.queries * batch_size * works.keys * context_length * 2 * key_size
     return DecodeBytes(weights * bytes_per_element, cache * bytes_per_element)
 
 
