@@ -42,10 +42,10 @@ def stream_speed(model: MoDForCausalLM, prompts: torch.Tensor, new: int) -> tupl
     """Tokens per second of decoding, and the share of the sampled tokens that entered; None for a dense model."""
     options = SamplingOptions(max_new_tokens=new, temperature=0)
     routed_layers = model.config.routed_layers or []
-    lengths: list[torch.Tensor] = []
+    entered: list[torch.Tensor] = []
 
-    def watch(stored_LB: torch.Tensor) -> None:
-        lengths.append(stored_LB[routed_layers])
+    def watch(entered_LB: torch.Tensor) -> None:
+        entered.append(entered_LB[routed_layers])
 
     start = 0.0
     for number, _ in enumerate(stream(model, prompts, options=options, compiled=True, watch=watch), start=1):
@@ -57,8 +57,7 @@ def stream_speed(model: MoDForCausalLM, prompts: torch.Tensor, new: int) -> tupl
     speed = prompts.shape[0] * (new - WARM_UP) / elapsed
     if not routed_layers:
         return speed, None
-    entered = lengths[-1] - lengths[0]
-    return speed, entered.float().mean().item() / (len(lengths) - 1)
+    return speed, torch.stack(entered).float().mean().item()
 
 
 def decode(size: str, rows: int, scale: Scale) -> dict[str, Any]:

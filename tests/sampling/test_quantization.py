@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny, traced
+from models import tiny, traced, with_parts
 from torch import nn
 
 from mixture_of_depths.options import SamplingOptions
@@ -40,6 +40,16 @@ def test_quantize_leaves_routers_norms_and_the_embedding() -> None:
     assert torch.equal(model.model.layers[1].router.proj.weight, router)
     assert isinstance(model.lm_head, Int8Linear)
     assert not any(isinstance(module, nn.Linear) for module in model.model.layers[0].modules())
+
+
+def test_a_quantised_bypass_samples_as_its_own_full_forward_says() -> None:
+    model = with_parts(["block_keep_keys", "mlp"], 4, causal_router="threshold").float().eval()
+    quantize(model)
+    assert isinstance(model.model.layers[0].bypass.up, Int8Linear)
+    prompt = torch.randint(0, 31, (2, 7))
+    tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
+    logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits
+    assert torch.equal(logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1), tokens)
 
 
 @pytest.mark.parametrize("experts", [{}, {"num_experts": 3}, {"num_experts": 2, "num_noop_experts": 1}])

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from models import greedy, left_padded, tiny
+from models import PARTS, greedy, left_padded, tiny, with_parts
 
 from mixture_of_depths.model.flops import cache_bytes
 from mixture_of_depths.options import SamplingOptions
@@ -171,3 +171,38 @@ def test_rows_that_skip_a_block_are_not_computed_in_it(monkeypatch: pytest.Monke
     assert sizes[1:] == [(count, 1) for count in entering.tolist() if count > 0]
     assert 0 in entering
     assert len(set(sizes[1:])) > 1
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("bypass_rank", [0, 4])
+def test_generate_and_the_stream_give_the_tokens_of_the_full_causal_forward(parts: Any, bypass_rank: int) -> None:
+    for experts in ({}, {"num_experts": 3, "num_experts_per_tok": 2}):
+        model = with_parts(parts, bypass_rank, causal_router="threshold", **experts).float().eval()
+        for batch, length in ((1, 1), (1, 7), (6, 7)):
+            input_ids, mask = left_padded(batch, length)
+            options = SamplingOptions(max_new_tokens=12, temperature=0)
+            tokens = torch.stack(list(stream(model, input_ids, mask, options)), dim=1)
+            assert torch.equal(tokens, greedy(model, input_ids, mask, 12))
+            full = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            logits = model(torch.cat([input_ids, tokens], dim=1), full, use_cache=False).logits
+            assert torch.equal(logits[:, length - 1 : -1].argmax(dim=-1), tokens)
+
+
+@pytest.mark.parametrize(
+    ("parts", "batch", "changes"),
+    [
+        (["block_keep_keys", "mlp"], 1, {}),
+        pytest.param(["block", "block_keep_keys", "mlp"], 3, {}, marks=pytest.mark.slow),
+        pytest.param(["block_keep_keys", "mlp"], 3, {"num_experts": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_compiled_step_of_routed_parts_gives_the_same_tokens(
+    parts: list[str], batch: int, changes: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    fields = {"causal_router": "threshold", "num_hidden_layers": len(parts), "routed_layers": [*range(len(parts))]}
+    model = with_parts(parts, 4, **fields, **changes).float().eval()
+    input_ids, mask = left_padded(batch, 9)
+    options = SamplingOptions(max_new_tokens=70, temperature=0)
+    tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)), dim=1)
+    assert torch.equal(tokens, greedy(model, input_ids, mask, 70))

@@ -45,9 +45,16 @@ def test_the_frames_are_the_sample_with_the_blocks_its_tokens_used(pair: Any) ->
     assert all(len(frame.used) == len(frame.pieces) - 1 for frame in frames[1:-1])
 
 
-@pytest.mark.parametrize("experts", [{}, {"num_experts": 3, "num_noop_experts": 1}])
-def test_the_share_saved_is_that_of_generate_and_inspect(experts: dict[str, Any]) -> None:
-    model = model_with(**experts)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_experts": 3, "num_noop_experts": 1},
+        {"routed_parts": ["mlp", "block_keep_keys"], "bypass_rank": 2, "causal_router": "threshold"},
+    ],
+)
+def test_the_share_saved_is_that_of_generate_and_inspect(changes: dict[str, Any]) -> None:
+    model = model_with(**changes)
     *_, before, last = play(model, TOKENIZER, "the fox", SamplingOptions(max_new_tokens=20, seed=1))
     (sample,) = sample_texts(model, TOKENIZER, ["the fox"], SamplingOptions(max_new_tokens=20, seed=1))
     traced = trace_tokens(model, TOKENIZER, sample.tokens)
@@ -55,7 +62,8 @@ def test_the_share_saved_is_that_of_generate_and_inspect(experts: dict[str, Any]
     assert f"{figure} of the compute saved" in shown(last, model)
     assert f"{figure} of the compute saved" in coloured(model, TOKENIZER, sample.tokens).plain
     assert f"{figure} less than if every token" in report(traced, {})
-    if not experts:
+    assert before.used == traced.blocks_used.tolist()[:-1]
+    if "num_experts" not in changes:
         assert before.saved == pytest.approx(trace_tokens(model, TOKENIZER, sample.tokens[:-1]).saved)
 
 

@@ -255,12 +255,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         mlp_RKD, expert_routing = self.mlp_delta(chosen_RKD + attended_RKD, selection.valid_RK, routing)
         return attended_RKD + mlp_RKD, expert_routing
 
+    @property
+    def part_norm(self) -> nn.RMSNorm:
+        """The norm with which the routed part begins."""
+        return self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm
+
     def bypassed(self, hidden_BTD: Tensor, entered_BT: Tensor) -> Tensor:
         """The residual stream, with what the tokens that skip take in the place of the routed part."""
         if self.bypass is None:
             return hidden_BTD
-        norm = self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm
-        return hidden_BTD + self.bypass(norm(hidden_BTD), entered_BT).to(hidden_BTD.dtype)
+        return hidden_BTD + self.bypass(self.part_norm(hidden_BTD), entered_BT).to(hidden_BTD.dtype)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ E experts, F width of an expert, O outputs, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -30,11 +31,18 @@ STREAMS = 4
 
 @dataclass
 class LayerState:
-    """Keys and values of one block, each of shape [B, H, S, h]; of which each row uses the first `length_B`."""
+    """What one block keeps.
+
+    Attributes:
+        keys, values: each of shape [B, H, S, h]; of which each row uses the first `length_B`.
+        length_B (torch.Tensor): of shape [B].
+        entered_B (torch.Tensor): which rows' last token entered; bool, of shape [B].
+    """
 
     keys: Tensor
     values: Tensor
     length_B: Tensor
+    entered_B: Tensor
 
 
 @dataclass
@@ -44,7 +52,8 @@ class State:
     Attributes:
         layers: one state a block.
         position_B (torch.Tensor): position of the next token, padding not counted; of shape [B].
-        real_BS (torch.Tensor): False for the slots of padding, in the dense blocks' buffers; of shape [B, S].
+        real_BS (torch.Tensor): False for the slots of padding, in the buffers of blocks that store every token; of
+            shape [B, S].
     """
 
     layers: list[LayerState]
@@ -165,23 +174,100 @@ def attend(
     return attended.flatten(1)
 
 
-def decode_block(
-    layer: DecoderLayer, x_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, keys: Tensor, values: Tensor, used_BS: Tensor
+def decode_key(layer: DecoderLayer, normed_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of one token a row, each of shape [B, H, h]."""
+    attention, rows, dtype = layer.self_attn, normed_BD.shape[0], layer.input_layernorm.weight.dtype
+    key = normalised(attention.k_norm, matvec(attention.k_proj, normed_BD, dtype).view(rows, -1, attention.head_dim))
+    value = matvec(attention.v_proj, normed_BD, dtype).view(rows, -1, attention.head_dim)
+    return rotated(key, cos_Bh, sin_Bh, dtype), value
+
+
+def rotated(states_BHh: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, dtype: torch.dtype) -> Tensor:
+    """RoPE of one token a row, rounded."""
+    cos_B1h, sin_B1h = cos_Bh[:, None].to(dtype), sin_Bh[:, None].to(dtype)
+    return rounded(rotate(states_BHh[:, None].to(dtype), cos_B1h, sin_B1h)[:, 0], dtype)
+
+
+def decode_attention(
+    layer: DecoderLayer,
+    x_BD: Tensor,
+    cos_Bh: Tensor,
+    sin_Bh: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    used_BS: Tensor,
+    *own: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h]."""
+    """What attention adds to one token a row, and that token's key and value, which are `own` where it has them."""
     attention, rows, dtype = layer.self_attn, x_BD.shape[0], layer.input_layernorm.weight.dtype
     normed = normalised(layer.input_layernorm, x_BD)
     query = normalised(attention.q_norm, matvec(attention.q_proj, normed, dtype).view(rows, -1, attention.head_dim))
-    key = normalised(attention.k_norm, matvec(attention.k_proj, normed, dtype).view(rows, -1, attention.head_dim))
-    value = matvec(attention.v_proj, normed, dtype).view(rows, -1, attention.head_dim)
-    cos_B1h, sin_B1h = cos_Bh[:, None].to(dtype), sin_Bh[:, None].to(dtype)
-    query, key = (rotate(states[:, None].to(dtype), cos_B1h, sin_B1h)[:, 0] for states in (query, key))
-    query, key = rounded(query, dtype), rounded(key, dtype)
+    query = rotated(query, cos_Bh, sin_Bh, dtype)
+    key, value = own or decode_key(layer, normed, cos_Bh, sin_Bh)
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = rounded(attend(grouped, settled(key), value, keys, values, used_BS), dtype)
-    attended = matvec(attention.o_proj, attended, dtype)
-    normed = normalised(layer.post_attention_layernorm, rounded(x_BD + attended, dtype))
-    return rounded(attended + apply_mlp(layer.mlp, normed, dtype), dtype), key, value
+    return matvec(attention.o_proj, attended, dtype), key, value
+
+
+def decode_mlp(layer: DecoderLayer, x_BD: Tensor) -> Tensor:
+    """What the MLP, or its experts, add to one token a row."""
+    return apply_mlp(layer.mlp, normalised(layer.post_attention_layernorm, x_BD), layer.input_layernorm.weight.dtype)
+
+
+def decode_block(layer: DecoderLayer, x_BD: Tensor, *attended_with: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h].
+
+    Args:
+        layer: the block.
+        x_BD (torch.Tensor): of shape [B, D].
+        attended_with: the arguments of `decode_attention` after these.
+    """
+    dtype = layer.input_layernorm.weight.dtype
+    attended, key, value = decode_attention(layer, x_BD, *attended_with)
+    return rounded(attended + decode_mlp(layer, rounded(x_BD + attended, dtype)), dtype), key, value
+
+
+def decode_routed(
+    layer: DecoderLayer, x_BD: Tensor, position_B: Tensor, active_B: Tensor, attended_with: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token a row behind a routed block, which rows entered it, and the token's key and value.
+
+    What is routed lies in a branch, and is not read when no row enters. A row that skips has a key and a value of 0
+    where these are routed, too.
+    """
+    assert layer.router is not None
+    dtype, (_, heads, _, head_dim) = layer.input_layernorm.weight.dtype, attended_with[2].shape
+    own = ()
+    if layer.part == "mlp":
+        attended_BD, *own = decode_attention(layer, x_BD, *attended_with)
+        x_BD = settled(rounded(x_BD + attended_BD, dtype))
+    elif layer.part == "block_keep_keys":
+        own = decode_key(layer, normalised(layer.input_layernorm, x_BD), *attended_with[:2])
+    router_logits, causal_logits = layer.router.logits(x_BD[:, None], position_B[:, None])
+    entered_B = (causal_logits[:, 0] > 0) & active_B
+    block, width = partial(decode_block, layer), x_BD.shape[1]
+    if layer.part == "mlp":
+        (delta_BD,) = enter_or_skip(lambda x_BD: (decode_mlp(layer, x_BD),), (width,), entered_B, (x_BD,))
+    elif layer.part == "block_keep_keys":
+        operands = (x_BD, *attended_with, *own)
+        (delta_BD,) = enter_or_skip(lambda *operands: block(*operands)[:1], (width,), entered_B, operands)
+    else:
+        sizes = (width, heads * head_dim, heads * head_dim)
+        delta_BD, *own = enter_or_skip(block, sizes, entered_B, (x_BD, *attended_with))
+    key, value = (states.view(-1, heads, head_dim) for states in own)
+    weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
+    x_BD = bypassed(layer, x_BD, entered_B)
+    return rounded(x_BD + rounded(weight_B[:, None] * delta_BD, dtype), dtype), entered_B, key, value
+
+
+def bypassed(layer: DecoderLayer, x_BD: Tensor, entered_B: Tensor) -> Tensor:
+    """One token a row, with what the rows that skip take in the place of the routed part."""
+    if layer.bypass is None:
+        return x_BD
+    dtype = layer.input_layernorm.weight.dtype
+    down_BR = matvec(layer.bypass.down, normalised(layer.part_norm, x_BD), dtype)
+    up_BD = matvec(layer.bypass.up, down_BR.masked_fill(entered_B[:, None], 0), dtype)
+    return rounded(x_BD + up_BD, dtype)
 
 
 def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state: State) -> Tensor:
@@ -196,24 +282,22 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
     for layer, stored in zip(cast(list[DecoderLayer], list(model.model.layers)), state.layers, strict=True):
         slots_S = torch.arange(stored.keys.shape[2], device=token_B.device)
         used_BS = slots_S < stored.length_B[:, None]
-        x_BD = settled(x_BD)
-        if layer.router is None:
+        if layer.part != "block":
             used_BS = used_BS & state.real_BS
-            delta_BD, key, value = decode_block(layer, x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+        x_BD = settled(x_BD)
+        attended_with = (cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+        if layer.router is None:
+            delta_BD, key, value = decode_block(layer, x_BD, *attended_with)
             entered_B = torch.ones_like(token_B, dtype=torch.bool)
             x_BD = rounded(x_BD + delta_BD, model.dtype)
         else:
-            router_logits, causal_logits = layer.router.logits(x_BD[:, None], state.position_B[:, None])
-            entered_B = (causal_logits[:, 0] > 0) & active_B
-            operands = (x_BD, cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
-            delta_BD, key, value = enter_or_skip(layer, entered_B, operands)
-            weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
-            x_BD = rounded(x_BD + rounded(weight_B[:, None] * delta_BD, model.dtype), model.dtype)
+            x_BD, entered_B, key, value = decode_routed(layer, x_BD, state.position_B, active_B, attended_with)
         # A token that skips leaves its empty key behind the last one, where the next that enters replaces it. An
         # assignment by index, unlike a scatter, compiles to a write in place.
         stored.keys[row_B, :, stored.length_B] = key.to(stored.keys.dtype)
         stored.values[row_B, :, stored.length_B] = value.to(stored.values.dtype)
-        stored.length_B.add_(entered_B)
+        stored.length_B.add_(entered_B if layer.part == "block" else 1)
+        stored.entered_B.copy_(entered_B)
     state.position_B.add_(1)
     return matvec(model.lm_head, normalised(model.model.norm, x_BD), model.dtype).float()
 
@@ -227,19 +311,23 @@ def row_counts(batch_size: int) -> list[int]:
 
 
 def enter_or_skip(
-    layer: DecoderLayer, entered_B: Tensor, operands: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_block` for the rows that enter; when none does, nothing of the block is read.
+    part: Callable[..., tuple[Tensor, ...]],
+    sizes: tuple[int, ...],
+    entered_B: Tensor,
+    operands: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """`part` for the rows that enter, and 0 for others; when none does, nothing of it is read.
 
     Args:
-        layer: the block.
+        part: a function of the operands of any number of rows.
+        sizes: the widths of what it returns.
         entered_B (torch.Tensor): which rows enter; of shape [B].
-        operands: the arguments of `decode_block` after the layer, for all rows.
+        operands: its arguments, for all rows.
+
+    Returns:
+        What it returns, each of shape [B, size].
     """
-    x_BD, keys = operands[0], operands[3]
-    heads, head_dim = keys.shape[1], keys.shape[3]
-    sizes = (x_BD.shape[1], heads * head_dim, heads * head_dim)
-    batch_size = x_BD.shape[0]
+    batch_size = entered_B.shape[0]
     order_B = entered_B.int().argsort(descending=True, stable=True) if batch_size > 1 else torch.zeros_like(entered_B)
     count = entered_B.sum()
 
@@ -250,10 +338,10 @@ def enter_or_skip(
     def enter(rows: int) -> Callable[..., Tensor]:
         def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
             if rows == batch_size:
-                return torch.cat([part.flatten(1) for part in decode_block(layer, *operands)], dim=1)
+                return torch.cat([values.flatten(1) for values in part(*operands)], dim=1)
             index = order_B[:rows]
-            left = decode_block(layer, *(operand.index_select(0, index) for operand in operands))
-            chosen = torch.cat([part.flatten(1) for part in left], dim=1)
+            left = part(*(operand.index_select(0, index) for operand in operands))
+            chosen = torch.cat([values.flatten(1) for values in left], dim=1)
             return operands[0].new_zeros(batch_size, sum(sizes)).index_copy(0, index, chosen)
 
         return branch
@@ -269,8 +357,7 @@ def enter_or_skip(
         return branch
 
     left = choose(count == 0, skip, at_most(row_counts(batch_size)), (order_B, count, *operands))
-    delta_BD, key, value = left.split(sizes, dim=1)
-    return delta_BD, key.unflatten(1, (heads, head_dim)), value.unflatten(1, (heads, head_dim))
+    return left.split(sizes, dim=1)
 
 
 def choose(
@@ -304,7 +391,8 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
         heads, head_dim = cast(int, model.config.num_key_value_heads), cast(int, model.config.head_dim)
         empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
         keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))
-        layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B))
+        entered_B = torch.zeros_like(stored_B, dtype=torch.bool)
+        layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B, entered_B))
     real_BS = F.pad(attention_mask.bool(), (0, _rounded(length + room) - length), value=True)
     any_length(real_BS, 1)
     return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_depths.compiler import require_compiler
-from mixture_of_depths.model.cache import MoDCache, RoutedCacheLayer
+from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
@@ -93,15 +93,16 @@ class ModelPass:
             cache=self.cache,
             use_cache=True,
             routing="causal",
+            output_routing=True,
             logits_to_keep=1,
         )
+        self.routing = output.routing
         return output.logits[:, -1].float()
 
-    def stored(self) -> Tensor:
-        """How many tokens each block has stored; of shape [L, B]."""
-        all_B = self.logits_BV.new_full(self.logits_BV.shape[:1], self.cache.get_seq_length(), dtype=torch.int64)
-        layers = self.cache.layers
-        return torch.stack([layer.num_stored() if isinstance(layer, RoutedCacheLayer) else all_B for layer in layers])
+    def entered(self) -> Tensor:
+        """Which rows' last token entered each block; of shape [L, B]."""
+        all_B = torch.ones(self.logits_BV.shape[:1], dtype=torch.bool, device=self.logits_BV.device)
+        return torch.stack([all_B if layer is None else layer.entered[:, -1] for layer in self.routing])
 
 
 class CompiledStep:
@@ -124,9 +125,9 @@ class CompiledStep:
         self.number += 1
         return logits_BV
 
-    def stored(self) -> Tensor:
-        """How many tokens each block has stored; of shape [L, B]."""
-        return torch.stack([layer.length_B for layer in self.state.layers])
+    def entered(self) -> Tensor:
+        """Which rows' last token entered each block; of shape [L, B]."""
+        return torch.stack([layer.entered_B for layer in self.state.layers])
 
 
 @torch.no_grad()
@@ -155,8 +156,8 @@ def stream(
             may end a row by writing False between two tokens.
         compiled: whether to compile the step, which needs a C++ compiler on the CPU; see docs/sampling.md for the time.
             Otherwise every token is a pass of the model.
-        watch: is shown how many tokens each block has stored, of shape [L, B], after the prompts, and after every
-            step, which has read the token yielded before it.
+        watch: is shown which rows entered each block, of shape [L, B], after every step, which has read the token
+            yielded before it.
 
     Raises:
         ValueError: for prompts the model cannot go on from, or a compiler that is missing.
@@ -173,8 +174,6 @@ def stream(
         step = CompiledStep(model, input_ids, attention_mask, options.max_new_tokens)
     else:
         step = ModelPass(model, input_ids, attention_mask if is_padded else None)
-    if watch is not None:
-        watch(step.stored())
     ends = end_tokens(model)
     going = [True] * batch_size if active_B is None else active_B.tolist()
     going_B = torch.tensor(going, device=input_ids.device)
@@ -201,7 +200,7 @@ def stream(
             going, going_B = still_going, torch.tensor(still_going, device=input_ids.device)
         logits_BV = step(token_B, going, going_B)
         if watch is not None:
-            watch(step.stored())
+            watch(step.entered())
 
 
 def compile_step(model: MoDForCausalLM) -> None:

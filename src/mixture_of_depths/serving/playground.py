@@ -64,13 +64,11 @@ def play(
     """
     (sample,) = begin(tokenizer, [prompt])
     traced = trace_tokens(model, tokenizer, sample.tokens)
-    tokens, inside_LT, stored_L = list(sample.tokens), traced.inside, None
+    tokens, inside_LT = list(sample.tokens), traced.inside
 
-    def watch(stored_LB: torch.Tensor) -> None:
-        nonlocal inside_LT, stored_L
-        before_L, stored_L = stored_L, stored_LB[:, 0].cpu().numpy()
-        if before_L is not None:
-            inside_LT = np.column_stack([inside_LT, stored_L > before_L])
+    def watch(entered_LB: torch.Tensor) -> None:
+        nonlocal inside_LT
+        inside_LT = np.column_stack([inside_LT, entered_LB[:, 0].cpu().numpy()])
 
     prompt_tokens, speed = len(tokens), 0.0
     yield Frame(traced.pieces, traced.blocks_used.tolist(), prompt_tokens, speed, traced.saved)
