@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny, traced
+from models import left_padded, tiny, traced, with_parts
 from torch.nn import functional as F
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
@@ -56,6 +56,21 @@ def test_only_rows_that_enter_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     assert {1, 4} <= set(sizes) <= {1, 4, 6}
     # Steps in which no row enters run nothing.
     assert len(sizes) < 39
+
+
+@torch.no_grad()
+def test_the_step_as_a_compiled_one_has_it_gives_the_logits_of_the_model_whatever_is_routed() -> None:
+    model = with_parts(["block_keep_keys", "mlp"], 4, causal_router="threshold").float().eval()
+    input_ids, mask = left_padded(2, 8)
+    _, state = prefill(model, input_ids[:, :5], mask[:, :5], room=3)
+    grow(state)
+    step_of = traced(step.decode_step)
+    whole = model(input_ids, attention_mask=mask, use_cache=False, output_routing=True)
+    for place in range(5, 8):
+        logits_BV = step_of(model, input_ids[:, place], torch.ones(2, dtype=torch.bool), state)
+        torch.testing.assert_close(logits_BV, whole.logits[:, place], atol=1e-4, rtol=1e-4)
+        for layer_idx in (0, 2):
+            assert torch.equal(state.layers[layer_idx].entered_B, whole.routing[layer_idx].entered[:, place])
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -188,12 +188,13 @@ def test_generate_and_the_stream_give_the_tokens_of_the_full_causal_forward(part
             assert torch.equal(logits[:, length - 1 : -1].argmax(dim=-1), tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "batch", "changes"),
     [
         (["block_keep_keys", "mlp"], 1, {}),
-        pytest.param(["block", "block_keep_keys", "mlp"], 3, {}, marks=pytest.mark.slow),
-        pytest.param(["block_keep_keys", "mlp"], 3, {"num_experts": 3}, marks=pytest.mark.slow),
+        (["block", "block_keep_keys", "mlp"], 3, {}),
+        (["block_keep_keys", "mlp"], 3, {"num_experts": 3}),
     ],
 )
 def test_the_compiled_step_of_routed_parts_gives_the_same_tokens(

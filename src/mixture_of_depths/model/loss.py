@@ -4,6 +4,7 @@ Shapes: B batch, T tokens given, S tokens known (past and given), N tokens of al
 """
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +12,7 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 
 # Tokens of which the head's logits are in memory at once, where they serve the loss alone.
 HEAD_TOKENS = 256
+HAS_LINEAR_CROSS_ENTROPY = Version(torch.__version__) >= Version("2.13")
 
 
 def next_tokens(labels_BT: Tensor, attention_mask_BS: Tensor | None) -> Tensor:
@@ -54,14 +56,15 @@ def chunked_loss(
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
 
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in (torch.float16, torch.bfloat16) or not HAS_LINEAR_CROSS_ENTROPY:
         # PyTorch's own would return the loss in this precision, which has three digits. The parts cast the head, each
         # for itself, so that their gradients are summed in float32.
-        head_VD = head_VD.float()
+        precise = torch.promote_types(dtype, torch.float32)
+        head_VD = head_VD.to(precise)
 
         def summed(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
             logits_NV = F.linear(hidden_ND.to(dtype), head_VD.to(dtype))
-            return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+            return F.cross_entropy(logits_NV.to(precise), target_N, reduction="sum")
 
         parts = zip(hidden_ND.split(HEAD_TOKENS), target_N.split(HEAD_TOKENS), strict=True)
         loss = torch.stack([checkpoint(summed, *part, use_reentrant=False) for part in parts]).sum()

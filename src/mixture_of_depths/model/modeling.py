@@ -48,6 +48,10 @@ from mixture_of_depths.model.routing import (
 )
 
 
+# The one that accelerate keeps for the process. The compiler of torch before 2.13 cannot trace how one is made.
+GRADIENT_STATE = GradientState()
+
+
 @dataclass
 class Placement:
     """Where the tokens of a block stand in their rows, and what they may attend to.
@@ -772,7 +776,7 @@ def ends_step() -> bool:
     A loss that a trainer does not see is not averaged over the parts of a batch either: it is taken on the last one.
     A compiled graph is guarded by the answer, so that there are two of them.
     """
-    return GradientState().sync_gradients
+    return GRADIENT_STATE.sync_gradients
 
 
 def at_positions(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:

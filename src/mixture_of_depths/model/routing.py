@@ -79,9 +79,15 @@ class LayerRouting(NamedTuple):
     boundary: Tensor | None
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether a kind of device has autocast, which the compiler of torch 2.11 cannot look up by itself."""
+    return torch.amp.autocast_mode.is_autocast_available(device_type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Switches autocast off."""
-    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+    if not has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
