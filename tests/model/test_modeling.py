@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import LLAMA, TINY, TOKENIZER, check_gradients, distinct_tokens, layout, model_with, tiny
 from reference import reference_forward
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
-from mixture_of_depths.model.modeling import Placement, attend, rotary_factors
+from mixture_of_depths.model.attention import Placement, rotary_factors
 
 
 @settings(max_examples=40, deadline=None)
@@ -520,17 +519,3 @@ def test_saved_weights_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mo
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
-
-
-@pytest.mark.parametrize("num_queries", [1, 5])
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_heads_that_share_keys_attend_as_with_keys_of_their_own(num_queries: int, is_masked: bool) -> None:
-    query = torch.randn(2, num_queries, 6, 8, dtype=torch.float64).transpose(1, 2)
-    key, value = (torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand(2, 1, num_queries, 5) < 0.7 if is_masked else None
-    if mask is not None:
-        mask[..., 0] = True
-    is_causal = mask is None and num_queries > 1
-    own_key, own_value = (states.repeat_interleave(3, dim=1) for states in (key, value))
-    expected = F.scaled_dot_product_attention(query, own_key, own_value, attn_mask=mask, is_causal=is_causal)
-    assert (attend(query, key, value, mask, is_causal) - expected).abs().max() < 1e-12

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_depths.compiler import any_length
+from mixture_of_depths.model.attention import rotary_factors, rotate
 from mixture_of_depths.model.cache import RoutedCacheLayer
 from mixture_of_depths.model.experts import ExpertMLP, GroupedLinear
-from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM, rotary_factors, rotate
+from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM
 from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
 
 # Buffers grow by this many slots.

@@ -1,0 +1,21 @@
+"""Attention of heads that share keys."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mixture_of_depths.model.attention import attend
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_heads_that_share_keys_attend_as_with_keys_of_their_own(num_queries: int, is_masked: bool) -> None:
+    query = torch.randn(2, num_queries, 6, 8, dtype=torch.float64).transpose(1, 2)
+    key, value = (torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(2, 1, num_queries, 5) < 0.7 if is_masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    is_causal = mask is None and num_queries > 1
+    own_key, own_value = (states.repeat_interleave(3, dim=1) for states in (key, value))
+    expected = F.scaled_dot_product_attention(query, own_key, own_value, attn_mask=mask, is_causal=is_causal)
+    assert (attend(query, key, value, mask, is_causal) - expected).abs().max() < 1e-12
