@@ -54,6 +54,10 @@ def test_prompts_of_a_file_give_json_lines_whatever_the_batch(
     status, _, errors = run(monkeypatch, capsys, *arguments)
     assert status == 2
     assert 'line 1: needs an object with the field "prompt"' in errors
+    prompts.write_text('{"prompt": "x"}\n\n{"prompt": ""}\n')
+    status, _, errors = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert 'line 3: "prompt" is empty' in errors
 
 
 def test_without_a_compiler_it_says_so_and_samples(

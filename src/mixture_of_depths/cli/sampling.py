@@ -156,5 +156,7 @@ def _read_prompts(path: "Path | None") -> list[str]:
             raise ValueError(f'prompts={path}, line {number}: needs an object with the field "prompt"') from error
         if not isinstance(text, str):
             raise ValueError(f'prompts={path}, line {number}: "prompt" must be a text')
+        if not text:
+            raise ValueError(f'prompts={path}, line {number}: "prompt" is empty; give at least one character')
         texts.append(text)
     return texts
