@@ -58,6 +58,13 @@ def test_prompts_of_a_file_give_json_lines_whatever_the_batch(
     status, _, errors = run(monkeypatch, capsys, *arguments)
     assert status == 2
     assert 'line 3: "prompt" is empty' in errors
+    missing = tmp_path / "missing"
+    status, _, errors = run(monkeypatch, capsys, *arguments, "--out", str(missing / "out.jsonl"))
+    assert status == 2
+    assert f"out={missing / 'out.jsonl'} cannot be written: there is no folder {missing}" in errors
+    status, _, errors = run(monkeypatch, capsys, *arguments[:2], "--prompts", str(missing))
+    assert status == 2
+    assert f"prompts={missing} is not a file" in errors
 
 
 def test_without_a_compiler_it_says_so_and_samples(

@@ -203,6 +203,13 @@ def test_a_model_under_adapters_is_calibrated_with_them(causal_router: str, save
         assert evaluate(adapted, sequences, 0, 1.0).loss_causal != found.loss_causal
 
 
+def test_biases_that_an_adapter_trains_are_ones_that_it_keeps(recwarn: pytest.WarningsRecorder) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    calibrate(get_peft_model(routed_model(), config), some_sequences(), end_of_text=0)
+    (warned,) = [str(one.message) for one in recwarn if "does not keep" in str(one.message)]
+    assert "does not keep model.layers.0.router.threshold and 1 more" in warned
+
+
 def test_adapters_put_in_place_are_calibrated_and_others_refused() -> None:
     sequences = some_sequences()
     lora = LoraModel(routed_model(), LoraConfig(r=2, target_modules=["q_proj"]), "default")

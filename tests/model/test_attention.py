@@ -1,5 +1,7 @@
 """Attention of heads that share keys."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,7 +11,18 @@ from mixture_of_depths.model.attention import attend
 
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_heads_that_share_keys_attend_as_with_keys_of_their_own(num_queries: int, is_masked: bool) -> None:
+@pytest.mark.parametrize("queries_come_first", [False, True])
+def test_heads_that_share_keys_attend_as_with_keys_of_their_own(
+    num_queries: int, is_masked: bool, queries_come_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = F.scaled_dot_product_attention
+
+    def laid_out(*arguments: Any, **options: Any) -> torch.Tensor:
+        """As the CPU does it, or as a kernel of CUDA, which has a query's heads side by side in memory."""
+        attended = library(*arguments, **options)
+        return attended.transpose(1, 2).contiguous().transpose(1, 2) if queries_come_first else attended
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", laid_out)
     query = torch.randn(2, num_queries, 6, 8, dtype=torch.float64).transpose(1, 2)
     key, value = (torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(2))
     mask = torch.rand(2, 1, num_queries, 5) < 0.7 if is_masked else None

@@ -14,11 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from mixture_of_depths.model import loss as loss_module
 from mixture_of_depths.model.loss import chunked_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_loss_without_logits_is_the_loss_of_the_logits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_newest", [True, False])
+def test_a_loss_without_logits_is_the_loss_of_the_logits(
+    dtype: torch.dtype, is_newest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # False in torch before 2.13, and so for both there.
+    newest = is_newest and loss_module.HAS_LINEAR_CROSS_ENTROPY
+    monkeypatch.setattr(loss_module, "HAS_LINEAR_CROSS_ENTROPY", newest)
     model = tiny(vocab_size=997).train()
     torch.nn.Module.to(model, dtype)
     input_ids, mask = padded_rows(400)

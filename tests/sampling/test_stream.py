@@ -207,3 +207,27 @@ def test_the_compiled_step_of_routed_parts_gives_the_same_tokens(
     options = SamplingOptions(max_new_tokens=70, temperature=0)
     tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)), dim=1)
     assert torch.equal(tokens, greedy(model, input_ids, mask, 70))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_who_watches_sees_which_rows_enter_and_that_an_ended_one_enters_no_routed_block(compiled: bool) -> None:
+    model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
+    model.model.layers[1].router.threshold.fill_(-1e9)
+    input_ids, mask = left_padded(3, 5)
+    active, seen = torch.ones(3, dtype=torch.bool), []
+    options = SamplingOptions(max_new_tokens=6, temperature=0)
+    shown = stream(model, input_ids, mask, options, active_B=active, compiled=compiled, watch=seen.append)
+    for number, _ in enumerate(shown):
+        active[1] = number < 2
+    goes_on, ended = [True, True, True], [True, False, True]
+    assert [entered.tolist() for entered in seen] == [[goes_on] * 3] * 2 + [[goes_on, ended, goes_on]] * 3
+
+
+def test_logits_that_become_no_numbers_later_are_named_before_their_token_is_handed_out() -> None:
+    model = tiny(routed_layers=[1]).float().eval()
+    tokens = stream(model, torch.ones(2, 3, dtype=torch.long), options=SamplingOptions(max_new_tokens=9))
+    for _ in range(3):
+        next(tokens)
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(tokens)

@@ -23,5 +23,10 @@ def test_a_port_that_is_taken_is_refused_by_number() -> None:
 
 
 def test_only_this_machine_reaches_a_loopback_address() -> None:
-    hosts = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "")
-    assert [is_loopback(host) for host in hosts] == [True, True, True, False, False]
+    hosts = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+    assert [is_loopback(host) for host in hosts] == [True, True, True, False]
+
+
+def test_a_host_that_is_left_empty_does_not_open_the_server_to_all() -> None:
+    with pytest.raises(ValueError, match=r"^host='' is empty; name an address"):
+        check_address("", 0)

@@ -5,6 +5,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TOKENIZER
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths.text.pieces import NewText, pieces
 
@@ -46,3 +48,39 @@ def test_a_prompt_s_broken_character_that_stays_broken_is_not_new() -> None:
             tokens: Any = TOKENIZER(text)["input_ids"]
             new_text = NewText(TOKENIZER, prompt)
             assert "".join(map(new_text.step, tokens)) == expected
+
+
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2 has it: a character that is no token of its own is told by a token for each byte."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, "\u2581a": 257, "b": 258}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_bytes_that_are_no_character_leave_what_is_told_as_it_is() -> None:
+    tokenizer = with_byte_fallback()
+    accented, begun = [1 + byte for byte in "é".encode()], 1 + "€".encode()[0]
+    assert pieces(tokenizer, [258, *accented, begun, 257]) == ["b", "", "é", "", "\ufffd a"]
+    new_text = NewText(tokenizer, [258, *accented])
+    assert [new_text.step(token) for token in (begun, 258, 257, *accented)] == ["", "\ufffdb", " a", "", "é"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([257, 258, *(1 + byte for byte in "aé€🙂".encode())]), max_size=12), st.integers(0, 12))
+def test_any_tokens_have_pieces_and_those_of_whole_characters_join_to_their_text(tokens: list[int], cut: int) -> None:
+    tokenizer = with_byte_fallback()
+    joined, whole = "".join(pieces(tokenizer, tokens)), str(tokenizer.decode(tokens))
+    if "\ufffd" not in whole:
+        assert joined == whole
+    new_text = NewText(tokenizer, tokens[:cut])
+    assert len([new_text.step(token) for token in tokens[cut:]]) == len(tokens[cut:])
+
+
+def test_a_character_before_one_that_the_last_token_breaks_off_is_told() -> None:
+    two = next(token for token in range(len(TOKENIZER)) if TOKENIZER.decode([token]) == "ש\ufffd")
+    new_text = NewText(TOKENIZER, [])
+    assert new_text.step(two) == "ש"
+    assert new_text.rest() == "\ufffd"
+    assert pieces(TOKENIZER, [two]) == ["ש\ufffd"]

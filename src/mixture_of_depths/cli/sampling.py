@@ -53,6 +53,8 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if out is not None and (prompts is None or out.exists()):
         raise ValueError(f"out={out} {'needs prompts' if prompts is None else 'exists; name another file'}")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"out={out} cannot be written: there is no folder {out.parent}; make it first")
     if prompts is not None and (stream or show_depth):
         raise ValueError("stream and show_depth need prompt; prompts of a file give JSON lines")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
@@ -114,11 +116,11 @@ def bench(
 
     quiet_libraries()
     place = chosen_device(device)
-    if prompt_tokens < 1 or new_tokens < 5 or min(batch_sizes, default=0) < 1:
-        raise ValueError(
-            f"prompt_tokens={prompt_tokens} and batch_sizes={batch_sizes} must be at least 1, "
-            f"new_tokens={new_tokens} at least 5"
-        )
+    for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 5)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if min(batch_sizes, default=0) < 1:
+        raise ValueError(f"batch_sizes={' '.join(map(str, batch_sizes))} must be one or more whole numbers from 1 on")
     model, _ = load_checkpoint(checkpoint, place)
     longest = model.config.max_position_embeddings
     if prompt_tokens + new_tokens > longest:
@@ -138,6 +140,8 @@ def _read_prompts(path: "Path | None") -> list[str]:
         ValueError: when it holds none, or a line of a .jsonl has no text "prompt".
     """
     assert path is not None
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"prompts={path} is not a file; name one with a prompt a line")
     try:
         # Not splitlines: a line of JSON may hold other separators.
         numbered = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))

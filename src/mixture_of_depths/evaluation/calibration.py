@@ -113,7 +113,12 @@ def _check_constants(base: MoDForCausalLM) -> None:
         return
     moved = {id(constant) for constant in _constants(base)}
     named = [*base.named_parameters(), *base.named_buffers()]
-    shared = [name for name, tensor in named if id(tensor) in moved and ".modules_to_save." not in name]
+    # A bias that is trained is one that the adapter keeps.
+    shared = [
+        name
+        for name, tensor in named
+        if id(tensor) in moved and ".modules_to_save." not in name and not tensor.requires_grad
+    ]
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         warnings.warn(

@@ -156,7 +156,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     if num_groups > 1 and query.shape[2] == 1:
         # The queries that share keys are so many rows of one attention, as a mask of one row is all of theirs.
         grouped = F.scaled_dot_product_attention(query.view(*key.shape[:2], num_groups, -1), key, value, attn_mask=mask)
-        return grouped.view_as(query)
+        # Not a view: each kernel lays out its result as it likes.
+        return grouped.reshape(query.shape)
     if num_groups > 1 and mask is not None and query.device.type == "cuda":
         # There no fused kernel takes a mask together with keys that are shared.
         key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))

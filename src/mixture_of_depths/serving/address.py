@@ -11,9 +11,11 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ValueError: when it cannot be listened on; names the host where that is to blame, and the port otherwise.
     """
+    if not host:
+        raise ValueError("host='' is empty; name an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all")
     elsewhere = f"host={host} cannot be listened on; name an address of this machine, such as 127.0.0.1"
     try:
-        socket.getaddrinfo(host or None, port)
+        socket.getaddrinfo(host, port)
     except (socket.gaierror, UnicodeError) as error:
         # The second is for what no name of a host can be.
         raise ValueError(elsewhere) from error
@@ -27,6 +29,4 @@ def check_address(host: str, port: int) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    if not host:
-        return False
     return all(ip_address(address[0]).is_loopback for *_, address in socket.getaddrinfo(host, None))

@@ -6,6 +6,7 @@ Requests are answered one after another, in the order they came, on one thread; 
 import asyncio
 import inspect
 import logging
+import reprlib
 import secrets
 import sys
 import time
@@ -137,7 +138,9 @@ class Sampler:
                 raise RequestError(400, message, field, "context_length_exceeded")
             for token in tokens:
                 if not 0 <= token < vocabulary:
-                    message = f"{field} holds {token}, which is outside the vocabulary of {vocabulary} tokens"
+                    message = (
+                        f"{field} holds {reprlib.repr(token)}, which is outside the vocabulary of {vocabulary} tokens"
+                    )
                     raise RequestError(400, message, field)
             if not tokens:
                 raise RequestError(400, f"{field} is empty; give at least one token", field)

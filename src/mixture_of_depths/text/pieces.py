@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import cast
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from mixture_of_depths.text.tokenizer import start_of_text
@@ -41,40 +40,55 @@ class NewText:
     """The text that tokens add to a prompt, told token by token.
 
     It is the text of the prompt and the tokens, without the beginning that it shares with the prompt's own text. So a
-    character that begins in the prompt and ends in the tokens is new.
+    character that begins in the prompt and ends in the tokens is new. The bytes of one character may be spread over
+    several tokens; it comes with the last of them.
 
     Args:
         tokenizer: the model's tokenizer.
         prompt: the prompt's tokens.
+        special: whether special tokens have a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], special: bool = False) -> None:
         self.backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
-        self.decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
-        text = self.backend.decode(prompt, skip_special_tokens=True)
-        # A text with this end may break off inside a character; the library then tells the prompt's text again.
-        self.told_again = text if text.endswith("\ufffd") else ""
+        self.special = special
+        # Tokens whose text is told, which that of the next may depend on, and tokens of which all is not told yet.
+        self.before, self.after = list(prompt), []
+        self.told = ""
 
     def step(self, token: int) -> str:
-        """The text that the next token adds; the bytes of one character may be spread over several tokens."""
-        text = self.decoder.step(self.backend, token) or ""
-        if not text:
-            return ""
-        shared = len(self.told_again.rstrip("\ufffd"))
-        while shared < len(self.told_again) and text.startswith("\ufffd", shared):
-            shared += 1
-        self.told_again = ""
+        """The text that the next token adds."""
+        self.after.append(token)
+        text = self._text()
+        # What may be the beginning of a character.
+        whole = text.rstrip("\ufffd")
+        added, self.told = whole[len(self.told) :], max(self.told, whole, key=len)
+        if text and text == whole:
+            self.before, self.after, self.told = self.after, [], ""
+        return added
+
+    def rest(self) -> str:
+        """What is not told, since the tokens break off inside a character."""
+        return self._text()[len(self.told) :]
+
+    def _text(self) -> str:
+        """The text of the tokens that are not told, all of it."""
+        before, text = self._decode(self.before), self._decode([*self.before, *self.after])
+        pairs = enumerate(zip(before, text, strict=False))
+        shared = next((place for place, (a, b) in pairs if a != b), min(len(before), len(text)))
+        if shared < len(before.rstrip("\ufffd")):
+            # A byte that is none of a character may change how those before it are read, which are told already.
+            return self._decode(self.after)
         return text[shared:]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.backend.decode(tokens, skip_special_tokens=not self.special)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
     """The text each token adds; the bytes of one character may be spread over several, and come with the last."""
-    decoder, backend = DecodeStream(skip_special_tokens=False), cast(TokenizersBackend, tokenizer).backend_tokenizer
-    texts = [decoder.step(backend, token) or "" for token in tokens]
-    # A character that the tokens break off.
-    waiting = next((i + 1 for i in reversed(range(len(texts))) if texts[i]), 0)
-    if waiting < len(tokens):
-        rest = tokenizer.decode(tokens[waiting:], skip_special_tokens=False)
-        assert isinstance(rest, str)
-        texts[-1] = rest
+    new_text = NewText(tokenizer, [], special=True)
+    texts = [new_text.step(token) for token in tokens]
+    if texts:
+        texts[-1] += new_text.rest()
     return texts
