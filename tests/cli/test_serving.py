@@ -105,6 +105,7 @@ def test_serve_refuses_an_address_or_a_model_that_is_not_there_in_one_line(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, message in (
+            ([str(checkpoint), "--host", ""], "error: host='' is empty; name an address of this machine"),
             ([str(checkpoint), "--host", "999.1.1.1"], "error: host=999.1.1.1 cannot be listened on"),
             # Kept for documentation: no machine has it.
             ([str(checkpoint), "--host", "192.0.2.1"], "error: host=192.0.2.1 cannot be listened on"),

@@ -263,7 +263,6 @@ def test_health_answers_while_a_prompt_is_read(
         ("127.0.0.1", (), False),
         ("localhost", (), False),
         ("0.0.0.0", (), True),
-        ("", (), True),
         ("0.0.0.0", ("sesame",), False),
     ],
 )
