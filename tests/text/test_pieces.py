@@ -84,3 +84,15 @@ def test_a_character_before_one_that_the_last_token_breaks_off_is_told() -> None
     assert new_text.step(two) == "ש"
     assert new_text.rest() == "\ufffd"
     assert pieces(TOKENIZER, [two]) == ["ש\ufffd"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé€🙂日"), min_size=1, max_size=6), st.data())
+def test_a_prompt_of_bytes_that_breaks_off_anywhere_is_gone_on_with_by_its_last_character(
+    text: str, draw: st.DataObject
+) -> None:
+    tokens = [1 + byte for byte in text.encode()]
+    cut = draw.draw(st.integers(0, len(tokens)))
+    whole = max(count for count in range(len(text) + 1) if len(text[:count].encode()) <= cut)
+    new_text = NewText(with_byte_fallback(), tokens[:cut])
+    assert "".join(map(new_text.step, [*tokens[cut:], 258])) == text[whole:] + "b"

@@ -52,9 +52,12 @@ class NewText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], special: bool = False) -> None:
         self.backend = cast(TokenizersBackend, tokenizer).backend_tokenizer
         self.special = special
-        # Tokens whose text is told, which that of the next may depend on, and tokens of which all is not told yet.
-        self.before, self.after = list(prompt), []
-        self.told = ""
+        # Tokens whose text is told, which that of the next may depend on, and tokens of which all is not told yet: of a
+        # prompt those at its end that may be the beginning of a character.
+        ends = range(len(prompt), max(len(prompt) - 4, -1), -1)
+        whole = next((end for end in ends if not self._is_broken(prompt[:end])), len(prompt))
+        self.before, self.after = prompt[:whole], prompt[whole:]
+        self.told = self._text()
 
     def step(self, token: int) -> str:
         """The text that the next token adds."""
@@ -62,9 +65,12 @@ class NewText:
         text = self._text()
         # What may be the beginning of a character.
         whole = text.rstrip("\ufffd")
-        added, self.told = whole[len(self.told) :], max(self.told, whole, key=len)
+        shared = _shared(self.told, text)
+        added, self.told = whole[shared:], text[: max(shared, len(whole))]
         if text and text == whole:
-            self.before, self.after, self.told = self.after, [], ""
+            # Bytes that end a character are nothing without those before them.
+            is_whole = self._decode(self.after).count("\ufffd") <= text.count("\ufffd")
+            self.before, self.after, self.told = [*([] if is_whole else self.before), *self.after], [], ""
         return added
 
     def rest(self) -> str:
@@ -74,15 +80,23 @@ class NewText:
     def _text(self) -> str:
         """The text of the tokens that are not told, all of it."""
         before, text = self._decode(self.before), self._decode([*self.before, *self.after])
-        pairs = enumerate(zip(before, text, strict=False))
-        shared = next((place for place, (a, b) in pairs if a != b), min(len(before), len(text)))
+        shared = _shared(before, text)
         if shared < len(before.rstrip("\ufffd")):
             # A byte that is none of a character may change how those before it are read, which are told already.
             return self._decode(self.after)
         return text[shared:]
 
+    def _is_broken(self, tokens: list[int]) -> bool:
+        return self._decode(tokens).endswith("\ufffd")
+
     def _decode(self, tokens: list[int]) -> str:
         return self.backend.decode(tokens, skip_special_tokens=not self.special)
+
+
+def _shared(first: str, second: str) -> int:
+    """The length of the beginning that two texts have in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
