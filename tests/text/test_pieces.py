@@ -96,3 +96,12 @@ def test_a_prompt_of_bytes_that_breaks_off_anywhere_is_gone_on_with_by_its_last_
     whole = max(count for count in range(len(text) + 1) if len(text[:count].encode()) <= cut)
     new_text = NewText(with_byte_fallback(), tokens[:cut])
     assert "".join(map(new_text.step, [*tokens[cut:], 258])) == text[whole:] + "b"
+
+
+def test_special_tokens_inside_a_character_that_a_prompt_breaks_off_have_no_say() -> None:
+    tokenizer = with_byte_fallback()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    end, sun, smile = tokenizer.eos_token_id, *([1 + byte for byte in letter.encode()] for letter in "日😀")
+    for prompt in ([258, *sun, *smile[:3], end], [258, *sun, smile[0], end, smile[1], end, smile[2]]):
+        new_text = NewText(tokenizer, prompt)
+        assert [new_text.step(token) for token in (smile[3], 258)] == ["😀", "b"]

@@ -54,8 +54,13 @@ class NewText:
         self.special = special
         # Tokens whose text is told, which that of the next may depend on, and tokens of which all is not told yet: of a
         # prompt those at its end that may be the beginning of a character.
-        ends = range(len(prompt), max(len(prompt) - 4, -1), -1)
-        whole = next((end for end in ends if not self._is_broken(prompt[:end])), len(prompt))
+        whole, bytes_left = len(prompt), 3
+        while whole > 0 and bytes_left > 0 and self._is_broken(prompt[:whole]):
+            whole -= 1
+            # A special token between them has no text.
+            bytes_left -= self._decode(prompt[whole : whole + 1]) != ""
+        if self._is_broken(prompt[:whole]):
+            whole = len(prompt)
         self.before, self.after = prompt[:whole], prompt[whole:]
         self.told = self._text()
 
