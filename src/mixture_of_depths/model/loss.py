@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import fixed_cross_entropy
 
+from mixture_of_depths.model.routing import has_autocast
+
 # Tokens of which the head's logits are in memory at once, where they serve the loss alone.
 HEAD_TOKENS = 256
 HAS_LINEAR_CROSS_ENTROPY = Version(torch.__version__) >= Version("2.13")
@@ -51,7 +53,7 @@ def chunked_loss(
     """
     hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
     device, dtype = hidden_ND.device.type, hidden_ND.dtype
-    is_autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_autocast = has_autocast(device) and torch.is_autocast_enabled(device)
     # Autocast leaves float64 as it is.
     if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
