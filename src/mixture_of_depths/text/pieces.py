@@ -62,6 +62,7 @@ class NewText:
         if self._is_broken(prompt[:whole]):
             whole = len(prompt)
         self.before, self.after = prompt[:whole], prompt[whole:]
+        self.text_before = self._decode(self.before)
         self.told = self._text()
 
     def step(self, token: int) -> str:
@@ -76,6 +77,7 @@ class NewText:
             # Bytes that end a character are nothing without those before them.
             is_whole = self._decode(self.after).count("\ufffd") <= text.count("\ufffd")
             self.before, self.after, self.told = [*([] if is_whole else self.before), *self.after], [], ""
+            self.text_before = self._decode(self.before)
         return added
 
     def rest(self) -> str:
@@ -84,9 +86,9 @@ class NewText:
 
     def _text(self) -> str:
         """The text of the tokens that are not told, all of it."""
-        before, text = self._decode(self.before), self._decode([*self.before, *self.after])
-        shared = _shared(before, text)
-        if shared < len(before.rstrip("\ufffd")):
+        text = self._decode([*self.before, *self.after])
+        shared = _shared(self.text_before, text)
+        if shared < len(self.text_before.rstrip("\ufffd")):
             # A byte that is none of a character may change how those before it are read, which are told already.
             return self._decode(self.after)
         return text[shared:]
