@@ -205,6 +205,32 @@ def layout(kind: str, batch: int, length: int, generator: torch.Generator) -> tu
     return mask, position_ids, real, positions, documents
 
 
+def varlen_under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What `varlen_attn` computes where queries and keys are the same tokens, on any device, in any type."""
+    assert cu_seq_q is cu_seq_k
+    assert max_q == max_k
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == torch.int32
+    assert query.dtype == key.dtype == value.dtype
+    assert query.shape == key.shape
+    tokens = torch.arange(query.shape[0], device=query.device, dtype=torch.int32)
+    document = torch.searchsorted(cu_seq_q, tokens, right=True)
+    mask = (document[:, None] == document) & (tokens[:, None] >= tokens)
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    weights = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights @ value).transpose(0, 1)
+
+
 def some_sequences(count: int = 12, length: int = 64) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": torch.randint(1, 31, (count, length)).tolist()})
 

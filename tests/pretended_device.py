@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from gpus import pretended_gpus
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 # Loading the package must not wake a GPU that is there: this fails where it does.
 with pretended_gpus(1):
-    from models import TOKENIZER, some_sequences, tiny
+    from models import TOKENIZER, some_sequences, tiny, varlen_under_mask
 
     import mixture_of_depths
     import mixture_of_depths.cli.main
@@ -40,6 +41,7 @@ with pretended_gpus(1):
         trace_tokens,
     )
     from mixture_of_depths.isoflop.measure import gain_from_later_tokens
+    from mixture_of_depths.model import modeling, packed
     from mixture_of_depths.retrofitting.measure import fit_routers, measure_importance, routed_from
     from mixture_of_depths.text.batches import document_positions
 LOADED = [name for name in sys.modules if name.startswith("mixture_of_depths.")]
@@ -156,6 +158,14 @@ def step(**changes: Any) -> None:
         optimizer.zero_grad()
 
 
+def fused_step() -> None:
+    """A training step whose packed documents go through the kernel, which the device does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "runs_fused", lambda *_: True)
+        patch.setattr(packed, "varlen_attn", varlen_under_mask)
+        step(routed_parts=["block", "block_keep_keys"])
+
+
 def sample(options: SamplingOptions, quantized: bool = False, **changes: Any) -> None:
     model = model_on_device(**changes).eval()
     if quantized:
@@ -225,6 +235,7 @@ CASES: dict[str, Callable[[], None]] = {
     "training step, random routing": lambda: step(router_type="random"),
     "training step, threshold and first token": lambda: step(causal_router="threshold", first_token_enters=True),
     "training step, experts": lambda: step(**EXPERTS),
+    "training step, fused documents": fused_step,
     "stream, greedy": lambda: sample(SamplingOptions(max_new_tokens=4, temperature=0)),
     "stream, drawn": lambda: sample(DRAWN),
     "stream, experts": lambda: sample(DRAWN, **EXPERTS),

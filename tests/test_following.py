@@ -14,6 +14,7 @@ CASES = (
     "training step, random routing",
     "training step, threshold and first token",
     "training step, experts",
+    "training step, fused documents",
     "stream, greedy",
     "stream, drawn",
     "stream, experts",
@@ -28,7 +29,7 @@ CASES = (
     "sample_texts, trace",
 )
 # Is there padding, or more than one document? Once a pass.
-BEFORE_THE_BLOCKS = {"model/modeling.py:_documents", "model/modeling.py:_place"}
+BEFORE_THE_BLOCKS = {"model/packed.py:documents_of", "model/modeling.py:_place"}
 
 
 @pytest.fixture(scope="module")

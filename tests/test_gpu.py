@@ -3,10 +3,11 @@
 Skipped without one. `DEVICE` may be set to "cpu" to run what is here once without a GPU.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from command import TINY, data, run
 from models import greedy, make_checkpoint, write_numbers
 from runs import QUIET, config_for, dense_for
 from studies import study_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from mixture_of_depths import Corpus, MoDConfig, MoDForCausalLM, SamplingOptions, TrainOptions, stream, train
 from mixture_of_depths.cli.common import load_to_sample
 from mixture_of_depths.device import accelerator_name
+from mixture_of_depths.model import packed
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no GPU")
@@ -131,6 +135,105 @@ def test_a_training_step_does_not_wait_between_blocks(kind: str) -> None:
         with without_waiting() if not is_first else torch.enable_grad():
             with torch.autocast(DEVICE.type, torch.bfloat16):
                 model(input_ids, labels=input_ids, skip_logits=True).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def packed_rows(chance: float, rows: int = 4, length: int = 256) -> dict[str, torch.Tensor]:
+    """Rows of tokens, and positions that start again with the given chance."""
+    is_start = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < chance
+    slots = torch.arange(length)
+    position_ids = slots - (is_start * slots).cummax(dim=1).values
+    input_ids = tokens(rows, length)
+    return {name: ids.to(DEVICE) for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))}
+
+
+@contextmanager
+def counted_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Yields the number of documents of each call of the kernel for sequences of different lengths."""
+    calls: list[int] = []
+
+    def counted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Any, *rest: Any, **options: Any):
+        calls.append(len(starts) - 1)
+        return varlen_attn(query, key, value, starts, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "varlen_attn", counted)
+        yield calls
+
+
+@pytest.mark.parametrize("routing", ["top_k", "causal"])
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("parts", ["block", "block_keep_keys", "mlp"])
+def test_packed_documents_are_as_near_to_float32_through_the_kernel_as_under_a_mask(
+    parts: Any, is_autocast: bool, routing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 1.5 times as far, in logits and in all gradients together."""
+    torch.manual_seed(0)
+    # Random routers decide alike in every precision.
+    config = MoDConfig(**{**SMALL, "router_type": "random", "routed_parts": parts})
+    model = torch.nn.Module.to(MoDForCausalLM(config), DEVICE).eval()
+    batch = packed_rows(0.02)
+
+    def computed(is_half: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        own = copy.deepcopy(model)
+        if is_half and not is_autocast:
+            torch.nn.Module.to(own, torch.bfloat16)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=is_half and is_autocast):
+            logits = own(**batch, routing=routing, use_cache=False).logits.float()
+        (logits.log_softmax(dim=-1)[..., 0].mean()).backward()
+        gradients = [weight.grad.flatten().float() for weight in own.parameters() if weight.grad is not None]
+        return logits.detach(), torch.cat(gradients)
+
+    exact = computed(is_half=False)
+    with counted_kernel(monkeypatch) as calls:
+        fused = computed(is_half=True)
+    assert bool(calls) == (DEVICE.type == "cuda")
+    with counted_kernel(monkeypatch) as calls, sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        masked = computed(is_half=True)
+    assert not calls
+    for of_kernel, of_mask, wanted in zip(fused, masked, exact, strict=True):
+        assert (of_kernel - wanted).norm() < 1.5 * (of_mask - wanted).norm()
+        assert (of_mask - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_compiled_blocks_take_every_number_of_packed_documents_in_the_graphs_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Module.to(MoDForCausalLM(MoDConfig(**{**SMALL, "router_type": "random"})), DEVICE).eval()
+    plain = copy.deepcopy(model)
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False)
+    for number, chance in enumerate((0.02, 0.05, 0.1, 0.3)):
+        batch, losses = packed_rows(chance), []
+        stance = "default" if number == 0 else "fail_on_recompile"
+        for either in (plain, model):
+            with torch.compiler.set_stance(stance), torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = either(**batch, labels=batch["input_ids"], routing="top_k", use_cache=False).loss
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    norms = [torch.stack([weight.grad.norm() for weight in either.parameters()]) for either in (plain, model)]
+    assert (norms[1] - norms[0]).norm() < 0.05 * norms[0].norm()
+
+
+@pytest.mark.parametrize("parts", ["block", "block_keep_keys", "mlp"])
+def test_a_training_step_over_packed_documents_does_not_wait_from_the_first_block_on(parts: Any) -> None:
+    model = torch.nn.Module.to(MoDForCausalLM(MoDConfig(**{**SMALL, "routed_parts": parts})), DEVICE).train()
+    batch = packed_rows(0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for is_first in (True, False):
+        with ExitStack() as stack:
+            if not is_first:
+                hook = model.model.layers[0].register_forward_pre_hook(
+                    lambda *_: stack.enter_context(without_waiting())
+                )
+                stack.callback(hook.remove)
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = model(**batch, labels=batch["input_ids"], skip_logits=True).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mixture_of_depths.model.cache import EMPTY, RoutedCacheLayer
 from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.packed import Packing, attend_packed
 from mixture_of_depths.model.routing import Selection, gather_tokens
 
 
@@ -27,9 +28,10 @@ class Placement:
         slots (torch.Tensor): slots, `EMPTY` for padding; of shape [B, T] or [1, T].
         documents (torch.Tensor | None): which of the documents packed in the row a token belongs to; of shape [B, T].
         mask (torch.Tensor | None): True where a query may attend to a key; of shape [B, 1, Q, S]. None when every
-            token attends to all tokens up to itself.
+            token attends to all tokens up to itself, or those of its document where there is a packing.
         real (torch.Tensor | None): False for padding; of shape [B, T]. None when there is none.
         rows (torch.Tensor | None): which rows of the batch these are, where others are left out; of shape [B].
+        packing (Packing | None): where documents lie, when attention within them runs fused; then there is no mask.
     """
 
     cos: Tensor
@@ -39,6 +41,7 @@ class Placement:
     mask: Tensor | None
     real: Tensor | None
     rows: Tensor | None = None
+    packing: Packing | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Placement":
         """The same on another device, as accelerate asks of what a block is given when blocks lie on several."""
@@ -59,29 +62,42 @@ class Placement:
         if valid_RK is not None:
             slots_RK = slots_RK.masked_fill(~valid_RK, EMPTY)
         documents_RK = None if self.documents is None else chosen(self.documents)
-        mask = None
-        if self.mask is not None or valid_RK is not None:
-            mask = visible(slots_RK, slots_RK, documents_RK)
-        return Placement(
-            chosen(self.cos), chosen(self.sin), slots_RK, documents_RK, mask, valid_RK, rows=selection.row_R
-        )
+        mask = packing = None
+        if self.packing is not None:
+            packing = self.packing.of(selection, self.slots.shape[1])
+        elif self.mask is not None or valid_RK is not None:
+            mask = visible(slots_RK, slots_RK, documents_RK, documents_RK)
+        cos_RKh, sin_RKh = chosen(self.cos), chosen(self.sin)
+        return Placement(cos_RKh, sin_RKh, slots_RK, documents_RK, mask, valid_RK, selection.row_R, packing)
 
     def asking(self, selection: Selection, batch_size: int) -> "Placement":
-        """The placement of the tokens chosen of a batch, which attend to all tokens."""
+        """The placement of the tokens chosen of a batch, which attend to all tokens.
+
+        Under a mask even where others have a packing: the fused attention takes the queries of a document for its last
+        tokens.
+        """
         chosen, mask = self.of(selection, batch_size), None
         if self.mask is not None:
             mask_BTS = self.mask[:, 0].expand(batch_size, -1, -1)
             mask = gather_tokens(mask_BTS, selection)[:, None]
         elif self.slots.shape[1] > 1:
-            mask = visible(chosen.slots, self.slots, None)
-        return replace(chosen, mask=mask)
+            documents_BT = self.documents
+            if documents_BT is not None and selection.row_R is not None:
+                documents_BT = documents_BT.expand(batch_size, -1).index_select(0, selection.row_R)
+            mask = visible(chosen.slots, self.slots, chosen.documents, documents_BT)
+        return replace(chosen, mask=mask, packing=None)
 
 
-def visible(query_slots_BQ: Tensor, key_slots_BS: Tensor, documents_BT: Tensor | None) -> Tensor:
+def visible(
+    query_slots_BQ: Tensor,
+    key_slots_BS: Tensor,
+    query_documents_BQ: Tensor | None = None,
+    key_documents_BS: Tensor | None = None,
+) -> Tensor:
     """True where a query may attend to a key: at or before it, and of the same document; of shape [B, 1, Q, S]."""
     mask_BQS = key_slots_BS[:, None, :] <= query_slots_BQ[:, :, None]
-    if documents_BT is not None:
-        mask_BQS = mask_BQS & (documents_BT[:, None, :] == documents_BT[:, :, None])
+    if query_documents_BQ is not None and key_documents_BS is not None:
+        mask_BQS = mask_BQS & (key_documents_BS[:, None, :] == query_documents_BQ[:, :, None])
     return mask_BQS[:, None]
 
 
@@ -144,10 +160,14 @@ class Attention(nn.Module):
             layer = past.layers[self.layer_idx]
             key, value = past.update(key, value, self.layer_idx, slots=placement.slots, rows=placement.rows)
             if isinstance(layer, RoutedCacheLayer):
-                is_causal, mask = False, visible(placement.slots, layer.slots_of(placement.rows), None)
+                is_causal, mask = False, visible(placement.slots, layer.slots_of(placement.rows))
         if asking is not None and asking.row_R is not None:
             key, value = key.index_select(0, asking.row_R), value.index_select(0, asking.row_R)
-        return self.o_proj(attend(query, key, value, mask, is_causal).transpose(1, 2).flatten(2))
+        if asking_from.packing is not None:
+            attended = attend_packed(query, key, value, asking_from.packing)
+        else:
+            attended = attend(query, key, value, mask, is_causal)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -32,6 +32,7 @@ from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
 from mixture_of_depths.model.loss import chunked_loss, float64_loss, next_tokens
+from mixture_of_depths.model.packed import Packing, documents_of, packed_positions, runs_fused
 from mixture_of_depths.model.routing import (
     Bypass,
     LayerRouting,
@@ -319,9 +320,10 @@ class MoDModel(MoDPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are never materialised")
         routing = self._resolve_routing(routing)
-        if position_ids is None and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
-            position_ids = packed_positions(kwargs["cu_seq_lens_q"])
-        documents_BT = self._documents(attention_mask, position_ids)
+        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        position_ids, documents_BT, packing = self._documents(
+            hidden_BTD, attention_mask, position_ids, kwargs.get("cu_seq_lens_q")
+        )
         if use_cache is None:
             use_cache = self.config.use_cache and routing == "causal" and not self.training and documents_BT is None
         self._check_cache(cache)
@@ -338,9 +340,10 @@ class MoDModel(MoDPreTrainedModel):
         if cache is None and use_cache:
             cache = MoDCache(config=self.config)
 
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_length = cache.get_seq_length() if cache is not None else 0
-        position_BT, placement = self._place(hidden_BTD, attention_mask, position_ids, documents_BT, past_length)
+        position_BT, placement = self._place(
+            hidden_BTD, attention_mask, position_ids, documents_BT, packing, past_length
+        )
         factor = None
         if routing == "top_k":
             factor = torch.full((), 1.0 if self.training and ends_step() else 0.0, device=hidden_BTD.device)
@@ -410,18 +413,32 @@ class MoDModel(MoDPreTrainedModel):
                 f"{expected}; build it with MoDCache(config=model.config), which prefix tuning cannot"
             )
 
-    def _documents(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        """Which of the documents packed in a row each token belongs to, [B, T]; None when no row holds several.
+    def _documents(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Packing | None]:
+        """Positions as far as they are given, which document of its row a token belongs to, and where documents lie.
 
-        With an attention mask positions start again for padding, too, so that documents are told apart without one.
+        The second is None when no row holds several, the third where they attend under a mask. With an attention mask
+        positions start again for padding, too, so that documents are told apart without one.
         """
-        if attention_mask is not None or position_ids is None or position_ids.shape[-1] == 1:
-            return None
-        is_start = position_ids.diff(dim=-1) != 1
-        # A compiled graph cannot look at the data.
-        if not torch.compiler.is_compiling() and not bool(is_start.any()):
-            return None
-        return F.pad(is_start.cumsum(dim=-1), (1, 0))
+        batch_size, num_tokens = hidden_BTD.shape[:2]
+        if position_ids is not None or attention_mask is not None:
+            cu_seq_lens = None
+        if cu_seq_lens is not None:
+            position_ids = packed_positions(cu_seq_lens, num_tokens)
+        if position_ids is not None and position_ids.shape not in ((batch_size, num_tokens), (1, num_tokens)):
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch_size, num_tokens)}")
+        if attention_mask is not None or position_ids is None or num_tokens == 1:
+            return position_ids, None, None
+        documents_BT, packing = documents_of(position_ids, batch_size, cu_seq_lens)
+        assert self.config.head_dim is not None
+        if packing is not None and not runs_fused(packing, hidden_BTD.device, hidden_BTD.dtype, self.config.head_dim):
+            packing = None
+        return position_ids, documents_BT, packing
 
     def _place(
         self,
@@ -429,6 +446,7 @@ class MoDModel(MoDPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         documents_BT: Tensor | None,
+        packing: Packing | None,
         past_length: int,
     ) -> tuple[Tensor, Placement]:
         """Positions and the placement of the given tokens."""
@@ -448,10 +466,6 @@ class MoDModel(MoDPreTrainedModel):
 
         slots_1S = torch.arange(past_length + num_tokens, device=device)[None]
         if position_ids is not None:
-            if position_ids.shape not in ((hidden_BTD.shape[0], num_tokens), (1, num_tokens)):
-                raise ValueError(
-                    f"position_ids has shape {tuple(position_ids.shape)}; expected {(hidden_BTD.shape[0], num_tokens)}"
-                )
             position_BT = position_ids
         elif known_BS is not None:
             position_BT = (known_BS.cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
@@ -460,11 +474,12 @@ class MoDModel(MoDPreTrainedModel):
         key_slots_BS = slots_1S if known_BS is None else slots_1S.masked_fill(~known_BS, EMPTY)
         slots_BT = key_slots_BS[:, past_length:]
         mask = None
-        if known_BS is not None or documents_BT is not None or (past_length > 0 and num_tokens > 1):
-            mask = visible(slots_BT, key_slots_BS, documents_BT)
+        is_unfused = documents_BT is not None and packing is None
+        if known_BS is not None or is_unfused or (past_length > 0 and num_tokens > 1):
+            mask = visible(slots_BT, key_slots_BS, documents_BT, documents_BT)
         cos_BTh, sin_BTh = rotary_factors(self.config, position_BT, hidden_BTD.dtype)
         real_BT = None if known_BS is None else known_BS[:, past_length:]
-        return position_BT, Placement(cos_BTh, sin_BTh, slots_BT, documents_BT, mask, real_BT)
+        return position_BT, Placement(cos_BTh, sin_BTh, slots_BT, documents_BT, mask, real_BT, packing=packing)
 
 
 class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
@@ -645,17 +660,6 @@ def at_positions(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if logits_to_keep.ndim == 2:
         return hidden_BTD.take_along_dim(logits_to_keep[..., None], dim=1)
     return hidden_BTD[:, logits_to_keep]
-
-
-def packed_positions(cu_seq_lens: Tensor) -> Tensor:
-    """Positions of the documents packed in one row, each from 0; of shape [1, T].
-
-    Args:
-        cu_seq_lens (torch.Tensor): where they begin, and where the last one ends; of shape [documents + 1].
-    """
-    lengths = cu_seq_lens.diff()
-    starts = cu_seq_lens[:-1].repeat_interleave(lengths)
-    return (torch.arange(len(starts), device=starts.device) - starts)[None]
 
 
 def _mean_over_blocks(losses: list[Tensor | None]) -> Tensor | None:
