@@ -76,6 +76,7 @@ def positions_of(batch: int, length: int, chance: float, generator: torch.Genera
     length=st.integers(2, 12),
     chance=st.sampled_from([0.1, 0.4, 0.9]),
     routing=st.sampled_from(["top_k", "causal"]),
+    causal_router=st.sampled_from(["predictor", "auxiliary_loss"]),
     is_training=st.booleans(),
     parts=st.sampled_from(PARTS),
     bypass_rank=st.sampled_from([0, 4]),
@@ -88,6 +89,7 @@ def test_outputs_and_gradients_are_those_under_a_mask(
     length: int,
     chance: float,
     routing: Any,
+    causal_router: str,
     is_training: bool,
     parts: Any,
     bypass_rank: int,
@@ -96,7 +98,12 @@ def test_outputs_and_gradients_are_those_under_a_mask(
 ) -> None:
     torch.manual_seed(seed)
     model = with_parts(
-        parts, bypass_rank, capacity=[capacity, 0.5], first_token_enters=extras, query_key_norm=extras
+        parts,
+        bypass_rank,
+        capacity=[capacity, 0.5],
+        causal_router=causal_router,
+        first_token_enters=extras,
+        query_key_norm=extras,
     ).train(is_training)
     input_ids = distinct_tokens(batch, length)
     position_ids = positions_of(batch, length, chance, torch.Generator().manual_seed(seed))
@@ -107,6 +114,28 @@ def test_outputs_and_gradients_are_those_under_a_mask(
     has_several = bool((position_ids.diff() != 1).any())
     # The dense block at least.
     assert bool(calls) == has_several
+    assert (output.logits - expected.logits).abs().max() < 1e-9
+    weights = torch.randn_like(expected.logits)
+    check_gradients(model, (output.logits * weights).sum(), (expected.logits * weights).sum())
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("parts", PARTS)
+def test_rows_of_which_different_numbers_of_tokens_enter_are_those_under_a_mask(parts: Any, is_training: bool) -> None:
+    """One row of which none enter, one of which few, and one of which all do."""
+    torch.manual_seed(0)
+    model = with_parts(parts, 4).train(is_training)
+    entered = torch.zeros(3, 9, dtype=torch.bool)
+    entered[1, [2, 4, 5]], entered[2] = True, True
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.predictor.forward = lambda *_: torch.where(entered, 1.0, -1.0).double()
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+    inputs: dict[str, Any] = {"input_ids": distinct_tokens(3, 9), "position_ids": position_ids, "routing": "causal"}
+    expected = model(**inputs, output_routing=True)
+    with kernel():
+        output = model(**inputs)
+    assert torch.equal(expected.routing[0].entered, entered)
     assert (output.logits - expected.logits).abs().max() < 1e-9
     weights = torch.randn_like(expected.logits)
     check_gradients(model, (output.logits * weights).sum(), (expected.logits * weights).sum())
