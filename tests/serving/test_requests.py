@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from transformers import GenerationConfig
 
-from mixture_of_depths.serving.requests import ChatBody, CompletionBody, ResponseBody, default_options
+from mixture_of_depths.serving.requests import Body, ChatBody, CompletionBody, ResponseBody, default_options
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,32 @@ def test_the_ranges_of_fields_are_those_that_the_docs_state(name: str, taken: li
     for value in refused:
         with pytest.raises(ValueError, match=name):
             ChatBody.model_validate({**chat, name: value})
+
+
+WHOLE = ["seed", "top_k", "max_tool_calls", "n", "best_of", "top_logprobs", "min_tokens"]
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, True, False, "1"])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (CompletionBody, {"prompt": "fox"}),
+        (ChatBody, {"messages": [{"role": "user", "content": "fox"}]}),
+        (ResponseBody, {"input": "fox"}),
+    ],
+)
+def test_a_whole_number_is_neither_a_fraction_nor_a_truth(kind: type[Body], own: dict[str, Any], value: Any) -> None:
+    for name in (*WHOLE, *kind.limits):
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate({"model": "name", **own, name: value})
+        assert refused.value.errors()[0]["loc"] == (name,)
+    with pytest.raises(ValueError, match="whole numbers"):
+        CompletionBody.model_validate({"model": "name", "prompt": [1, value]})
+
+
+def test_a_penalty_of_nothing_is_a_zero_of_either_spelling() -> None:
+    for name in ("frequency_penalty", "presence_penalty"):
+        for value in (0, 0.0):
+            CompletionBody.model_validate({"model": "name", "prompt": "fox", name: value})
+        with pytest.raises(ValidationError, match=name):
+            CompletionBody.model_validate({"model": "name", "prompt": "fox", name: False})

@@ -20,8 +20,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
@@ -154,11 +154,8 @@ def _not_too_many(messages: Any) -> Any:
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    # In Python 0 is False, but a number of log probabilities is not the wish for none.
-    same = (
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
-    )
-    return any(same)
+    # In Python 0, 0.0 and False are equal, but a number of log probabilities is not the wish for none.
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ()))
 
 
 def _check_json(name: str, value: Any) -> None:
