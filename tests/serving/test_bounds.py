@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def test_a_field_that_is_nested_deeply_is_refused_by_its_name(
     answer = client.post(f"/v1/{endpoint}", content=body, headers={"Content-Type": "application/json"})
     message = f"{field} is nested in more than 100 levels; send fewer"
     if field == "\ud800":
-        # A name that no answer can tell again.
-        field, message = "?", "? holds half a character (half of a surrogate pair); send whole ones"
+        # A name that no answer can tell again as it is.
+        field, message = r"'\ud800'", r"'\ud800' holds half a character (half of a surrogate pair); send whole ones"
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
     assert answer.json()["error"]["message"] == message
 
@@ -141,3 +142,55 @@ def test_a_conversation_and_stop_strings_of_the_largest_size_are_taken() -> None
     for messages in ([turn()] * 4097, [turn()] * 2048 + [turn(content=parts)]):
         with pytest.raises(ValueError, match="send at most 4096"):
             ChatBody.model_validate({"model": "name", "messages": messages})
+
+
+LONG, ODD = "x" * 100_000, "two\nlines\x1b[31m"
+
+
+@pytest.mark.parametrize("name", [LONG, ODD, "", " ", "a b"])
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("completions", lambda name: {name: 1}),
+        ("completions", lambda name: {name: [[[["x" * 200] * 9] * 9] * 9] * 9}),
+        ("completions", lambda name: {name: {name: {name: name}}}),
+        ("completions", lambda name: {name: float("inf")}),
+        ("completions", lambda name: {name: "\ud800"}),
+        ("completions", lambda name: {"model": name}),
+        ("completions", lambda name: {"n": name}),
+        ("completions", lambda name: {"stream_options": {name: 1}, "stream": True}),
+        ("chat/completions", lambda name: {"messages": [turn(role=name)]}),
+        ("chat/completions", lambda name: {"messages": [turn(**{name: name})]}),
+        ("chat/completions", lambda name: {"messages": [turn(content=[{"type": name, "text": ""}])]}),
+        ("chat/completions", lambda name: {"messages": [turn(content=[{"type": "text", "text": "", name: 1}])]}),
+        ("responses", lambda name: {"metadata": {name: 1}}),
+    ],
+)
+def test_what_a_request_brings_stands_in_a_message_in_one_short_line(
+    client: TestClient, endpoint: str, body: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    text = json.dumps({"model": "name", **ENDPOINTS[endpoint], **body(name)})
+    answer = client.post(f"/v1/{endpoint}", content=text, headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code in (400, 404)
+    assert error["message"].isprintable()
+    assert len(error["message"]) < 700
+    assert error["param"].isprintable()
+    assert len(error["param"]) < 200
+    if name in (LONG, ODD):
+        assert ("xxx...xxx" if name is LONG else r"two\nlines\x1b[31m") in error["message"]
+
+
+@pytest.mark.parametrize("name", ["best_of", "max_tokens", "top_k", "seed", "n"])
+def test_a_number_of_thousands_of_digits_is_cut(client: TestClient, name: str) -> None:
+    body = {"model": "name", **COMPLETION, name: -int("9" * 4000)}
+    message = client.post("/v1/completions", json=body).json()["error"]["message"]
+    assert message.startswith(f"{name}=-9999")
+    assert len(message) < 200
+
+
+def test_a_path_that_does_not_exist_is_told_in_one_short_line(client: TestClient) -> None:
+    for path in (f"/v1/{LONG[:9999]}", "/v1/%0a%1b%5B31m"):
+        message = client.get(path).json()["error"]["message"]
+        assert message.isprintable()
+        assert len(message) < 150

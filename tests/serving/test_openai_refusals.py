@@ -129,10 +129,13 @@ def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: P
     ("template", "message"),
     [
         (None, "the model's tokenizer has no chat template; use /v1/completions"),
-        ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses .*: roles must alternate"),
-        ("{{ 1 / 0 }}", "the model's chat template refuses .*: division by zero"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "the model's chat template refuses .*: .roles must alternate",
+        ),
+        ("{{ 1 / 0 }}", "the model's chat template refuses .*: .division by zero"),
         ("{{ '{}'.format() }}", "the model's chat template refuses .*: .*index .*out of range"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template refuses .*: maximum recursion"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template refuses .*: .maximum recursion"),
         ("{{ 10.0 ** 400 }}", "the model's chat template refuses .*: .*out of range"),
     ],
 )
@@ -190,3 +193,15 @@ def test_a_model_that_fails_says_so_in_openai_s_form(checkpoint: Path) -> None:
         streamed = client.post(f"/v1/{endpoint}", json=request_of(endpoint, checkpoint, stream=True)).text.strip()
         last = json.loads(streamed.split("data: ")[-1])
         assert "not finite" in (last["response"] if endpoint == "responses" else last)["error"]["message"]
+
+
+def test_what_a_chat_template_says_is_told_in_one_short_line(checkpoint: Path) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    tokenizer.chat_template = "{{ raise_exception('no: ' + messages[0]['content']) }}"
+    client = TestClient(application(model, tokenizer, str(checkpoint)))
+    for content, reason in (("a\nb\x1b", r"'no: a\nb\x1b'"), ("x" * 100_000, "xxx...xxx")):
+        body = request_of("chat/completions", checkpoint, messages=chat(content))
+        message = client.post("/v1/chat/completions", json=body).json()["error"]["message"]
+        assert message.isprintable()
+        assert len(message) < 600
+        assert reason in message

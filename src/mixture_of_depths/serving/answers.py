@@ -1,7 +1,6 @@
 """OpenAI's answers: whole, as the events of a stream, and those that say what is wrong."""
 
 import json
-import reprlib
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import Sample
-from mixture_of_depths.serving.requests import ChoicesBody, ResponseBody
+from mixture_of_depths.serving.requests import ChoicesBody, ResponseBody, named, shown
 
 # What a value of another type must be, in the words of JSON's readers instead of pydantic's.
 KINDS = {
@@ -30,7 +29,7 @@ class RequestError(Exception):
     Attributes:
         status: of HTTP.
         message: what is wrong, for a human.
-        param: the field of the request that is to blame, by the client's own name.
+        param: the field of the request that is to blame, by the client's own name; as `named` shows it.
         code: the kind of fault, where OpenAI has a name for it.
     """
 
@@ -47,15 +46,13 @@ class RequestError(Exception):
 def misread(errors: Sequence[Any]) -> RequestError:
     """The first of pydantic's reasons why a body is not a request, in our words."""
     problem = errors[0]
-    # Where pydantic stood: in the body, in a field, in a part of it; what is no name is one of several kinds it tried.
+    # Where pydantic stood: in the body, in a field, in a part of it.
     first, *parts = problem["loc"] or (None,)
-    param = first if isinstance(first, str) else None
-    for part in parts:
-        if param and not isinstance(part, str):
-            param += f"[{part}]"
-        elif param and part.isidentifier():
-            param += f".{part}"
-    value = reprlib.repr(problem["input"])
+    param = None
+    if isinstance(first, str):
+        steps = (f".{named(part)}" if isinstance(part, str) else f"[{part}]" for part in parts)
+        param = named(first) + "".join(steps)
+    value = shown(problem["input"])
     if problem["type"] == "of_field":
         name = problem["ctx"]["name"]
         param = f"{param}.{name}" if param else name

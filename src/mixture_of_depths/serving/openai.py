@@ -6,7 +6,6 @@ Requests are answered one after another, in the order they came, on one thread; 
 import asyncio
 import inspect
 import logging
-import reprlib
 import secrets
 import sys
 import time
@@ -41,6 +40,7 @@ from mixture_of_depths.serving.answers import (
     sent,
 )
 from mixture_of_depths.serving.requests import (
+    MOST_REASON,
     MOST_SAMPLES,
     Body,
     ChatBody,
@@ -48,6 +48,8 @@ from mixture_of_depths.serving.requests import (
     Message,
     ResponseBody,
     default_options,
+    named,
+    shown,
 )
 
 Kind = TypeVar("Kind", bound=Body)
@@ -138,9 +140,7 @@ class Sampler:
                 raise RequestError(400, message, field, "context_length_exceeded")
             for token in tokens:
                 if not 0 <= token < vocabulary:
-                    message = (
-                        f"{field} holds {reprlib.repr(token)}, which is outside the vocabulary of {vocabulary} tokens"
-                    )
+                    message = f"{field} holds {shown(token)}, which is outside the vocabulary of {vocabulary} tokens"
                     raise RequestError(400, message, field)
             if not tokens:
                 raise RequestError(400, f"{field} is empty; give at least one token", field)
@@ -260,7 +260,8 @@ def _rendered(
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
     except Exception as error:
         # A template is a program of the model's, and fails as programs do: with any kind of error.
-        raise RequestError(400, f"the model's chat template refuses {field}: {error}", field) from error
+        reason = shown(str(error), MOST_REASON)
+        raise RequestError(400, f"the model's chat template refuses {field}: {reason}", field) from error
     # The template writes special tokens itself.
     return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
 
@@ -335,7 +336,7 @@ def _refusal(request: Request, error: Exception) -> JSONResponse:
         refused = RequestError(400, "the body must be a JSON object, sent as application/json")
     elif isinstance(error, HTTPException):
         # The library says no more of these than the names of their statuses.
-        place = f"{request.method} {request.url.path}"
+        place = f"{named(request.method)} {named(request.url.path)}"
         messages = {
             400: _why_unreadable(error.__cause__),
             404: f"{place} does not exist",
@@ -383,7 +384,9 @@ def application(
     def check_model(asked: str) -> None:
         # Clients write the folder in their own way, and take "./" out of an address.
         if Path(asked) != Path(name):
-            raise RequestError(404, f"the model {asked!r} does not exist; it is {name!r}", "model", "model_not_found")
+            raise RequestError(
+                404, f"the model {shown(asked)} does not exist; it is {name!r}", "model", "model_not_found"
+            )
 
     @app.get("/health")
     def health() -> dict[str, str]:

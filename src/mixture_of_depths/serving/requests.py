@@ -56,6 +56,9 @@ MOST_FIELDS = 100
 MOST_LEVELS = 100
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 1000
+# Characters of a name or a value that a message shows, and of what a chat template says is wrong.
+MOST_SHOWN = 80
+MOST_REASON = 500
 # What a generation configuration may say beside the fields of `SamplingOptions`.
 KNOWN = ("max_length", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "stop_strings", "use_cache")
 
@@ -81,9 +84,23 @@ def default_options(config: GenerationConfig) -> dict[str, Any]:
     return options
 
 
+def shown(value: Any, most: int = MOST_SHOWN) -> str:
+    """What a request brings, for a message: as Python writes it, in one line, and cut to `most` characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = most
+    text = short.repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def named(name: str) -> str:
+    """A name that a request brings, for a message: as it is where it is short and reads as one word."""
+    is_word = name.isprintable() and name.split() == [name]
+    return name if is_word and len(name) <= MOST_SHOWN else shown(name)
+
+
 def _of_field(name: str, message: LiteralString, **values: Any) -> PydanticCustomError:
     """What is wrong with a field of an object, where the object is checked as a whole; its name comes before it."""
-    return PydanticCustomError("of_field", message, {"name": name, **values})
+    return PydanticCustomError("of_field", message, {"name": named(name), **values})
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -122,7 +139,7 @@ def _as_prompts(value: Any) -> Any:
     if are_texts or (isinstance(prompts, list) and all(map(_is_tokens, prompts))):
         return prompts
     message = "must be a text, a list of texts, a list of tokens, which are whole numbers, or a list of such lists"
-    raise ValueError(f"prompt={reprlib.repr(value)} {message}")
+    raise ValueError(f"prompt={shown(value)} {message}")
 
 
 def _is_tokens(value: Any) -> bool:
@@ -176,8 +193,7 @@ def _check_json(name: str, value: Any) -> None:
 
 def _half(name: str) -> PydanticCustomError:
     # JSON can spell half a surrogate pair, and no text holds it.
-    shown = name.encode(errors="replace").decode()
-    return _of_field(shown, " holds half a character (half of a surrogate pair); send whole ones")
+    return _of_field(name, " holds half a character (half of a surrogate pair); send whole ones")
 
 
 Objects = Annotated[list[dict[str, Any]], FailFast()]
@@ -216,14 +232,14 @@ class Part(_Strict):
     @classmethod
     def _is_text(cls, kind: str) -> str:
         if kind not in ("text", "input_text", "output_text"):
-            raise ValueError(f"the model reads text alone, not {kind}")
+            raise ValueError(f"the model reads text alone, not {named(kind)}")
         return kind
 
     @model_validator(mode="after")
     def _nothing_else(self) -> "Part":
         for name, value in (self.model_extra or {}).items():
             if value not in (None, []):
-                raise _of_field(name, "={value} is not supported; leave it out", value=reprlib.repr(value))
+                raise _of_field(name, "={value} is not supported; leave it out", value=shown(value))
         return self
 
 
@@ -252,7 +268,7 @@ class Message(_Strict):
         unknown = [name for name in said if name not in known]
         if unknown:
             name = "type" if "type" in unknown else unknown[0]
-            raise _of_field(name, "={value} is not supported; leave it out", value=reprlib.repr(said[name]))
+            raise _of_field(name, "={value} is not supported; leave it out", value=shown(said[name]))
         return said
 
     def for_template(self) -> dict[str, str]:
@@ -353,7 +369,8 @@ class Body(_Strict):
         try:
             SamplingOptions(**{option: value})
         except ValueError as error:
-            raise ValueError(str(error).replace(option, name)) from error
+            told = str(error).replace(repr(value), shown(value))
+            raise ValueError(told.replace(option, name)) from error
         return value
 
     def options(self) -> dict[str, Any]:
@@ -378,7 +395,7 @@ class ChoicesBody(Body):
         n = info.data.get("n")
         if best_of is not None and n is not None and best_of != n:
             fault = f"must be at least n={n}" if best_of < n else f"is not supported; leave it out, or give n={n}"
-            raise ValueError(f"best_of={best_of} {fault}")
+            raise ValueError(f"best_of={shown(best_of)} {fault}")
         return best_of
 
 
