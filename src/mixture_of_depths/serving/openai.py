@@ -4,7 +4,6 @@ Requests are answered one after another, in the order they came, on one thread; 
 """
 
 import asyncio
-import inspect
 import logging
 import secrets
 import sys
@@ -13,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import Body as SentBody
@@ -40,17 +39,16 @@ from mixture_of_depths.serving.answers import (
     sent,
 )
 from mixture_of_depths.serving.requests import (
-    MOST_REASON,
     MOST_SAMPLES,
     Body,
     ChatBody,
     CompletionBody,
-    Message,
     ResponseBody,
     default_options,
     named,
     shown,
 )
+from mixture_of_depths.serving.template import chat_tokens
 
 Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
@@ -59,8 +57,6 @@ Answer = CompletionAnswer | ResponseAnswer
 JSON = Annotated[Any, SentBody()]
 # Room for the prompts of any model: 100,000 tokens take less than a fifth, as text or as numbers.
 MOST_BODY_BYTES = 4 * 2**20
-# What transformers and Jinja call the conversation and themselves; a second value under these names is an error.
-NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations")
 # How long clients that neither send nor read on are waited for when the server stops.
 GRACE_SECONDS = 3
 # The log of uvicorn, beside its own lines.
@@ -240,32 +236,6 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[
         raise RequestError(400, str(error), "prompt") from error
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], field: str, settings: dict[str, Any]
-) -> list[int]:
-    """A conversation as the tokens of a prompt.
-
-    Raises:
-        RequestError: when the model has no chat template, or its template refuses the conversation.
-    """
-    if tokenizer.chat_template is None:
-        raise RequestError(400, "the model's tokenizer has no chat template; use /v1/completions", field)
-    ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *NAMES_WITHIN_TEMPLATING}
-    for name in ours & set(settings):
-        # A template with loops would hold up all others.
-        message = f"chat_template_kwargs: {name} is not for clients to set; leave it out"
-        raise RequestError(400, message, "chat_template_kwargs")
-    conversation = [message.for_template() for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
-    except Exception as error:
-        # A template is a program of the model's, and fails as programs do: with any kind of error.
-        reason = shown(str(error), MOST_REASON)
-        raise RequestError(400, f"the model's chat template refuses {field}: {reason}", field) from error
-    # The template writes special tokens itself.
-    return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
-
-
 class _Size:
     """Refuses a body that is too long while it comes in."""
 
@@ -423,7 +393,9 @@ def application(
         def read() -> tuple[ChatBody, Task]:
             body = _checked(ChatBody, content)
             check_model(body.model)
-            tokens = _rendered(tokenizer, body.messages, "messages", body.chat_template_kwargs)
+            tokens = chat_tokens(
+                tokenizer, body.messages, "messages", "chat_template_kwargs", settings=body.chat_template_kwargs
+            )
             return body, sampler.task(body, "messages", [tokens], body.n)
 
         body, task = await sampler.read(read)
@@ -434,10 +406,8 @@ def application(
         def read() -> tuple[ResponseBody, Task]:
             body = _checked(ResponseBody, content)
             check_model(body.model)
-            messages = list(body.input)
-            if body.instructions is not None:
-                messages.insert(0, Message.model_validate({"role": "system", "content": body.instructions}))
-            return body, sampler.task(body, "input", [_rendered(tokenizer, messages, "input", {})])
+            tokens = chat_tokens(tokenizer, body.input, "input", "instructions", instructions=body.instructions)
+            return body, sampler.task(body, "input", [tokens])
 
         body, task = await sampler.read(read)
         answer = ResponseAnswer(body, task.samples, len(task.samples[0].tokens), task.options[0])
