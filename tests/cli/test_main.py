@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -158,3 +159,67 @@ def test_what_a_user_can_mend_ends_with_status_2_and_no_traceback(
     assert message in " ".join((output + errors).split())
     assert "Traceback" not in output + errors
     assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        (
+            "generate",
+            "--max-new-tokens",
+            "0",
+            "max_new_tokens=0 is out of range: it must be greater than or equal to 1",
+        ),
+        ("generate", "--repetition-penalty", "0", "repetition_penalty=0.0 is out of range: it must be greater than or"),
+        ("generate", "--temperature", "nan", "temperature=nan is out of range: it must be a finite number"),
+        ("generate", "--temperature", "0.001", "temperature=0.001 is out of range: it must be 0, or at least 0.01"),
+        ("generate", "--top-k", "-1", "top_k=-1 is out of range: it must be greater than or equal to 0"),
+        ("generate", "--top-p", "7", "top_p=7.0 is out of range: it must be less than or equal to 1"),
+        ("generate", "--min-p", "2", "min_p=2.0 is out of range: it must be less than or equal to 1"),
+        ("generate", "--stop", "", "stop=('',) is out of range: it must have at least 1 character"),
+        ("generate", "--seed", "-1", "seed=-1 is out of range: it must be greater than or equal to 0"),
+        ("retrofit", "--flops-share", "1", "flops_share=1.0 is out of range: it must be less than 1"),
+        ("retrofit", "--capacity", "0", "capacity=0.0 is out of range: it must be greater than 0"),
+        ("retrofit", "--distillation", "2", "distillation=2.0 is out of range: it must be less than or equal to 1"),
+        ("retrofit", "--lora-rank", "4", "lora_rank=4 has no use with tune=all; leave out one of them"),
+        ("retrofit", "--lowering-fraction", "1", "lowering_fraction=1.0 is out of range: it must be less than 1"),
+        ("train", "--batch-size", "0", "batch_size=0 is out of range: it must be greater than or equal to 1"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_in_one_plain_line(
+    text: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    command: str,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    words = {
+        "generate": [str(checkpoint), "--prompt", "x"],
+        "retrofit": ["nowhere", "--out", str(tmp_path / "out")],
+        "train": ["--out", str(tmp_path / "out"), *data(text), "--max-steps", "3"],
+    }[command]
+    status, output, errors = run(monkeypatch, capsys, command, *words, option, value)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: {message}")
+    assert command == "train" or output == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("generate", "How tokens are drawn."),
+        ("generate", "--top-p FLOAT Sample from the likeliest tokens that hold this much probability. (default: 1.0)"),
+        ("retrofit", "What is routed, and which parts are tuned."),
+        ("retrofit", "--lora-rank INT Rank of the adapters. (default: 16)"),
+    ],
+)
+def test_options_that_a_command_checks_itself_are_described_as_all_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str, shown: str
+) -> None:
+    status, output, _ = run(monkeypatch, capsys, command, "--help")
+    assert status == 0
+    assert shown in " ".join(re.sub("[│╭╮╰╯─]", " ", output).split())

@@ -3,10 +3,19 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, load_to_sample, quiet_libraries
 from mixture_of_depths.options import Precision, SamplingOptions
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingOptions):
+    """As the parser makes them: unchecked, for it would draw a box around what is wrong with them."""
+
+    def __post_init__(self) -> None:
+        """Leaves the check to the command."""
 
 
 def generate(
@@ -15,7 +24,7 @@ def generate(
     prompts: Path | None = None,
     out: Path | None = None,
     batch_size: int = 16,
-    sampling: SamplingOptions = SamplingOptions(),
+    sampling: Sampling = Sampling(),
     precision: Precision = "fp32",
     stream: bool = False,
     show_depth: bool = False,
@@ -45,6 +54,7 @@ def generate(
     from mixture_of_depths.sampling.stream import check_prompts
     from mixture_of_depths.sampling.texts import begin, sample_texts, stream_texts
 
+    options = SamplingOptions(**vars(sampling))
     quiet_libraries()
     place = chosen_device(device)
     if (prompt is None) == (prompts is None):
@@ -63,7 +73,7 @@ def generate(
     for sample in samples:
         # All of them before the first is written.
         tokens = torch.tensor([sample.tokens])
-        check_prompts(model, tokens, torch.ones_like(tokens), sampling.max_new_tokens)
+        check_prompts(model, tokens, torch.ones_like(tokens), options.max_new_tokens)
     compiled = compile and can_compile(place)
     if compiled:
         print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
@@ -72,15 +82,15 @@ def generate(
     if prompts is not None:
         with out.open("x") if out is not None else nullcontext(sys.stdout) as file:
             for start in range(0, len(texts), batch_size):
-                seeds = range(sampling.seed + start, sampling.seed + min(start + batch_size, len(texts)))
-                done = sample_texts(model, tokenizer, texts[start : start + batch_size], sampling, seeds, compiled)
+                seeds = range(options.seed + start, options.seed + min(start + batch_size, len(texts)))
+                done = sample_texts(model, tokenizer, texts[start : start + batch_size], options, seeds, compiled)
                 for sample in done:
                     record = {"prompt": sample.prompt, "text": sample.text, "ended": sample.ended}
                     print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
         return
     if stream:
         print(texts[0], end="", flush=True)
-    for _, text in stream_texts(model, tokenizer, samples, sampling, compiled=compiled):
+    for _, text in stream_texts(model, tokenizer, samples, options, compiled=compiled):
         if stream:
             print(text, end="", flush=True)
     if stream:

@@ -1,10 +1,18 @@
 """The commands that train: train, retrofit and demo."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mixture_of_depths.cli.common import Device, Source, quiet_libraries
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
+
+
+@dataclass(frozen=True)
+class Routing(RetrofitOptions):
+    """As the parser makes them: unchecked, for it would draw a box around what is wrong with them."""
+
+    def __post_init__(self) -> None:
+        """Leaves the check to the command."""
 
 
 def train(
@@ -58,7 +66,7 @@ def retrofit(
     source: Source,
     out: Path,
     data: DataOptions = DataOptions(sequence_length=512),
-    routing: RetrofitOptions = RetrofitOptions(),
+    routing: Routing = Routing(),
     training: TrainOptions = TrainOptions(batch_size=4, learning_rate=1e-4, precision="bf16"),
     resume: bool = False,
     device: Device = "auto",
@@ -85,6 +93,7 @@ def retrofit(
     from mixture_of_depths.text.corpus import prepare
     from mixture_of_depths.text.tokenizer import check_vocabulary, checked
 
+    options = RetrofitOptions(**vars(routing))
     quiet_libraries()
     place = chosen_device(device)
     console = Console()
@@ -101,7 +110,7 @@ def retrofit(
     corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
     console.print(str(corpus.facts))
     nn.Module.to(dense, place)
-    _, result = run(dense, source, corpus, routing, training, out, resume, console)
+    _, result = run(dense, source, corpus, options, training, out, resume, console)
     if not result.finished:
         console.print("stopped; go on with the same command and --resume")
         raise SystemExit(130)
