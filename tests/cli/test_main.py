@@ -131,9 +131,6 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback() -> None:
         ),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
-        # Also at what another command takes by default.
-        (["retrofit", "x", "--out", "OUT", "--vocab-size", "4096"], "vocab_size=4096 cannot be chosen"),
-        (["retrofit", "x", "--out", "OUT", "--tokenizer", "y"], "tokenizer=y cannot be chosen: a pretrained"),
         (["retrofit", "x", "--out", "OUT", "--lora-rank", "4"], "lora_rank=4 has no use with tune=all; leave out one"),
         (["evaluate", "CHECKPOINT", "--text-column", "text"], "text_column=text needs data; the held-out text"),
         (["calibrate", "CHECKPOINT", "--out", "OUT", "--text-column", "text"], "text_column=text needs data"),
@@ -223,3 +220,15 @@ def test_options_that_a_command_checks_itself_are_described_as_all_others(
     status, output, _ = run(monkeypatch, capsys, command, "--help")
     assert status == 0
     assert shown in " ".join(re.sub("[│╭╮╰╯─]", " ", output).split())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tokenizer", "y"), ("--vocab-size", "4096"), ("--max-flops", "1e9")])
+def test_retrofit_has_no_option_that_it_cannot_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, option: str, value: str
+) -> None:
+    assert option in run(monkeypatch, capsys, "train", "--help")[1]
+    shown = run(monkeypatch, capsys, "retrofit", "--help")[1]
+    assert "--max-steps" in shown
+    assert f"{option} " not in shown
+    status, output, errors = run(monkeypatch, capsys, "retrofit", "x", "--out", str(tmp_path / "out"), option, value)
+    assert (status, option in output + errors) == (2, True)

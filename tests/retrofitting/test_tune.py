@@ -236,7 +236,8 @@ def test_the_share_of_distillation_is_the_same_in_several_processes(
     [
         ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source: it must be a dense model"),
         ({}, {"max_steps": None, "max_flops": 1e9}, "max_flops=1e\\+09 cannot be kept while the capacity falls"),
-        ({}, {"max_steps": None}, "exactly one of max_steps"),
+        ({}, {"max_steps": None}, "exactly one of max_steps and max_tokens; given: none"),
+        ({}, {"max_tokens": 1e4}, "exactly one of max_steps and max_tokens; given: max_steps, max_tokens"),
         ({}, {"learning_rate": 0.0}, r"learning_rate=0\.0 is out of range: it must be greater than 0"),
         ({"num_hidden_layers": 2}, {}, r"routed_layers=\[1, 2\]"),
         ({"max_position_embeddings": 15}, {}, "sequence_length=16 is more than the model's max_position_embeddings=15"),

@@ -1,7 +1,9 @@
 """The commands that train: train, retrofit and demo."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import tyro
 
 from mixture_of_depths.cli.common import Device, Source, quiet_libraries
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
@@ -13,6 +15,21 @@ class Routing(RetrofitOptions):
 
     def __post_init__(self) -> None:
         """Leaves the check to the command."""
+
+
+@dataclass(frozen=True)
+class TuningText(DataOptions):
+    """A pretrained model comes with its own tokenizer: the options that choose another are left out."""
+
+    tokenizer: tyro.conf.Suppress[str | None] = None
+    vocab_size: tyro.conf.Suppress[int | None] = None
+
+
+@dataclass(frozen=True)
+class Tuning(TrainOptions):
+    """FLOPs change while the capacity falls: the option of a length in them is left out."""
+
+    max_flops: tyro.conf.Suppress[float | None] = None
 
 
 def train(
@@ -65,9 +82,9 @@ def train(
 def retrofit(
     source: Source,
     out: Path,
-    data: DataOptions = DataOptions(sequence_length=512),
+    data: TuningText = TuningText(sequence_length=512),
     routing: Routing = Routing(),
-    training: TrainOptions = TrainOptions(batch_size=4, learning_rate=1e-4, precision="bf16"),
+    training: Tuning = Tuning(batch_size=4, learning_rate=1e-4, precision="bf16"),
     resume: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -97,20 +114,12 @@ def retrofit(
     quiet_libraries()
     place = chosen_device(device)
     console = Console()
-    if data.tokenizer is not None:
-        raise ValueError(
-            f"tokenizer={data.tokenizer} cannot be chosen: a pretrained model comes with its own; leave it out"
-        )
-    if data.vocab_size is not None:
-        raise ValueError(
-            f"vocab_size={data.vocab_size} cannot be chosen: a pretrained model has its own tokenizer; leave it out"
-        )
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
-    corpus = prepare(replace(data, tokenizer=source), checked(tokenizer, source))
+    corpus = prepare(DataOptions(**{**vars(data), "tokenizer": source}), checked(tokenizer, source))
     console.print(str(corpus.facts))
     nn.Module.to(dense, place)
-    _, result = run(dense, source, corpus, options, training, out, resume, console)
+    _, result = run(dense, source, corpus, options, TrainOptions(**vars(training)), out, resume, console)
     if not result.finished:
         console.print("stopped; go on with the same command and --resume")
         raise SystemExit(130)

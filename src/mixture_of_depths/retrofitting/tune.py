@@ -209,6 +209,9 @@ def retrofit(
         raise ValueError(
             f"max_flops={training.max_flops:g} cannot be kept while the capacity falls; give max_steps or max_tokens"
         )
+    lengths = [name for name in ("max_steps", "max_tokens") if getattr(training, name) is not None]
+    if len(lengths) != 1:
+        raise ValueError(f"give exactly one of max_steps and max_tokens; given: {', '.join(lengths) or 'none'}")
     if training.calibrate and len(corpus.validation) < 2:
         raise ValueError(
             "data holds out fewer than 2 sequences, and calibrating needs one of them; give more text, or raise "
