@@ -42,7 +42,7 @@ def run(out: Path, max_flops: float, data: DataOptions, seed: int, resume: bool,
     console = Console(highlight=False)
     for name in SIZES:
         if not resume and (out / name).exists():
-            raise ValueError(f"out={out} holds a demo; name another folder, or give resume to go on with it")
+            raise ValueError(f"out={out} holds a demo; name another folder, or go on with it by --resume")
     corpus = prepare(data)
     console.print(str(corpus.facts))
     options = TrainOptions(max_flops=max_flops, batch_size=4, learning_rate=4e-3, seed=seed)

@@ -113,3 +113,11 @@ def test_a_trained_model_is_retrofitted_and_evaluated(
     assert json.loads(output)["loss_causal"] > 0
     status, _, errors = run(monkeypatch, capsys, *arguments, "--max-steps", "4")
     assert (status, "is not empty" in errors) == (2, True)
+
+
+def test_a_folder_with_a_demo_is_refused_with_the_option_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "MoD").mkdir()
+    status, _, errors = run(monkeypatch, capsys, "demo", "--out", str(tmp_path))
+    assert (status, "holds a demo; name another folder, or go on with it by --resume" in errors) == (2, True)

@@ -185,7 +185,7 @@ class MoDConfig(PreTrainedConfig):
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}; change one of them or give head_dim"
+                    f"{self.num_attention_heads}; change one of them, or give MoDConfig a head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.predictor_hidden_size is None:
@@ -218,7 +218,7 @@ class MoDConfig(PreTrainedConfig):
         if not _is_integer(route_from) or not 0 <= route_from < self.num_hidden_layers:
             raise ValueError(
                 f"route_from={route_from!r} must be the index of a block, 0 to {self.num_hidden_layers - 1}; lower it, "
-                "lower route_every, add blocks, or give routed_layers=[] for a model without routed blocks"
+                "lower route_every, add blocks, or route none by routed_layers=[] (--no-routed)"
             )
         return list(range(route_from, self.num_hidden_layers, route_every))
 

@@ -162,7 +162,9 @@ def _measured_before(
     run = read_run(folder)
     facts, capacity = run.get("tuning", {}), run.get("model", {}).get("capacity", MoDConfig().capacity)
     if "importance" not in facts:
-        raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
+        raise ValueError(
+            f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
+        )
     try:
         before = [BlockImportance(**block) for block in facts["importance"]], facts["chosen"], capacity
     except (KeyError, TypeError) as error:

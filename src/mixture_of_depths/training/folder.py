@@ -92,7 +92,9 @@ def check_folder(folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder} is a file; name a folder")
     if resume and not (folder / "run.json").exists():
-        raise ValueError(f"out={folder} holds no run to resume; leave out resume, or name the run's folder")
+        raise ValueError(
+            f"out={folder} holds no run to resume; leave out resume=True (--resume), or name the run's folder"
+        )
     if not resume and folder.exists():
         _check_unused(folder)
 
@@ -109,7 +111,9 @@ def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
 def _check_unused(folder: Path) -> None:
     """Raises ValueError for a folder that holds anything; what a run that was killed at once leaves is nothing."""
     if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
-        raise ValueError(f"out={folder} is not empty; name another folder, or give resume to go on with its run")
+        raise ValueError(
+            f"out={folder} is not empty; name another folder, or go on with its run by resume=True (--resume)"
+        )
 
 
 @contextmanager

@@ -27,10 +27,11 @@ from mixture_of_depths.training.horizon import Horizon
 def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> MoDConfig:
     """The configuration that the options describe, for a tokenizer and sequences of `sequence_length` tokens."""
     explicit = [name for name in ("routed_layers", "route_every", "route_from") if getattr(options, name) is not None]
+    unrouted = "routed=False (--no-routed)"
     if (not options.routed and explicit) or ("routed_layers" in explicit and len(explicit) > 1):
-        names = " and ".join(explicit if options.routed else [*explicit, "no-routed"])
+        names = " and ".join(explicit if options.routed else [*explicit, unrouted])
         raise ValueError(
-            f"{names} contradict one another; give no-routed, or routed_layers, or route_every and route_from"
+            f"{names} contradict one another; give {unrouted}, or routed_layers, or route_every and route_from"
         )
     if not options.routed:
         routed: dict[str, Any] = {"routed_layers": []}
