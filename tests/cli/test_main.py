@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._inductor.config
 from command import TINY, data, run
 
 import mixture_of_depths
@@ -239,3 +240,24 @@ def test_retrofit_has_no_option_that_it_cannot_follow(
     assert f"{option} " not in shown
     status, output, errors = run(monkeypatch, capsys, "retrofit", "x", "--out", str(tmp_path / "out"), option, value)
     assert (status, option in output + errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "1", "--compile"],
+        ["retrofit", "nowhere", "--out", "OUT", "--max-steps", "1", "--compile"],
+        ["bench", "nowhere"],
+        ["serve", "nowhere", "--compile"],
+        ["playground", "nowhere", "--compile"],
+    ],
+)
+def test_without_a_compiler_a_command_that_compiles_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]
+) -> None:
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    with torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)}):
+        status, output, errors = run(monkeypatch, capsys, *words)
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert re.match(r"error: .*C\+\+ compiler.*; install one, such as g\+\+$", errors)
+    assert list(tmp_path.iterdir()) == []

@@ -131,6 +131,8 @@ def bench(
             raise ValueError(f"{name}={value} must be at least {least}")
     if min(batch_sizes, default=0) < 1:
         raise ValueError(f"batch_sizes={' '.join(map(str, batch_sizes))} must be one or more whole numbers from 1 on")
+    if not can_compile(place):
+        raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
     model, _ = load_checkpoint(checkpoint, place)
     longest = model.config.max_position_embeddings
     if prompt_tokens + new_tokens > longest:
@@ -138,8 +140,6 @@ def bench(
             f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the model's "
             f"max_position_embeddings={longest}; lower one of them"
         )
-    if not can_compile(place):
-        raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
     print(json.dumps({**run(model, prompt_tokens, new_tokens, batch_sizes), **provenance(place)}, indent=2))
 
 

@@ -52,6 +52,7 @@ def train(
     """
     from rich.console import Console
 
+    from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.distributed import from_main, is_main, leave, meet
     from mixture_of_depths.inspect.report import held_out_report
@@ -62,6 +63,9 @@ def train(
 
     quiet_libraries()
     place = chosen_device(device)
+    if training.compile:
+        # Before the text is prepared, which may take long.
+        require_compiler("compile", place)
     meet(place)
     console = Console(quiet=not is_main())
     corpus = load_prepared(data, *from_main(lambda: prepare_cache(data)))
@@ -104,6 +108,7 @@ def retrofit(
     from rich.console import Console
     from torch import nn
 
+    from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.retrofitting.tune import retrofit as run
@@ -113,6 +118,8 @@ def retrofit(
     options = RetrofitOptions(**vars(routing))
     quiet_libraries()
     place = chosen_device(device)
+    if training.compile:
+        require_compiler("compile", place)
     console = Console()
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
