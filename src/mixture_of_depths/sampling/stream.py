@@ -77,12 +77,18 @@ class ModelPass:
         self.cache = MoDCache(config=model.config)
         self.logits_BV = self._run(input_ids)
 
-    def __call__(self, token_B: Tensor, going: list[bool], going_B: Tensor) -> Tensor:
-        """The logits after one more token a row, of shape [B, V]; a row that has ended enters no routed block."""
+    def __call__(self, token_B: Tensor, going_B: Tensor | None) -> Tensor:
+        """The logits after one more token a row, of shape [B, V]; a row that has ended enters no routed block.
+
+        Args:
+            token_B (torch.Tensor): of shape [B].
+            going_B (torch.Tensor | None): False for rows that have ended; of shape [B]. None when there are none.
+        """
         mask_BS = self.attention_mask_BS
-        if mask_BS is None and not all(going):
-            mask_BS = torch.ones(len(going), self.cache.get_seq_length(), dtype=torch.int64, device=token_B.device)
+        if mask_BS is None and going_B is not None:
+            mask_BS = torch.ones(len(token_B), self.cache.get_seq_length(), dtype=torch.int64, device=token_B.device)
         if mask_BS is not None:
+            going_B = torch.ones_like(token_B) if going_B is None else going_B
             self.attention_mask_BS = torch.cat([mask_BS, going_B[:, None].to(mask_BS.dtype)], dim=1)
         return self._run(token_B[:, None])
 
@@ -113,15 +119,16 @@ class CompiledStep:
         # Only what is marked is dynamic: another model is another graph, not one of unknown width.
         self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
         self.logits_BV, self.state = prefill(model, input_ids, attention_mask, room)
+        self.all_B = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def __call__(self, token_B: Tensor, going: list[bool], going_B: Tensor) -> Tensor:
-        """The logits after one more token a row, of shape [B, V]; a row that has ended enters no routed block."""
+    def __call__(self, token_B: Tensor, going_B: Tensor | None) -> Tensor:
+        """The logits after one more token a row, of shape [B, V]; see `ModelPass`."""
         if self.room == 0:
             self.room = grow(self.state)
         self.room -= 1
         # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=self.number > 0):
-            logits_BV = self.step(self.model, token_B, going_B, self.state)
+            logits_BV = self.step(self.model, token_B, self.all_B if going_B is None else going_B, self.state)
         self.number += 1
         return logits_BV
 
@@ -176,11 +183,11 @@ def stream(
         step = ModelPass(model, input_ids, attention_mask if is_padded else None)
     ends = end_tokens(model)
     going = [True] * batch_size if active_B is None else active_B.tolist()
-    going_B = torch.tensor(going, device=input_ids.device)
+    going_B = None if all(going) else torch.tensor(going, device=input_ids.device)
     logits_BV = step.logits_BV
     for number in range(options.max_new_tokens):
         token_B, is_finite_B = choose_token(logits_BV)
-        if ends:
+        if ends and going_B is not None:
             token_B = token_B.where(going_B, ends[0])
         # All at once: a device is waited for each time.
         tokens, is_finite = torch.stack([token_B, is_finite_B.long()]).tolist()
@@ -198,7 +205,7 @@ def stream(
             return
         if still_going != going:
             going, going_B = still_going, torch.tensor(still_going, device=input_ids.device)
-        logits_BV = step(token_B, going, going_B)
+        logits_BV = step(token_B, going_B)
         if watch is not None:
             watch(step.entered())
 
