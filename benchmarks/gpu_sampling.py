@@ -1,9 +1,10 @@
 """The parts "decoding" and "prefill" of `gpu.py`: Mixture-of-Depths, dense and transformers' Llama, in bf16, in turns.
 
 Random weights and random prompts; every other block routed at 12.5 %, its thresholds set on random tokens. `dense` and
-`mod` are `stream()` with its compiled step, `hf_static` is `generate()` with its static cache, which it compiles on a
-GPU; all greedy. `roof_fraction` is the bytes that a step must read over its time and over the speed at which the device
-reads memory in the same turns; `entered` the share of the tokens, sampled or of the long prompt, that entered a block.
+`mod` are `stream()` with its fast step, which is a CUDA graph on a GPU, `hf_static` is `generate()` with its static
+cache, which it compiles there; all greedy. `roof_fraction` is the bytes that a step must read over its time and over
+the speed at which the device reads memory in the same turns; `entered` the share of the tokens, sampled or of the long
+prompt, that entered a block.
 """
 
 import time
@@ -20,7 +21,7 @@ from sampling_sides import calibrate, generate_speed, llama, random_tokens, rout
 from mixture_of_depths import MoDForCausalLM, SamplingOptions, decode_bytes, model_parameters, stream
 from mixture_of_depths.device import wait_for
 
-# Sampled before the clock starts: the first steps compile, grow the buffers and drop their checks.
+# Sampled before the clock starts: the first steps compile, are recorded, grow the buffers and drop their checks.
 WARM_UP = 4
 
 

@@ -1,10 +1,18 @@
-"""What tests of devices share: GPUs that PyTorch says are there, and that must not be woken."""
+"""What tests of devices share: GPUs that PyTorch says are there, and that must not be woken; kernels without one."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+# See `conftest.py`.
+interpreted = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton is not installed, or there is a GPU, on which tests/test_gpu.py runs its kernels",
+)
 
 
 @contextmanager

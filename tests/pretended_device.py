@@ -3,7 +3,7 @@
 A program, run by `test_following.py` in a process of its own, since what it tells PyTorch of a new device holds for the
 whole process. It runs the package's code with a model on that device, and prints a JSON object: `cases`, of each the
 error or null, and the places in the package where the host waited for the device; and `loaded`, the modules of the
-package that were loaded where waking a GPU is an error.
+package that were loaded where waking a GPU is an error; and `kernels`, those for CUDA devices, loaded until the end.
 """
 
 import json
@@ -276,7 +276,8 @@ def main() -> None:
             except Exception:
                 error = traceback.format_exc()
         results[name] = {"error": error, "waits": dict(device.waits)}
-    print(json.dumps({"cases": results, "loaded": LOADED}))
+    kernels = [name for name in sys.modules if name.startswith("mixture_of_depths.sampling.kernels")]
+    print(json.dumps({"cases": results, "loaded": LOADED, "kernels": kernels}))
 
 
 if __name__ == "__main__":

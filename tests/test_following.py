@@ -54,6 +54,10 @@ def test_loading_the_package_wakes_no_gpu(printed: dict[str, Any]) -> None:
     assert {f"mixture_of_depths.{name}" for name in rooms} <= set(printed["loaded"])
 
 
+def test_kernels_for_cuda_devices_are_not_loaded_for_another(printed: dict[str, Any]) -> None:
+    assert printed["kernels"] == []
+
+
 def test_the_device_refuses_to_be_mixed_with_the_cpu(results: dict[str, Any]) -> None:
     assert results.keys() == {*CASES, "a mixture"}
     assert "mixes tensors of the device with some of the CPU" in results["a mixture"]["error"]

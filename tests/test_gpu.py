@@ -25,6 +25,8 @@ from mixture_of_depths import Corpus, MoDConfig, MoDForCausalLM, SamplingOptions
 from mixture_of_depths.cli.common import load_to_sample
 from mixture_of_depths.device import accelerator_name
 from mixture_of_depths.model import packed
+from mixture_of_depths.sampling.step import decode_step, grow, prefill
+from mixture_of_depths.sampling.stream import is_graph
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no GPU")
@@ -124,6 +126,107 @@ def without_waiting() -> Iterator[None]:
     finally:
         if DEVICE.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+
+
+# Blocks that skip other parts than all of them, with what else the step's kernels know.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "baseline": {"routed_layers": []},
+    "predictor": {"router_activation": "tanh", "query_key_norm": True, "attention_bias": True},
+    "threshold": {"causal_router": "threshold", "router_norm": True, "tie_word_embeddings": True},
+    "random": {"router_type": "random"},
+    "parts": {"routed_layers": [0, 1, 3], "routed_parts": ["block", "block_keep_keys", "mlp"], "bypass_rank": 8},
+}
+
+
+def graph_step(model: MoDForCausalLM, rows: int, new: int) -> Any:
+    """The step after prompts of which the last is padded."""
+    pytest.importorskip("triton")
+    from mixture_of_depths.sampling.graph import GraphStep
+
+    input_ids = tokens(rows, 100).to(DEVICE)
+    mask = torch.ones_like(input_ids)
+    mask[-1, :7] = 0
+    return GraphStep(model, input_ids, mask, new), prefill(model, input_ids, mask, new)[1]
+
+
+def graph_model(kind: str, dtype: torch.dtype) -> MoDForCausalLM:
+    torch.manual_seed(0)
+    model = MoDForCausalLM(MoDConfig(**{**SMALL, **GRAPHS[kind]})).eval()
+    for layer in model.model.layers:
+        if layer.bypass is not None:
+            torch.nn.init.normal_(layer.bypass.up.weight, std=0.1)
+    return torch.nn.Module.to(model, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_replays_of_the_graph_give_the_logits_of_the_eager_step(kind: str, dtype: torch.dtype, rows: int) -> None:
+    model, new, same = graph_model(kind, dtype), 8, []
+    step, state = graph_step(model, rows, new)
+    is_alike_B = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    for number in range(new):
+        token_B = torch.randint(1, 300, (rows,), device=DEVICE)
+        active_B = torch.tensor([row != 1 or number < 5 for row in range(rows)], device=DEVICE)
+        grow(state)
+        with torch.no_grad():
+            wanted_BV = decode_step(model, token_B, active_B, state)
+        logits_BV = step(token_B, active_B)
+        entered_LB = torch.stack([layer.entered_B for layer in state.layers])
+        same.append((step.entered() == entered_LB).float().mean())
+        if dtype == torch.float32:
+            assert torch.equal(step.entered(), entered_LB)
+            torch.testing.assert_close(logits_BV, wanted_BV, rtol=0, atol=1e-4)
+        else:
+            # A row that is decided otherwise once, where two roundings fall apart, goes on otherwise.
+            is_alike_B &= (step.entered() == entered_LB).all(dim=0)
+            difference_B = (logits_BV - wanted_BV).square().mean(dim=1).sqrt()
+            assert bool((difference_B[is_alike_B] < 0.2 * wanted_BV.std()).all())
+    assert torch.stack(same).mean() > 0.9
+    assert DEVICE.type == "cpu" or step.graph is not None
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_replay_does_not_wait(kind: str) -> None:
+    step, _ = graph_step(graph_model(kind, torch.bfloat16), 3, 8)
+    token_B = torch.ones(3, dtype=torch.int64, device=DEVICE)
+    going_B = torch.tensor([True, False, True], device=DEVICE)
+    # The first compiles, and the second is recorded.
+    for _ in range(2):
+        step(token_B, None)
+    with without_waiting():
+        for _ in range(3):
+            step(token_B, going_B)
+            step.entered()
+
+
+def test_the_weights_of_a_block_that_no_row_enters_are_not_read() -> None:
+    model = graph_model("threshold", torch.bfloat16)
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.threshold.fill_(1e9)
+    step, _ = graph_step(model, 2, 8)
+    for layer in model.model.layers:
+        if layer.router is not None:
+            for name, weight in layer.named_parameters():
+                if "router" not in name:
+                    weight.data.fill_(torch.nan)
+    for _ in range(4):
+        assert bool(step(torch.ones(2, dtype=torch.int64, device=DEVICE), None).isfinite().all())
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_stream_by_replays_gives_the_tokens_of_generate(kind: str) -> None:
+    model, input_ids = graph_model(kind, torch.float32), tokens(2, 12).to(DEVICE)
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    assert DEVICE.type == "cpu" or is_graph(model)
+    wanted = greedy(model, input_ids, mask, 12).tolist()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    for _ in range(2):
+        options = SamplingOptions(max_new_tokens=12, temperature=0)
+        assert torch.stack(list(stream(model, input_ids, mask, options, compiled=True)), dim=1).tolist() == wanted
 
 
 @every_kind

@@ -38,7 +38,7 @@ def decode_seconds(model: MoDForCausalLM, input_ids: Tensor, options: SamplingOp
         if last is not None:
             times.append(now - last)
         last = now
-    # The first step compiles, and the second is the first without its checks.
+    # The first step compiles, and the second is recorded, on a GPU, or the first without its checks.
     return sum(times[2:]) / len(times[2:])
 
 

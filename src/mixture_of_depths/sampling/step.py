@@ -393,7 +393,7 @@ def prefill(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, ro
         empty = torch.zeros(batch, heads, 0, head_dim, dtype=model.dtype, device=input_ids.device)
         keys, values = (empty if tensor is None else tensor for tensor in (cached.keys, cached.values))
         entered_B = torch.zeros_like(stored_B, dtype=torch.bool)
-        layers.append(LayerState(_padded(keys, size), _padded(values, size), stored_B, entered_B))
+        layers.append(LayerState(padded(keys, size), padded(values, size), stored_B, entered_B))
     real_BS = F.pad(attention_mask.bool(), (0, _rounded(length + room) - length), value=True)
     any_length(real_BS, 1)
     return output.logits[:, -1].float(), State(layers, attention_mask.sum(dim=1), real_BS)
@@ -407,7 +407,7 @@ def grow(state: State) -> int:
     for layer, length in zip(state.layers, fullest, strict=True):
         needed = length + 1
         if needed > layer.keys.shape[2]:
-            layer.keys, layer.values = _padded(layer.keys, needed), _padded(layer.values, needed)
+            layer.keys, layer.values = padded(layer.keys, needed), padded(layer.values, needed)
         room.append(layer.keys.shape[2] - needed + 1)
     return min(room)
 
@@ -416,7 +416,7 @@ def _rounded(slots: int) -> int:
     return -(-slots // GROWTH) * GROWTH
 
 
-def _padded(buffer_BHSh: Tensor, size: int) -> Tensor:
+def padded(buffer_BHSh: Tensor, size: int) -> Tensor:
     """The buffer with zeros behind it up to `size` slots, rounded up."""
     padded = F.pad(buffer_BHSh, (0, 0, 0, _rounded(size) - buffer_BHSh.shape[2])).contiguous()
     any_length(padded, 2)

@@ -1,10 +1,10 @@
-"""Tokens one by one: the prompts through the model once, then a pass or a compiled step a token, until every row ends.
+"""Tokens one by one: the prompts through the model once, then a pass or a fast step a token, until every row ends.
 
 Shapes: B batch, T tokens given, S tokens known, L blocks, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
+from mixture_of_depths.sampling.quantization import Int8Linear
 from mixture_of_depths.sampling.step import decode_step, grow, prefill
+
+if TYPE_CHECKING:
+    from mixture_of_depths.sampling.graph import GraphStep
 
 GREEDY = SamplingOptions(temperature=0)
 
@@ -137,6 +141,28 @@ class CompiledStep:
         return torch.stack([layer.entered_B for layer in self.state.layers])
 
 
+def is_graph(model: MoDForCausalLM) -> bool:
+    """Whether the fast step of a model is a CUDA graph of kernels, and not compiled.
+
+    It is on a CUDA device, for weights of float32, bf16 or float16, without experts and without weights of 8 bits.
+    """
+    is_plain = not model.config.has_experts and not any(isinstance(part, Int8Linear) for part in model.modules())
+    precisions = (torch.float32, torch.bfloat16, torch.float16)
+    return model.device.type == "cuda" and model.dtype in precisions and is_plain
+
+
+def fast_step(
+    model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int
+) -> "CompiledStep | GraphStep":
+    """The prompts through the model, and the fast step for `room` tokens that follow."""
+    if not is_graph(model):
+        return CompiledStep(model, input_ids, attention_mask, room)
+    # Needs Triton, which PyTorch brings for GPUs only.
+    from mixture_of_depths.sampling.graph import GraphStep
+
+    return GraphStep(model, input_ids, attention_mask, room)
+
+
 @torch.no_grad()
 def stream(
     model: MoDForCausalLM,
@@ -161,8 +187,8 @@ def stream(
         seeds: one seed a row; by default the options' and those after it.
         active_B (torch.Tensor | None): True for rows that go on; of shape [B], on the CPU. It is only read: its owner
             may end a row by writing False between two tokens.
-        compiled: whether to compile the step, which needs a C++ compiler on the CPU; see docs/sampling.md for the time.
-            Otherwise every token is a pass of the model.
+        compiled: whether to sample by the fast step: compiled, which needs a C++ compiler on the CPU, or a CUDA graph
+            (see `is_graph`, and docs/sampling.md for the time). Otherwise every token is a pass of the model.
         watch: is shown which rows entered each block, of shape [L, B], after every step, which has read the token
             yielded before it.
 
@@ -178,7 +204,7 @@ def stream(
     seeds = range(options.seed, options.seed + batch_size) if seeds is None else seeds
     choose_token = TokenChoice(options, input_ids, attention_mask, seeds)
     if compiled:
-        step = CompiledStep(model, input_ids, attention_mask, options.max_new_tokens)
+        step = fast_step(model, input_ids, attention_mask, options.max_new_tokens)
     else:
         step = ModelPass(model, input_ids, attention_mask if is_padded else None)
     ends = end_tokens(model)

@@ -1,0 +1,202 @@
+"""The step on a GPU, its kernels run by Triton's interpreter: it does what the eager step does, token by token."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpus import interpreted
+from models import greedy, left_padded, with_parts
+
+from mixture_of_depths import MoDForCausalLM, quantize
+from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling import stream as stream_module
+from mixture_of_depths.sampling.step import decode_step, grow, prefill
+from mixture_of_depths.sampling.stream import fast_step, is_graph, stream
+
+pytestmark = interpreted
+
+# Sizes of which none is a power of two, and blocks of every kind.
+ODD: dict[str, Any] = {
+    "hidden_size": 24,
+    "head_dim": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "routed_layers": [0, 2, 3],
+}
+PARTS = ["block", "block_keep_keys", "mlp"]
+
+
+def model_of(parts: Any = PARTS, bypass_rank: int = 3, **changes: Any) -> MoDForCausalLM:
+    fields = {**ODD, "causal_router": "threshold", **changes}
+    return with_parts(parts, bypass_rank, **fields).float().eval()
+
+
+def graph_step(*arguments: Any) -> Any:
+    from mixture_of_depths.sampling.graph import GraphStep
+
+    return GraphStep(*arguments)
+
+
+def logits_of_both(
+    model: MoDForCausalLM, batch: int, length: int, new: int, ended: dict[int, int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of random tokens by the step and by the eager step, and which rows entered, which is the same.
+
+    Args:
+        model: the model.
+        batch, length, new: number of rows, of tokens of the prompts, and of those after them.
+        ended: of rows that end, the number of tokens after which they do.
+    """
+    input_ids, mask = left_padded(batch, length)
+    step = graph_step(model, input_ids, mask, new)
+    logits_BV, state = prefill(model, input_ids, mask, new)
+    assert torch.equal(step.logits_BV, logits_BV)
+    of_step, of_eager, entered = [], [], []
+    for number in range(new):
+        grow(state)
+        token_B = torch.randint(0, 31, (batch,))
+        active_B = torch.tensor([number < (ended or {}).get(row, new) for row in range(batch)])
+        with torch.no_grad():
+            of_eager.append(decode_step(model, token_B, active_B, state))
+        of_step.append(step(token_B, None if bool(active_B.all()) else active_B).clone())
+        entered.append(step.entered())
+        assert torch.equal(entered[-1], torch.stack([layer.entered_B for layer in state.layers]))
+    return torch.stack(of_step), torch.stack(of_eager), torch.stack(entered)
+
+
+TWO: dict[str, Any] = {"num_hidden_layers": 2, "routed_layers": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [
+        (1, {}),
+        (3, {"causal_router": "predictor", "router_activation": "tanh"}),
+        (18, {**TWO, "parts": ["mlp", "block"], "bypass_rank": 0}),
+        (
+            2,
+            {
+                **TWO,
+                "parts": "block",
+                "router_type": "random",
+                "router_activation": "none",
+                "attention_bias": True,
+                "capacity": 0.5,
+            },
+        ),
+        (2, {**TWO, "parts": ["block", "block_keep_keys"], "causal_router": "auxiliary_loss", "query_key_norm": True}),
+        (2, {**TWO, "parts": "mlp", "router_norm": True, "router_activation": "straight_through"}),
+        (1, {**TWO, "parts": "block", "first_token_enters": True, "tie_word_embeddings": True}),
+    ],
+)
+def test_logits_and_decisions_are_those_of_the_eager_step(batch: int, changes: dict[str, Any]) -> None:
+    model = model_of(**changes)
+    of_step, of_eager, entered = logits_of_both(model, batch, 6, 2 if batch < 18 else 1, {1: 1} if batch > 1 else None)
+    torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
+    assert bool(entered[:, model.config.routed_layers].any())
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
+def test_every_kind_of_rope_turns_as_in_the_eager_step(rope_type: str) -> None:
+    numbers: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    if rope_type == "llama3":
+        numbers |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters = {"rope_type": rope_type, **numbers}
+    model = model_of("block", 0, num_hidden_layers=2, routed_layers=[1], rope_parameters=parameters)
+    of_step, of_eager, _ = logits_of_both(model, 1, 6, 1)
+    torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_in_bf16_decisions_are_equal_and_logits_within_a_few_roundings(batch: int) -> None:
+    model = torch.nn.Module.to(model_of(initializer_range=0.3), torch.bfloat16)
+    of_step, of_eager, _ = logits_of_both(model, batch, 6, batch)
+    # A rounding of the largest number is 1/256 of it, and four blocks round some ten times each.
+    assert (of_step - of_eager).abs().max() <= of_eager.abs().max() / 16
+    assert (of_step - of_eager).abs().mean() <= of_eager.abs().mean() / 32
+
+
+def test_attention_over_many_slots_is_read_in_parts() -> None:
+    model = model_of("block", 0, num_hidden_layers=2, routed_layers=[1], initializer_range=0.3)
+    step = graph_step(model, torch.randint(0, 31, (1, 200)), torch.ones(1, 200, dtype=torch.int64), 8)
+    from mixture_of_depths.sampling.graph import parts_of
+
+    assert parts_of(step.layers[0].keys.shape[2], 1, 2) == 4
+    of_step, of_eager, _ = logits_of_both(model, 1, 200, 1)
+    torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_that_no_row_enters_is_not_read(batch: int) -> None:
+    model = model_of(bypass_rank=0)
+    for layer in model.model.layers:
+        if layer.router is not None:
+            layer.router.threshold.fill_(1e9)
+    input_ids, mask = left_padded(batch, 5)
+    step = graph_step(model, input_ids, mask, 4)
+    # Behind the prompts, which need the keys of all tokens, and attention where the MLP alone is routed.
+    for number, unread in (
+        (0, "self_attn|mlp|norm"),
+        (2, "q_proj|o_proj|mlp|post_attention"),
+        (3, "mlp|post_attention"),
+    ):
+        for name, weight in model.model.layers[number].named_parameters():
+            if any(part in name for part in unread.split("|")) and "router" not in name:
+                weight.data.fill_(torch.nan)
+    keys = step.layers[0].keys.clone(), step.layers[0].values.clone()
+    for _ in range(2):
+        assert bool(step(torch.randint(0, 31, (batch,)), None).isfinite().all())
+        assert step.entered().tolist() == [[False] * batch, [True] * batch, [False] * batch, [False] * batch]
+    assert torch.equal(step.layers[0].keys, keys[0])
+    assert torch.equal(step.layers[0].values, keys[1])
+    # It is read as soon as one does.
+    model.model.layers[0].router.threshold.fill_(-1e9)
+    assert not bool(step(torch.randint(0, 31, (batch,)), None).isfinite().any())
+
+
+def test_the_stream_by_it_gives_the_tokens_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "is_graph", lambda model: True)
+    model, (input_ids, mask), seen = model_of(), left_padded(2, 6), []
+    options = SamplingOptions(max_new_tokens=3, temperature=0)
+    tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True, watch=seen.append)), dim=1)
+    assert torch.equal(tokens, greedy(model, input_ids, mask, 3))
+    whole = model(
+        torch.cat([input_ids, tokens], dim=1),
+        torch.cat([mask, torch.ones_like(tokens)], dim=1),
+        use_cache=False,
+        output_routing=True,
+    )
+    for layer in (0, 2, 3):
+        entered = torch.stack([entered_LB[layer] for entered_LB in seen], dim=1)
+        assert torch.equal(entered, whole.routing[layer].entered[:, 6:-1])
+
+
+def test_experts_weights_of_8_bits_and_the_cpu_keep_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, experts, rounded, double = model_of(), model_of(num_experts=3), model_of(), model_of().double()
+    quantize(rounded)
+    assert not is_graph(plain)
+    input_ids = torch.ones(1, 2, dtype=torch.int64)
+    assert type(fast_step(plain, input_ids, torch.ones_like(input_ids), 2)).__name__ == "CompiledStep"
+    monkeypatch.setattr(MoDForCausalLM, "device", torch.device("cuda"))
+    assert [is_graph(model) for model in (plain, experts, rounded, double)] == [True, False, False, False]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu_and_fits_it() -> None:
+    program = Path(__file__).parents[1] / "compiled_kernels.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parent), *sys.path])}
+    environment.pop("TRITON_INTERPRET")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout.splitlines()[-1])
+    kernels = {"router", "decide", "place", "attention", "combine", "linear", "gate", "add"}
+    assert {name.removesuffix("_kernel") for name in shared} == kernels
+    # What a program has at least on any GPU that Triton compiles for.
+    assert max(shared.values()) <= 64 * 1024
