@@ -212,6 +212,33 @@ def test_clients_that_hang_up_free_the_server(
     assert time.perf_counter() - start < 10 * whole
 
 
+def test_clients_that_hang_up_before_they_are_read_are_not_read(client: openai.OpenAI, checkpoint: Path) -> None:
+    body = json.dumps({"model": str(checkpoint), "prompt": "the quick " * 40_000})
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    address = (client.base_url.host, client.base_url.port)
+
+    def connected() -> socket.socket:
+        connection = socket.create_connection(address)
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        return connection
+
+    start = time.perf_counter()
+    with connected() as connection:
+        assert b" 400 " in connection.recv(100)
+    alone = time.perf_counter() - start
+    connections = [connected() for _ in range(20)]
+    # The server has their bodies when it answers this, which waits for nothing.
+    client.models.list()
+    start = time.perf_counter()
+    for connection in connections:
+        connection.close()
+    ask(client, "completions", request_of("completions", checkpoint))
+    # Read to their ends they would have taken 20 times as long as one.
+    assert time.perf_counter() - start < 10 * alone
+
+
 def test_a_key_is_asked_for_under_v1_and_nowhere_else(checkpoint: Path) -> None:
     model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
     client = TestClient(application(model, tokenizer, "name", api_keys=["sesame", "two words"]))

@@ -91,24 +91,29 @@ class Sampler:
         self.model, self.tokenizer, self.compiled, self.stopping = model, tokenizer, compiled, stopping
         assert model.generation_config is not None
         self.defaults = default_options(model.generation_config)
-        self.turn = asyncio.Lock()
+        self.turn, self.reading = asyncio.Lock(), asyncio.Lock()
         # The last step of a client that has left may still run when the next client has its turn.
         self.thread = ThreadPoolExecutor(1)
         # Long prompts take seconds to check and to read, in which all other requests are answered.
         self.reader = ThreadPoolExecutor(1)
 
-    async def read(self, reading: Callable[[], Result]) -> Result:
-        """What reading a request returns, which is done off the event loop.
+    async def read(self, request: Request, reading: Callable[[], Result]) -> Result:
+        """What reading a request returns, which is done off the event loop, one after another.
+
+        Args:
+            request: by which the client is heard.
+            reading: checks the request, and makes its prompts tokens.
 
         Raises:
-            RequestError: when the server stops.
+            RequestError: when the server stops, or the client has hung up before its turn came.
         """
-
-        def when_its_turn_has_come() -> Result:
+        # uvicorn stops listening to who sends much, and listens again when it is asked.
+        await request.is_disconnected()
+        async with self.reading:
             self._check_going_on()
-            return reading()
-
-        return await asyncio.get_running_loop().run_in_executor(self.reader, when_its_turn_has_come)
+            if await request.is_disconnected():
+                raise RequestError(499, "the client has hung up")
+            return await asyncio.get_running_loop().run_in_executor(self.reader, reading)
 
     def _check_going_on(self) -> None:
         if self.stopping():
@@ -383,7 +388,7 @@ def application(
                 raise RequestError(400, message, "prompt")
             return body, sampler.task(body, "prompt", _tokenised(tokenizer, body.prompt), body.n)
 
-        body, task = await sampler.read(read)
+        body, task = await sampler.read(request, read)
         # Nothing is sampled yet; each prompt stands there n times.
         prompt_tokens = sum(len(sample.tokens) for sample in task.samples) // body.n
         return await _answered(sampler, task, CompletionAnswer(body, task.samples, prompt_tokens), request)
@@ -398,7 +403,7 @@ def application(
             )
             return body, sampler.task(body, "messages", [tokens], body.n)
 
-        body, task = await sampler.read(read)
+        body, task = await sampler.read(request, read)
         return await _answered(sampler, task, ChatAnswer(body, task.samples, len(task.samples[0].tokens)), request)
 
     @app.post("/v1/responses")
@@ -409,7 +414,7 @@ def application(
             tokens = chat_tokens(tokenizer, body.input, "input", "instructions", instructions=body.instructions)
             return body, sampler.task(body, "input", [tokens])
 
-        body, task = await sampler.read(read)
+        body, task = await sampler.read(request, read)
         answer = ResponseAnswer(body, task.samples, len(task.samples[0].tokens), task.options[0])
         return await _answered(sampler, task, answer, request)
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from mixture_of_depths.serving.answers import RequestError
 from mixture_of_depths.serving.requests import MOST_REASON, Message, shown
 
-# What transformers and Jinja call the conversation and themselves; a second value under these names is an error.
-NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations")
+# What transformers and Jinja call the conversation and themselves, of which a second value is an error, and the
+# functions that they give to a template.
+NAMES_WITHIN_TEMPLATING = ("self", "messages", "conversations", "raise_exception", "strftime_now")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
