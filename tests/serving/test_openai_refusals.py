@@ -168,7 +168,9 @@ def test_more_samples_than_memory_holds_are_refused(client: openai.OpenAI, check
     assert (status, error["message"]) == (400, "prompt and n ask for 2176 samples; ask for at most 2048 at once")
 
 
-@pytest.mark.parametrize("name", ["self", "messages", "conversation", "conversations", "tokenize", "tools", "raise_exception"])
+@pytest.mark.parametrize(
+    "name", ["self", "messages", "conversation", "conversations", "tokenize", "tools", "raise_exception"]
+)
 def test_what_templating_needs_for_itself_is_not_a_client_s(client: openai.OpenAI, checkpoint: Path, name: str) -> None:
     body = request_of("chat/completions", checkpoint, chat_template_kwargs={name: []})
     status, error = refusal(client, "chat/completions", body)
