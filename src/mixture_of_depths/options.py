@@ -152,17 +152,23 @@ class RetrofitOptions:
     """How a pretrained dense model is made to skip."""
 
     flops_share: Fraction = 0.8
-    """FLOPs per token over the dense model's, at sequence_length; as many blocks are routed as that takes."""
-    capacity: Fraction = 0.125
-    """Least fraction of the tokens that enters a routed block; it is raised until flops_share is used in full."""
+    """FLOPs per token over the dense model's, at sequence_length; spread over the blocks where skipping costs least."""
+    decode_share: Fraction | None = None
+    """Bytes read for a decoded token over the dense model's, after sequence_length tokens, in the place of flops_share."""
+    capacity: Annotated[tuple[Fraction, ...], Len(1)] = (0.125,)
+    """Least fraction of the tokens that enters a routed block; with routed_layers the fraction, one or one for each."""
     routed_layers: Annotated[tuple[int, ...], Len(1)] | None = None
-    """Blocks to route, instead of those that measuring finds for flops_share; capacity is then kept."""
+    """Blocks to route, instead of those that measuring finds for the share; capacity is then kept."""
+    routed_parts: Literal["block", "block_keep_keys"] = "block_keep_keys"
+    """What of a routed block a token skips: all of it; or all but its key and value, to which later tokens attend."""
+    bypass_rank: NotNegative | None = None
+    """Rank of the map that a token which skips takes instead; 0 for none, by default 64 or an eighth of the width."""
     router_type: RouterType = "learned"
     """Learned routing, or the stochastic control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"
     """How a token decides in sampling whether it enters; a predictor needs longer tuning than a threshold."""
     tune: Literal["routers", "lora", "all"] = "all"
-    """What is tuned: routers; these and low-rank adapters of all projections; or everything."""
+    """What is tuned: routers and maps; these and low-rank adapters of all projections; or everything."""
     lora_rank: Positive = 16
     """Rank of the adapters."""
     distillation: Share = 0.0
@@ -172,7 +178,7 @@ class RetrofitOptions:
     measure_sequences: Positive = 8
     """Sequences of training text on which the importance of the model's blocks is measured."""
     fit_sequences: Positive = 64
-    """Sequences of training text to which the routers' initial weights are fitted."""
+    """Sequences of training text to which the routers and the maps are fitted."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for an option that is out of its range, or contradicts another."""
@@ -184,11 +190,21 @@ class RetrofitOptions:
                 "tune=lora or tune=all"
             )
         if self.routed_layers is not None:
-            refuse_without_use(self, "with routed_layers", "flops_share", "measure_sequences")
+            refuse_without_use(self, "with routed_layers", "flops_share", "decode_share", "measure_sequences")
+        if self.decode_share is not None:
+            refuse_without_use(self, "with decode_share", "flops_share")
+        blocks = 1 if self.routed_layers is None else len(self.routed_layers)
+        if len(self.capacity) not in (1, blocks):
+            raise ValueError(
+                f"capacity={self.capacity} has {len(self.capacity)} entries; give one number, or with routed_layers one "
+                "for each of them"
+            )
         if self.tune != "lora":
             refuse_without_use(self, f"with tune={self.tune}", "lora_rank")
         if self.router_type == "random":
-            refuse_without_use(self, "with router_type=random", "causal_router", "fit_sequences")
+            refuse_without_use(self, "with router_type=random", "causal_router")
+            if self.bypass_rank == 0:
+                refuse_without_use(self, "with router_type=random and bypass_rank=0", "fit_sequences")
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,52 @@
-"""What skipping costs a dense model: routers fitted to it, and the rise of its loss without each block.
+"""What skipping costs a dense model: the model with fitted routed blocks, and the rise of its loss with each of them.
 
-Shapes: B batch, T tokens, N tokens of a batch, L blocks, D hidden size.
+Shapes: L blocks, D hidden size, R rank of the maps.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
+from mixture_of_depths.retrofitting.fit import CAPACITIES, Fit, missed_shares
 from mixture_of_depths.text.batches import batches
 
-# A router's weights decay towards zero by this share of its inputs' mean square.
-RIDGE = 0.01
+# The capacity at which the rise of the loss is measured.
+MEASURED_CAPACITY = 0.5
 
 
 @dataclass(frozen=True)
 class BlockImportance:
-    """By how much the loss rises when one block alone is skipped, in nats per token.
+    """What it costs to route one block alone.
 
     Attributes:
-        bypassed: when all tokens skip it.
-        lower_ranked: when the capacity's share of the tokens, chosen by the fitted router, enters it.
+        loss: by how much the loss rises at a capacity of `MEASURED_CAPACITY`, in nats per token.
+        missed: at evenly spaced capacities from 0 to 1, the share that is missed of what all tokens would miss by
+            skipping it.
     """
 
-    bypassed: float
-    lower_ranked: float
+    loss: float
+    missed: tuple[float, ...]
+
+    def expected_loss(self, capacity: float) -> float:
+        """By how much the loss should rise at a capacity: as the measured rise, in proportion to what is missed."""
+
+        def missed(at: float) -> float:
+            return float(np.interp(at, np.linspace(0, 1, len(self.missed)), self.missed))
+
+        measured = missed(MEASURED_CAPACITY)
+        return max(self.loss, 0.0) * missed(capacity) / measured if measured > 0 else 0.0
 
 
 def routed_config(dense: MoDConfig, **changes: Any) -> MoDConfig:
@@ -51,9 +62,30 @@ def routed_from(dense: MoDForCausalLM, **changes: Any) -> MoDForCausalLM:
     model = MoDForCausalLM(routed_config(dense.config, **changes))
     nn.Module.to(model, dense.device, dense.dtype)
     incompatible = model.load_state_dict(dense.state_dict(), strict=False)
-    assert not incompatible.unexpected_keys and all(".router." in name for name in incompatible.missing_keys)
+    added = (".router.", ".bypass.")
+    assert not incompatible.unexpected_keys
+    assert all(any(part in name for part in added) for name in incompatible.missing_keys)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model
+
+
+def routers_of(model: MoDForCausalLM) -> dict[int, Router]:
+    """The routers of a model by the index of their block."""
+    layers = cast(list[DecoderLayer], list(model.model.layers))
+    return {layer_idx: layer.router for layer_idx, layer in enumerate(layers) if layer.router is not None}
+
+
+@torch.no_grad()
+def set_fit(model: MoDForCausalLM, fit: Fit) -> None:
+    """Gives every routed block the router, where it is learned, and the map that were fitted to it."""
+    for layer_idx, router in routers_of(model).items():
+        if not router.is_random:
+            router.proj.weight.copy_(fit.router_LD[layer_idx : layer_idx + 1])
+        bypass = cast(DecoderLayer, model.model.layers[layer_idx]).bypass
+        if bypass is not None:
+            assert fit.down_LRD is not None and fit.up_LDR is not None
+            bypass.down.weight.copy_(fit.down_LRD[layer_idx])
+            bypass.up.weight.copy_(fit.up_LDR[layer_idx])
 
 
 @contextmanager
@@ -66,103 +98,37 @@ def _capacity(router: Router, fraction: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fit_routers(dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, bf16: bool = False) -> Tensor:
-    """Routers for every block, fitted by least squares to the norm of the block's delta; of shape [L, D].
-
-    Scaled so that a router's output has a deviation of 1 on the tokens given. First tokens, which enter anyway, do not
-    count.
-
-    Args:
-        dense: a model without routed blocks.
-        sequences: data set with the column `input_ids`.
-        end_of_text: the token after which a new document begins.
-        bf16: whether to compute under bf16 autocast.
-
-    Raises:
-        ValueError: for sequences of first tokens alone.
-    """
-    config, device = dense.config, dense.device
-    layers, size = list(dense.model.layers), config.hidden_size
-    moments_LDD = torch.zeros(len(layers), size + 1, size + 1, device=device)
-    products_LD = torch.zeros(len(layers), size + 1, device=device)
-    seen: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output[0] - args[0])))
-        for layer in layers
-    ]
-    try:
-        for batch in batches(sequences, range(len(sequences)), end_of_text, 1, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                dense(**batch, use_cache=False)
-            chooses_BT = batch["position_ids"] != 0
-            for layer_idx, (hidden_BTD, delta_BTD) in enumerate(seen):
-                hidden_ND = F.rms_norm(hidden_BTD[chooses_BT].float(), (size,), eps=config.rms_norm_eps)
-                hidden_ND = F.pad(hidden_ND, (0, 1), value=1.0)
-                moments_LDD[layer_idx] += hidden_ND.T @ hidden_ND
-                products_LD[layer_idx] += hidden_ND.T @ delta_BTD[chooses_BT].float().norm(dim=-1)
-            seen.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if moments_LDD[0, -1, -1] == 0:
-        raise ValueError(
-            "sequences have no token to fit the routers to: first tokens of documents do not count, and no other is "
-            "there; give longer sequences"
-        )
-    weights_LD = _ridge(moments_LDD, products_LD)[:, :-1].to(moments_LDD.dtype)
-    count = moments_LDD[:, -1:, -1]
-    means_LD = moments_LDD[:, -1, :-1] / count
-    outer_LDD = moments_LDD[:, :-1, :-1] / count[..., None] - means_LD[:, :, None] * means_LD[:, None, :]
-    variance_L = (weights_LD[:, None] @ outer_LDD @ weights_LD[..., None]).flatten()
-    return weights_LD / variance_L.clamp(min=1e-12).sqrt()[:, None]
-
-
-def _ridge(moments_LDD: Tensor, products_LD: Tensor) -> Tensor:
-    """Weights of least squares with decay, in float64, from sums over inputs whose last entry is a constant 1."""
-    weights = []
-    # One by one, and not by LU: that of a batch fails in some builds of MKL once the number of threads is set.
-    for moments_DD, products_D in zip(moments_LDD, products_LD, strict=True):
-        moments_DD, products_D = moments_DD.double(), products_D.double()
-        decay_D = RIDGE * moments_DD.diagonal().mean().repeat(len(products_D))
-        # The intercept is not held back.
-        decay_D[-1] = 0
-        lower_DD = torch.linalg.cholesky(moments_DD + decay_D.diag())
-        weights.append(torch.cholesky_solve(products_D[:, None], lower_DD)[:, 0])
-    return torch.stack(weights)
-
-
-def routers_of(model: MoDForCausalLM) -> dict[int, Router]:
-    """The routers of a model by the index of their block."""
-    layers = cast(list[DecoderLayer], list(model.model.layers))
-    return {layer_idx: layer.router for layer_idx, layer in enumerate(layers) if layer.router is not None}
-
-
-@torch.no_grad()
 def measure_importance(
     dense: MoDForCausalLM,
-    weights_LD: Tensor | None,
-    capacity: float,
+    fit: Fit | None,
+    kind: dict[str, Any],
     sequences: datasets.Dataset,
     end_of_text: int,
     bf16: bool = False,
+    measured: Sequence[BlockImportance] = (),
     console: Console | None = None,
-) -> list[BlockImportance]:
-    """By how much the loss rises when a block is skipped, for every block of a model.
+) -> Iterator[BlockImportance]:
+    """What it costs to route each block of a model alone, one after the other.
 
     Args:
         dense: a model without routed blocks.
-        weights_LD (torch.Tensor | None): the fitted routers, of shape [blocks, D]; None for random ones.
-        capacity: fraction of the tokens that enters.
+        fit: what was fitted to its blocks; None for random routers without maps.
+        kind: fields of the configuration that say how blocks are routed, but not which, and at what capacity.
         sequences: data set with the column `input_ids`.
         end_of_text: the token after which a new document begins.
         bf16: whether to compute under bf16 autocast.
+        measured: what was measured before of the first blocks, which are left out.
         console: where progress is shown.
     """
     count = dense.config.num_hidden_layers
-    kind = "random" if weights_LD is None else "learned"
-    model = routed_from(dense, routed_layers=list(range(count)), capacity=1.0, router_type=kind).eval()
+    model = routed_from(dense, **kind, routed_layers=list(range(count)), capacity=1.0).eval()
+    if fit is not None:
+        set_fit(model, fit)
     routers = routers_of(model)
-    set_routers(model, weights_LD)
+    if fit is None or model.config.router_type == "random":
+        missed_LC = (1 - torch.linspace(0, 1, CAPACITIES)).expand(count, -1)
+    else:
+        missed_LC = missed_shares(dense, fit, sequences, end_of_text, bf16)
     batches_of_text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
 
     def loss() -> float:
@@ -172,19 +138,9 @@ def measure_importance(
                 total += model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item()
         return total / len(batches_of_text)
 
-    before, every, importance = loss(), model.model.layers, []
-    for layer_idx in track(range(count), "measuring blocks", console=console):
-        model.model.layers = nn.ModuleList([layer for i, layer in enumerate(every) if i != layer_idx])
-        bypassed = loss() - before
-        model.model.layers = every
-        with _capacity(routers[layer_idx], capacity):
-            importance.append(BlockImportance(bypassed, loss() - before))
-    return importance
-
-
-def set_routers(model: MoDForCausalLM, weights_LD: Tensor | None) -> None:
-    """Gives every learned router of a model its block's row of `weights_LD`, of shape [blocks, D]."""
-    for layer_idx, router in routers_of(model).items():
-        if not router.is_random:
-            assert weights_LD is not None
-            router.proj.weight.data.copy_(weights_LD[layer_idx : layer_idx + 1])
+    if len(measured) == count:
+        return
+    before = loss()
+    for layer_idx in track(range(len(measured), count), "measuring blocks", console=console):
+        with _capacity(routers[layer_idx], MEASURED_CAPACITY):
+            yield BlockImportance(loss() - before, tuple(missed_LC[layer_idx].tolist()))

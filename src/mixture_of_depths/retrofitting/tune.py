@@ -1,12 +1,13 @@
-"""Makes a pretrained dense model skip: measures which blocks to route, fits their routers, and tunes the result.
+"""Makes a pretrained dense model skip: fits and measures its blocks, routes them within a budget, and tunes the result.
 
 The start is the dense model exactly: chosen tokens meet a block with a factor of one ("straight_through"), and the
 capacity begins at 1. It is then lowered, step by step, to where it is meant to be. The first token of a sequence always
 enters, since pretrained heads rest on it.
 
-A router starts as a linear fit to the size of what its block adds to a token: those to which it would add least skip.
+Routers start as a linear fit to how much a token misses that skips, and maps as the fit that leaves least to miss.
 """
 
+import copy
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from peft import LoraConfig, LoraModel
 from rich.console import Console
@@ -22,26 +24,36 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from mixture_of_depths.compiler import require_compiler
+from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate
 from mixture_of_depths.files import write_aside
-from mixture_of_depths.model.configuration import MoDConfig, capacity_tokens
 from mixture_of_depths.model.modeling import MoDCausalLMOutput, MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofitting.choose import check_share, choose_blocks, flops_share, full_capacity, routed_fields
+from mixture_of_depths.retrofitting.choose import (
+    check_capacities,
+    check_share,
+    decode_share,
+    flops_share,
+    given_capacities,
+    routed_fields,
+    routed_kind,
+    spread_budget,
+)
+from mixture_of_depths.retrofitting.fit import Fit, fit_blocks
 from mixture_of_depths.retrofitting.measure import (
     BlockImportance,
-    fit_routers,
     measure_importance,
     routed_config,
     routed_from,
     routers_of,
-    set_routers,
+    set_fit,
 )
-from mixture_of_depths.text.batches import spread
+from mixture_of_depths.retrofitting.record import MEASURED, Measured, has_measured
+from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
-from mixture_of_depths.training.folder import check_folder, check_unchanged, read_run
+from mixture_of_depths.training.folder import check_folder, only_run
 from mixture_of_depths.training.horizon import horizon
 from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
@@ -51,6 +63,8 @@ from mixture_of_depths.training.trainer import MoDTrainer
 LEVELS = 8
 # Held-out sequences on which the result is compared with the dense model, at most.
 COMPARED_SEQUENCES = 256
+# Lengths at which the shares of FLOPs and bytes are told.
+LENGTHS = (128, 512, 2048, 8192)
 # Graphs that the compiler may keep of a block: one of every level, and of each what it must check anew.
 GRAPHS = 64
 
@@ -126,16 +140,37 @@ def with_adapters(model: MoDForCausalLM, rank: int) -> LoraModel:
 
 
 @dataclass(frozen=True)
+class KindResult:
+    """What became of one kind of held-out text, on the part that did not calibrate; losses in nats per token.
+
+    Attributes:
+        dense_loss: of the dense model.
+        loss: of the result, under causal routing.
+        entering: share of the tokens, first ones included, that enters each routed block.
+        thresholds: what calibrating on this kind alone sets; empty where routers have none.
+    """
+
+    dense_loss: float
+    loss: float
+    entering: dict[int, float]
+    thresholds: dict[int, float]
+
+
+@dataclass(frozen=True)
 class RetrofitResult:
     """What a retrofit found and made.
 
     Attributes:
         finished: False when it was stopped; it can be resumed.
         routed_layers: the blocks that are routed.
-        capacity: fraction of the tokens that enters one.
-        importance: what skipping each block of the dense model costs; empty when the blocks were given.
-        flops_share: FLOPs per token over the dense model's.
+        capacity: of each of them, the fraction of the tokens that enters it.
+        others_entering: the same without the first token of every sequence, which enters always.
+        importance: what routing each block of the dense model costs; empty when the blocks were given.
+        flops_share: FLOPs per token over the dense model's, at the length that is tuned on.
+        decode_share: bytes read for a decoded token over the dense model's, after that many tokens.
+        shares: both, by other lengths.
         tuning_minutes: time spent in steps.
+        kinds: by its name, what became of each kind of held-out text; empty when not finished.
         dense: the dense model on the held-out text that the causal routers were not calibrated on; None when not
             finished.
         retrofitted: the result on the same text; None when not finished.
@@ -143,35 +178,26 @@ class RetrofitResult:
 
     finished: bool
     routed_layers: list[int]
-    capacity: float
+    capacity: list[float]
+    others_entering: list[float]
     importance: list[BlockImportance]
     flops_share: float
+    decode_share: float
+    shares: dict[int, dict[str, float]]
     tuning_minutes: float
+    kinds: dict[str, KindResult]
     dense: Evaluation | None
     retrofitted: Evaluation | None
 
 
-def _measured_before(
-    folder: Path, source: str, options: RetrofitOptions
-) -> tuple[list[BlockImportance], list[int], float]:
-    """What the run in a folder measured, the blocks it routes, and their capacity.
-
-    Raises:
-        ValueError: when the folder holds no retrofit, or one with other options.
-    """
-    run = read_run(folder)
-    facts, capacity = run.get("tuning", {}), run.get("model", {}).get("capacity", MoDConfig().capacity)
-    if "importance" not in facts:
-        raise ValueError(
-            f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
-        )
-    try:
-        before = [BlockImportance(**block) for block in facts["importance"]], facts["chosen"], capacity
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is damaged: it does not describe a retrofit") from error
-    for name, value in json.loads(json.dumps({"source": source, **asdict(options)})).items():
-        check_unchanged(folder, name, facts.get(name), value)
-    return before
+def fitted_start(
+    dense: MoDForCausalLM, fit: Fit | None, options: RetrofitOptions, capacities: dict[int, float]
+) -> MoDForCausalLM:
+    """The dense model with these blocks routed, by what was fitted to them; with None by nothing."""
+    model = routed_from(dense, **routed_fields(dense.config, options, capacities))
+    if fit is not None:
+        set_fit(model, fit)
+    return model
 
 
 def retrofit(
@@ -193,18 +219,31 @@ def retrofit(
     Args:
         dense: the model; it is not changed. All is computed on its device.
         source: where it comes from, for the records.
-        corpus: text to tune and evaluate on, in the model's own tokens.
+        corpus: text and conversations to tune and evaluate on, in the model's own tokens.
         options: what to route.
         training: how to tune; its length as `max_steps` or `max_tokens`.
-        folder: where the run lives; see `train`, and `retrofit.json` with this function's result.
-        resume: whether to go on with the run in the folder.
+        folder: where the run lives; see `train`, and `retrofit.json` with this function's result. What is measured lies
+            in `measured` as soon as it is made.
+        resume: whether to go on with the run in the folder, or with what was measured for it.
         console: where progress is shown.
 
     Raises:
-        ValueError: for options that contradict one another or the model, or a folder that does not fit.
+        ValueError: for options that contradict one another or the model, or a folder that does not fit, or in which
+            another run is at work.
     """
     console = console or Console()
-    end, bf16 = corpus.end_of_text, training.precision == "bf16"
+    _check(dense, corpus, options, training)
+    if not (resume and has_measured(folder)):
+        check_folder(folder, resume)
+        if resume:
+            raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_run(folder):
+        return _retrofit(dense, source, corpus, options, training, folder, resume, console)
+
+
+def _check(dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, training: TrainOptions) -> None:
+    """Refuses what cannot be done: nothing is measured for it."""
     if dense.config.routed_layers:
         raise ValueError(f"routed_layers={dense.config.routed_layers} of the source: it must be a dense model")
     if training.max_flops is not None:
@@ -219,15 +258,9 @@ def retrofit(
             "data holds out fewer than 2 sequences, and calibrating needs one of them; give more text, or raise "
             "validation_fraction"
         )
-    # Nothing is measured for what will be refused.
     length = len(corpus.train[0]["input_ids"])
     dense.config.check_length(length)
-    entering = capacity_tokens(options.capacity, length)
-    if entering < 2:
-        raise ValueError(
-            f"capacity={options.capacity} of sequence_length={length} is one token, which the first one is; raise one "
-            f"of them until their product is at least 2"
-        )
+    check_capacities(options, length)
     if options.tune == "lora" and dense.config.has_experts:
         raise ValueError(
             f"tune=lora cannot adapt num_experts={dense.config.num_experts}; give tune=all or tune=routers"
@@ -236,41 +269,51 @@ def retrofit(
     check_options(training, corpus)
     if training.compile:
         require_compiler("compile", dense.device)
-    importance: list[BlockImportance] = []
-    chosen = list(options.routed_layers or [])
-    if chosen:
-        routed_config(dense.config, **routed_fields(options, chosen))
-    else:
+    if options.routed_layers is None:
         check_share(dense.config, options, length)
-    check_folder(folder, resume)
-    capacity = options.capacity
-    if resume:
-        importance, chosen, capacity = _measured_before(folder, source, options)
-    weights_LD = None
-    if not (resume and latest_checkpoint(folder)):
-        if options.router_type == "learned":
-            console.print("fitting routers")
-            weights_LD = fit_routers(dense, spread(corpus.train, options.fit_sequences), end, bf16)
-        if not chosen:
-            measured = spread(corpus.train, options.measure_sequences)
-            importance = measure_importance(dense, weights_LD, options.capacity, measured, end, bf16, console)
-            chosen = choose_blocks(importance, dense.config, options, length)
-            capacity = full_capacity(dense.config, chosen, options, length)
-    placed = replace(options, capacity=capacity)
-    console.print(f"routing blocks {chosen} at a capacity of {capacity:.3f}")
+    else:
+        routed_config(dense.config, **routed_fields(dense.config, options, given_capacities(options)))
+
+
+def _retrofit(
+    dense: MoDForCausalLM,
+    source: str,
+    corpus: Corpus,
+    options: RetrofitOptions,
+    training: TrainOptions,
+    folder: Path,
+    resume: bool,
+    console: Console,
+) -> tuple[MoDForCausalLM, RetrofitResult]:
+    """See `retrofit`; the folder is held."""
+    length, bf16 = len(corpus.train[0]["input_ids"]), training.precision == "bf16"
+    facts = {"source": source, **asdict(options)}
+    measured = Measured(folder, {**facts, "precision": training.precision, "text": corpus.key})
+    resume = resume and (folder / "run.json").exists()
+    has_checkpoint = resume and latest_checkpoint(folder) is not None
+    fit = None if has_checkpoint else _fitted(dense, corpus, options, measured, bf16, console)
+    if options.routed_layers is None:
+        importance = _measured(dense, fit, corpus, options, measured, bf16, console)
+        capacities = spread_budget(importance, dense.config, options, length)
+    else:
+        importance, capacities = [], given_capacities(options)
+    chosen = {block: f"{100 * capacity:.1f} %" for block, capacity in sorted(capacities.items())}
+    console.print(f"routing blocks at a capacity of {chosen}")
     # Predictors and adapters start at random, whatever was measured before.
     set_seed(training.seed)
-    model = routed_from(dense, **routed_fields(placed, chosen))
-    if weights_LD is not None:
-        set_routers(model, weights_LD)
+    model = fitted_start(dense, fit, options, capacities)
+    if fit is not None and model.config.causal_routers:
+        with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16):
+            calibrate(model, spread(corpus.train, options.measure_sequences), corpus.end_of_text)
 
     adapters = None
     if options.tune == "lora":
         adapters = with_adapters(model, options.lora_rank)
     elif options.tune == "routers":
         model.requires_grad_(False)
-    for router in routers_of(model).values():
-        router.requires_grad_()
+    for name, weight in model.named_parameters():
+        if ".router." in name or ".bypass." in name:
+            weight.requires_grad_()
     schedule = CapacitySchedule(model, options.lowering_fraction)
 
     def finish(tuned: MoDForCausalLM) -> MoDForCausalLM:
@@ -281,28 +324,114 @@ def retrofit(
 
     tuning = Tuning(
         model,
-        {"source": source, **asdict(options), "importance": [asdict(block) for block in importance], "chosen": chosen},
+        facts,
         partial(DistillationTrainer, teacher=dense, share=options.distillation) if options.distillation else MoDTrainer,
         (schedule,),
         finish,
+        (MEASURED,),
     )
     # A part of the module only once it is loaded.
     patched = torch.compiler.config.patch(recompile_limit=GRAPHS)  # pyright: ignore[reportAttributeAccessIssue]
     with patched if training.compile else nullcontext():
         model, trained = train(model.config, corpus, training, folder, resume, console, tuning, dense.device)
-    share = flops_share(dense.config, chosen, placed, length)
-    _, others = split_held_out(corpus, training)
-    size = corpus.facts.validation_bytes_per_token
+    config, blocks = model.config, sorted(capacities)
     result = RetrofitResult(
         finished=trained.finished,
-        routed_layers=chosen,
-        capacity=capacity,
+        routed_layers=blocks,
+        capacity=[capacities[block] for block in blocks],
+        others_entering=[(config.capacity_tokens(block, length) - 1) / (length - 1) for block in blocks],
         importance=importance,
-        flops_share=share,
+        flops_share=flops_share(config, dense.config, length),
+        decode_share=decode_share(config, dense.config, length),
+        shares={
+            other: {
+                "flops": flops_share(config, dense.config, other),
+                "decode": decode_share(config, dense.config, other),
+            }
+            for other in LENGTHS
+            if other <= config.max_position_embeddings
+        },
         tuning_minutes=trained.train_seconds / 60,
-        dense=evaluate(dense, others, end, size, COMPARED_SEQUENCES, bf16=bf16) if trained.finished else None,
-        retrofitted=evaluate(model, others, end, size, COMPARED_SEQUENCES, bf16=bf16) if trained.finished else None,
+        kinds={},
+        dense=None,
+        retrofitted=None,
     )
     if trained.finished:
+        result = replace(result, **_compared(dense, model, corpus, training))
         write_aside(folder / "retrofit.json", json.dumps({**asdict(result), **provenance(dense.device)}, indent=2))
     return model, result
+
+
+def _fitted(
+    dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, measured: Measured, bf16: bool, console: Console
+) -> Fit | None:
+    """What is fitted to the blocks, now or before; None where there is nothing to fit."""
+    rank = routed_kind(dense.config, options)["bypass_rank"]
+    if options.router_type == "random" and not rank:
+        return None
+    fit = measured.fit()
+    if fit is None:
+        console.print("fitting routers and maps" if rank else "fitting routers")
+        fit = fit_blocks(dense, spread(corpus.train, options.fit_sequences), corpus.end_of_text, rank, bf16)
+        measured.keep_fit(fit)
+    return fit
+
+
+def _measured(
+    dense: MoDForCausalLM,
+    fit: Fit | None,
+    corpus: Corpus,
+    options: RetrofitOptions,
+    measured: Measured,
+    bf16: bool,
+    console: Console,
+) -> list[BlockImportance]:
+    """What routing each block costs, each written down once it is measured."""
+    importance = measured.importance()
+    if len(importance) < dense.config.num_hidden_layers:
+        kind, text = routed_kind(dense.config, options), spread(corpus.train, options.measure_sequences)
+        for block in measure_importance(dense, fit, kind, text, corpus.end_of_text, bf16, list(importance), console):
+            importance.append(block)
+            measured.keep_importance(importance)
+    return importance
+
+
+def _compared(
+    dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, training: TrainOptions
+) -> dict[str, Any]:
+    """Both models on the held-out text that did not calibrate, as fields of `RetrofitResult`."""
+    end, bf16, size = corpus.end_of_text, training.precision == "bf16", corpus.facts.validation_bytes_per_token
+    calibration, others = split_held_out(corpus, training)
+    evaluations = {
+        name: [evaluate(of, text, end, size, COMPARED_SEQUENCES, bf16=bf16) for of in (dense, model)]
+        for name, text in {"all": others, **(kinds(others) if len(kinds(others)) > 1 else {})}.items()
+    }
+    by_kind = evaluations if len(evaluations) > 1 else dict.fromkeys(kinds(others), evaluations["all"])
+    results = {}
+    for name in kinds(others):
+        of_dense, of_model = by_kind[name]
+        routers = of_model.causal_routers.values()
+        alone = None if calibration is None else kinds(calibration).get(name)
+        results[name] = KindResult(
+            of_dense.loss_causal,
+            of_model.loss_causal,
+            next((causal.share_entering for causal in routers), {}),
+            {} if alone is None else _thresholds_for(model, alone, end, bf16),
+        )
+    return {"kinds": results, "dense": evaluations["all"][0], "retrofitted": evaluations["all"][1]}
+
+
+def _thresholds_for(
+    model: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, bf16: bool
+) -> dict[int, float]:
+    """The thresholds that calibrating on some text sets, by block; the model is left as it is."""
+    if "threshold" not in model.config.causal_routers:
+        return {}
+    routers = routers_of(model)
+    before = {block: copy.deepcopy(router.state_dict()) for block, router in routers.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        calibrate(model, sequences, end_of_text)
+    thresholds = {block: router.threshold.item() for block, router in routers.items()}
+    for block, router in routers.items():
+        router.load_state_dict(before[block])
+    return thresholds

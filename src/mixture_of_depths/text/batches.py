@@ -37,17 +37,18 @@ def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """Stacks sequences into a batch; the positions tell the model where documents begin."""
+    """Stacks sequences into a batch; the positions, the sequences' own if they have them, tell where documents begin."""
 
     end_of_text: int
 
     def __call__(self, sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
-        input_ids = torch.tensor(np.array([sequence["input_ids"] for sequence in sequences]), dtype=torch.int64)
-        return {
-            "input_ids": input_ids,
-            "labels": input_ids.clone(),
-            "position_ids": document_positions(input_ids, self.end_of_text),
-        }
+        def stacked(name: str) -> Tensor:
+            return torch.tensor(np.array([sequence[name] for sequence in sequences]), dtype=torch.int64)
+
+        input_ids = stacked("input_ids")
+        own = "position_ids" in sequences[0]
+        position_ids = stacked("position_ids") if own else document_positions(input_ids, self.end_of_text)
+        return {"input_ids": input_ids, "labels": input_ids.clone(), "position_ids": position_ids}
 
 
 def batches(
@@ -70,3 +71,31 @@ def spread(sequences: datasets.Dataset, count: int) -> datasets.Dataset:
 def halves(sequences: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Every second sequence, to calibrate on, and the others, on which to see what came of it."""
     return sequences.select(range(0, len(sequences), 2)), sequences.select(range(1, len(sequences), 2))
+
+
+def with_positions(sequences: datasets.Dataset, positions_ST: np.ndarray, is_conversation: bool) -> datasets.Dataset:
+    """Sequences that say themselves where their tokens stand, and of which kind of text they are.
+
+    Args:
+        sequences: from `pack`.
+        positions_ST (numpy.ndarray): one position a token; of shape [sequences, T].
+        is_conversation: whether they are cut from conversations.
+    """
+    columns = {
+        "input_ids": np.array(sequences["input_ids"]),
+        "position_ids": positions_ST,
+        "is_conversation": [is_conversation] * len(sequences),
+    }
+    length = positions_ST.shape[1]
+    tokens = datasets.List(datasets.Value("int32"), length=length)
+    features = {"input_ids": tokens, "position_ids": tokens, "is_conversation": datasets.Value("bool")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def kinds(sequences: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The sequences by their kind of text, "text" and "conversations", those of which there are none left out."""
+    if "is_conversation" not in sequences.column_names:
+        return {"text": sequences}
+    is_conversation = np.array(sequences["is_conversation"])
+    chosen = {"text": np.flatnonzero(~is_conversation), "conversations": np.flatnonzero(is_conversation)}
+    return {name: sequences.select(indices) for name, indices in chosen.items() if len(indices)}

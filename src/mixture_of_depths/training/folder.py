@@ -41,8 +41,12 @@ def open_folder(
     resume: bool,
     tuning: dict[str, Any],
     device: torch.device,
+    prepared: tuple[str, ...] = (),
 ) -> tuple[Path, int] | None:
-    """Describes the run in its folder, or checks that it holds the same; returns the checkpoint to go on from."""
+    """Describes the run in its folder, or checks that it holds the same; returns the checkpoint to go on from.
+
+    What lies in the folder by a name of `prepared` belongs to the run, and was there before it.
+    """
     text = {"key": corpus.key, "options": {**asdict(corpus.options), "cache_dir": str(corpus.options.cache_dir)}}
     described = json.loads(
         json.dumps(
@@ -82,13 +86,13 @@ def open_folder(
             write_aside(path, json.dumps(earlier, indent=2))
         return newest
     # It may have been taken since.
-    _check_unused(folder)
+    _check_unused(folder, prepared)
     write_aside(path, json.dumps({**described, **provenance(device)}, indent=2))
     return None
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raises ValueError for a folder in which no run can begin, or that holds none to resume."""
+def check_folder(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a folder in which no run can begin, or that holds none to resume; see `open_folder`."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder} is a file; name a folder")
     if resume and not (folder / "run.json").exists():
@@ -96,7 +100,7 @@ def check_folder(folder: Path, resume: bool) -> None:
             f"out={folder} holds no run to resume; leave out resume=True (--resume), or name the run's folder"
         )
     if not resume and folder.exists():
-        _check_unused(folder)
+        _check_unused(folder, prepared)
 
 
 def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
@@ -108,9 +112,9 @@ def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
         )
 
 
-def _check_unused(folder: Path) -> None:
+def _check_unused(folder: Path, prepared: tuple[str, ...]) -> None:
     """Raises ValueError for a folder that holds anything; what a run that was killed at once leaves is nothing."""
-    if any(path.name not in (LOCK, "run.json.part") for path in folder.iterdir()):
+    if any(path.name not in (LOCK, "run.json.part", *prepared) for path in folder.iterdir()):
         raise ValueError(
             f"out={folder} is not empty; name another folder, or go on with its run by resume=True (--resume)"
         )

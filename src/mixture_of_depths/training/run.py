@@ -53,6 +53,8 @@ class Tuning:
         trainer: the trainer's class.
         callbacks: further callbacks.
         finish: turns the trained model into the one that is calibrated, saved and evaluated.
+        prepared: the names of what the caller, who holds the folder by `only_run`, has left in it; None where `train` is
+            to hold it.
     """
 
     model: MoDForCausalLM
@@ -60,6 +62,7 @@ class Tuning:
     trainer: Callable[..., MoDTrainer] = MoDTrainer
     callbacks: tuple[TrainerCallback, ...] = ()
     finish: Callable[[MoDForCausalLM], MoDForCausalLM] = lambda model: model
+    prepared: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,13 @@ def train(
     with ExitStack() as held:
 
         def begin() -> tuple[Path, int] | None:
-            check_folder(folder, resume)
+            prepared = tuning.prepared if tuning else None
+            check_folder(folder, resume, prepared or ())
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(only_run(folder))
-            return open_folder(folder, config, corpus, options, resume, tuning.facts if tuning else {}, place)
+            if prepared is None:
+                held.enter_context(only_run(folder))
+            facts = tuning.facts if tuning else {}
+            return open_folder(folder, config, corpus, options, resume, facts, place, prepared or ())
 
         start = from_main(begin)
         if resume and start is None:

@@ -1,0 +1,81 @@
+"""What is measured of a dense model, kept in the run's folder as it is made: a run that is killed measures it once."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mixture_of_depths.files import read_json, write_aside
+from mixture_of_depths.retrofitting.fit import Fit
+from mixture_of_depths.retrofitting.measure import BlockImportance
+from mixture_of_depths.training.folder import check_unchanged
+
+# In the run's folder.
+MEASURED = "measured"
+FACTS, FIT, BLOCKS = "facts.json", "fit.safetensors", "blocks.json"
+
+
+def has_measured(folder: Path) -> bool:
+    """Whether a run's folder holds anything that was measured."""
+    return (folder / MEASURED / FACTS).exists()
+
+
+class Measured:
+    """What was fitted and measured for a run, and what is added to it.
+
+    Args:
+        folder: the run's folder.
+        facts: what it depends on.
+
+    Raises:
+        ValueError: when the folder holds what depends on other facts, or is damaged.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.place = folder / MEASURED
+        if has_measured(folder):
+            before = read_json(self.place / FACTS)
+            if not isinstance(before, dict):
+                raise ValueError(f"{self.place / FACTS} is damaged: it does not describe what was measured")
+            for name, value in json.loads(json.dumps(facts)).items():
+                check_unchanged(folder, name, before.get(name), value)
+        else:
+            self.place.mkdir(parents=True, exist_ok=True)
+            write_aside(self.place / FACTS, json.dumps(facts, indent=2))
+
+    def fit(self) -> Fit | None:
+        """What was fitted; None if nothing was."""
+        path = self.place / FIT
+        if not path.exists():
+            return None
+        try:
+            return Fit(**load_file(path))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it, to have it fitted again") from error
+
+    def keep_fit(self, fit: Fit) -> None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(fit).items() if tensor is not None}
+        aside = self.place / f"{FIT}.part"
+        save_file(tensors, aside)
+        aside.replace(self.place / FIT)
+
+    def importance(self) -> list[BlockImportance]:
+        """What was measured of the first blocks."""
+        path = self.place / BLOCKS
+        if not path.exists():
+            return []
+        try:
+            return [block_importance(block) for block in read_json(path)]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: it does not say what skipping blocks costs") from error
+
+    def keep_importance(self, importance: list[BlockImportance]) -> None:
+        write_aside(self.place / BLOCKS, json.dumps([asdict(block) for block in importance]))
+
+
+def block_importance(record: dict[str, Any]) -> BlockImportance:
+    """Of one block, from JSON."""
+    return BlockImportance(record["loss"], tuple(record["missed"]))
