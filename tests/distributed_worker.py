@@ -29,10 +29,10 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def inject(job: dict[str, Any], folder: Path, sequences: list[Any]) -> None:
     """Has the run record what it reads in `sequences` and on the disk, and break where the job says so."""
-    read, count = corpus.read_documents, MoDTrainer.floating_point_ops
+    read, count = corpus.read_all, MoDTrainer.floating_point_ops
     loss = MoDTrainer.compute_loss
 
-    def read_documents(*args: Any) -> Any:
+    def read_all(*args: Any) -> Any:
         Path(f"{folder}.read-{RANK}").touch()
         return read(*args)
 
@@ -53,14 +53,14 @@ def inject(job: dict[str, Any], folder: Path, sequences: list[Any]) -> None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (job["full"][2], resource.RLIM_INFINITY))
 
-    corpus.read_documents, MoDTrainer.floating_point_ops = read_documents, floating_point_ops
+    corpus.read_all, MoDTrainer.floating_point_ops = read_all, floating_point_ops
     MoDTrainer.compute_loss, training.Recorder = compute_loss, Recorder
 
 
 def run(jobs: list[dict[str, Any]]) -> None:
     """Runs the jobs in this process, as one of those that run them."""
     trainer = MoDTrainer
-    originals = corpus.read_documents, trainer.floating_point_ops, trainer.compute_loss, training.Recorder
+    originals = corpus.read_all, trainer.floating_point_ops, trainer.compute_loss, training.Recorder
     arguments = list(sys.argv)
     for job in jobs:
         argv, folder = job["argv"], Path(job["argv"][job["argv"].index("--out") + 1])
@@ -77,7 +77,7 @@ def run(jobs: list[dict[str, Any]]) -> None:
         Path(f"{folder}.status-{RANK}").write_text(str(status))
         with Path(f"{folder}.sequences-{RANK}").open("a") as file:
             file.writelines(json.dumps(seen) + "\n" for seen in sequences)
-        corpus.read_documents, trainer.floating_point_ops, trainer.compute_loss, training.Recorder = originals
+        corpus.read_all, trainer.floating_point_ops, trainer.compute_loss, training.Recorder = originals
         for name in job.get("env", {}):
             del os.environ[name]
     sys.argv[:] = arguments

@@ -33,7 +33,8 @@ class DataOptions:
 
     data: tuple[str, ...] = (BUILTIN,)
     """Text to train on: "builtin" (the Python standard library's own source), files, folders or globs of .txt, .md,
-    .py, .jsonl and .parquet (also .gz), or hub:NAME for a data set of the Hugging Face hub, streamed."""
+    .py, .jsonl and .parquet (also .gz), or hub:NAME for a data set of the Hugging Face hub, streamed.
+    In .jsonl, records of "messages" are conversations, cut with the tokenizer's chat template."""
     text_column: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and hub data."""
     split: str = "train"

@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.files import is_whole
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.batches import pack
-from mixture_of_depths.text.corpus import Corpus, load_prepared, prepare
-from mixture_of_depths.text.documents import Skipped, read_documents
-from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
+from mixture_of_depths.text.corpus import Corpus, cut_documents, load_prepared, prepare
+from mixture_of_depths.text.documents import Skipped, read_all
+from mixture_of_depths.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def text_to_judge(
         checkpoint: the model's folder.
         described: what the description of its training says of the text, `key` and `options`; None without one.
         tokenizer: the model's.
-        data: text to read: files, folders, globs, hub:NAME or "builtin".
+        data: text and conversations to read: files, folders, globs, hub:NAME or "builtin".
         text_column: field or column that holds it; by default "text".
         sequence_length: tokens of a sequence; by default as in training.
 
@@ -67,12 +66,11 @@ def text_to_judge(
         length = sequence_length
     skipped = Skipped()
     column = "text" if text_column is None else text_column
-    documents = list(read_documents(DataOptions(data=data, text_column=column), skipped))
+    documents = list(read_all(DataOptions(data=data, text_column=column), skipped))
     if not documents:
         raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
-    tokens = tokenize(documents, tokenizer)
-    bytes_per_token = sum(len(document.encode("utf-8")) for document in documents) / len(tokens)
-    return Judged(pack(tokens, length, "given"), bytes_per_token, length, skipped)
+    cut = cut_documents(documents, tokenizer, length, "given")
+    return Judged(cut.sequences, cut.bytes / cut.tokens, length, skipped)
 
 
 def _held_out(checkpoint: Path, described: dict[str, Any]) -> Corpus:

@@ -17,6 +17,7 @@ import datasets
 import pyarrow.parquet as parquet
 
 from mixture_of_depths.options import BUILTIN, DataOptions
+from mixture_of_depths.text.conversations import Conversation, conversation_of
 
 # What a data set of the Hugging Face hub is named with.
 HUB = "hub:"
@@ -37,10 +38,22 @@ class Skipped:
 
 
 def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
-    """Yields the documents of `options.data` in a fixed order, and counts in `skipped` what is no text."""
+    """Yields the texts of `options.data` in a fixed order, and counts in `skipped` what is none, conversations, too."""
+    for document in read_all(options, skipped):
+        if isinstance(document, str):
+            yield document
+        else:
+            skipped.no_text += 1
+
+
+def read_all(options: DataOptions, skipped: Skipped) -> Iterator[str | Conversation]:
+    """As `read_documents`, with the conversations among the texts; `max_characters` is of the texts alone."""
     remaining = options.max_characters
     for source in options.data:
         for text in _read_source(source, options, skipped):
+            if isinstance(text, Conversation):
+                yield text
+                continue
             if not text.strip():
                 skipped.empty += 1
                 continue
@@ -52,7 +65,7 @@ def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
                 return
 
 
-def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
+def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str | Conversation]:
     if source == BUILTIN:
         yield from _read_files(builtin_files(), options, skipped)
     elif source.startswith(HUB):
@@ -99,7 +112,7 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str]:
+def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str | Conversation]:
     for path in paths:
         kind = _kind(path)
         try:
@@ -126,8 +139,8 @@ def _decoded(content: bytes, skipped: Skipped) -> str | None:
         return None
 
 
-def _read_jsonl(path: Path, content: bytes, column: str, skipped: Skipped) -> Iterator[str]:
-    """The texts of a file's records; those without are counted, and refused where no record has the column."""
+def _read_jsonl(path: Path, content: bytes, column: str, skipped: Skipped) -> Iterator[str | Conversation]:
+    """The texts and conversations of a file's records; those without are counted, and refused where none has any."""
     is_there, without = False, ""
     for number, raw in enumerate(content.split(b"\n"), start=1):
         line = _decoded(raw, skipped)
@@ -144,6 +157,10 @@ def _read_jsonl(path: Path, content: bytes, column: str, skipped: Skipped) -> It
         if has_column and isinstance(value, str | None):
             is_there = True
             yield from _texts([value], column, path, skipped)
+            continue
+        if isinstance(record, dict) and (conversation := conversation_of(record.get("messages"))):
+            is_there = True
+            yield conversation
             continue
         skipped.no_text += 1
         names = ", ".join(value) if isinstance(value, dict) and not has_column else type(value).__name__
@@ -215,5 +232,23 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
     return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
 
 
-def digest(text: str) -> bytes:
+def split_conversations(
+    conversations: list[Conversation], validation_fraction: float
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Splits into train and validation, which gets one at least; their content decides, whatever the order.
+
+    Raises:
+        ValueError: when there is one alone.
+    """
+    if len(conversations) == 1:
+        raise ValueError("data holds a single conversation, and none is left to hold out; give more")
+    count = min(max(1, round(validation_fraction * len(conversations))), len(conversations) - 1)
+    order = sorted(range(len(conversations)), key=lambda i: digest(conversations[i]))
+    held_out = set(order[:count])
+    train = [one for i, one in enumerate(conversations) if i not in held_out]
+    return train, [one for i, one in enumerate(conversations) if i in held_out]
+
+
+def digest(document: str | Conversation) -> bytes:
+    text = document if isinstance(document, str) else document.json
     return hashlib.sha256(text.encode("utf-8")).digest()

@@ -1,0 +1,89 @@
+"""Conversations: what a chat template makes of them, cut into sequences whose positions go on from turn to turn."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a chat, as JSON, which says where one differs from another."""
+
+    json: str
+
+    @property
+    def messages(self) -> list[Message]:
+        """Mappings with "role" and "content" at least."""
+        return json.loads(self.json)
+
+
+def conversation_of(value: object) -> Conversation | None:
+    """The conversation that a value of JSON is: messages with a role and a content, both text; None if it is none."""
+    if not isinstance(value, list) or not value:
+        return None
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            return None
+    # JSON can spell half a surrogate pair, which is no text.
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return Conversation(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def rendered(
+    conversations: Sequence[list[Message]], tokenizer: PreTrainedTokenizerBase, asks: bool = False
+) -> list[str]:
+    """The text of each conversation, by the tokenizer's chat template.
+
+    Args:
+        conversations: messages.
+        tokenizer: the model's tokenizer.
+        asks: whether the text ends where the model's answer is to begin.
+
+    Raises:
+        ValueError: when there is no template, or it refuses a conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "data holds conversations, and the tokenizer has no chat template to make text of them; give a model that "
+            "answers conversations, or texts"
+        )
+    texts = []
+    for messages in conversations:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        except Exception as error:
+            # A template is a program of the model's, and fails as programs do: with any kind of error.
+            raise ValueError(f"data holds a conversation that the chat template refuses: {error}") from error
+        texts.append(cast(str, text))
+    return texts
+
+
+def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of what `rendered` made of conversations, in which names of special tokens stand for them."""
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def positions_in_sequences(lengths: Sequence[int], sequence_length: int) -> np.ndarray:
+    """Where the tokens of conversations stand that follow one another, cut to sequences; of shape [sequences, T].
+
+    Positions begin at 0 with every conversation, and with every sequence. The rest that fills none is dropped.
+
+    Args:
+        lengths: tokens of each conversation.
+        sequence_length: tokens of a sequence, T.
+    """
+    total = sum(lengths) // sequence_length * sequence_length
+    is_start = np.zeros(sum(lengths) + 1, dtype=bool)
+    is_start[np.cumsum([0, *lengths])] = True
+    is_start_ST = is_start[:total].reshape(-1, sequence_length)
+    is_start_ST[:, 0] = True
+    slots_T = np.arange(sequence_length)
+    return slots_T - np.maximum.accumulate(np.where(is_start_ST, slots_T, 0), axis=1)
