@@ -71,6 +71,25 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
     return model.eval(), tokenizer
 
 
+def load_model(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
+    """As `load_checkpoint`, and also a dense model of another kind: a folder, a GGUF file or a name of the hub."""
+    from torch import nn
+
+    from mixture_of_depths.model.convert import is_hub_name, load_dense
+    from mixture_of_depths.text.tokenizer import check_vocabulary, checked
+
+    config, source = checkpoint / "config.json", str(checkpoint)
+    described = config.read_text(errors="replace") if config.is_file() else ""
+    is_other = '"model_type"' in described and "mixture_of_depths" not in described
+    is_elsewhere = not checkpoint.exists() and is_hub_name(source)
+    if not (is_other or is_elsewhere or checkpoint.suffix == ".gguf"):
+        return load_checkpoint(checkpoint, device)
+    model, tokenizer = load_dense(source)
+    check_vocabulary(tokenizer, model.config.vocab_size, f"checkpoint={source}")
+    nn.Module.to(model, device)
+    return model.eval(), checked(tokenizer, source)
+
+
 def load_to_sample(
     checkpoint: Path, precision: Precision, device: "torch.device"
 ) -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":

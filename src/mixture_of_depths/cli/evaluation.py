@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, quiet_libraries, require_extra
+from mixture_of_depths.cli.common import (
+    Checkpoint,
+    Device,
+    load_checkpoint,
+    load_model,
+    quiet_libraries,
+    require_extra,
+)
 from mixture_of_depths.options import Precision
 
 if TYPE_CHECKING:
@@ -37,7 +44,7 @@ def evaluate(
     lm-evaluation-harness instead, under causal routing; this needs the extra "eval".
 
     Args:
-        checkpoint: Folder of a trained model.
+        checkpoint: Folder of a trained model; or folder, GGUF file or hub name of a dense one that can be retrofitted.
         data: Text to evaluate on: files, folders, globs, hub:NAME or "builtin".
         text_column: Field or column that holds the text in .jsonl, .parquet and hub data; by default "text".
         sequence_length: Tokens per sequence; by default as in training.
@@ -74,7 +81,7 @@ def evaluate(
         raise ValueError(f"task_files={task_files} is no folder; name one that holds the tasks' YAML files")
     if tasks:
         require_extra("eval", "lm_eval")
-    model, tokenizer = load_checkpoint(checkpoint, place)
+    model, tokenizer = load_model(checkpoint, place)
     bf16 = precision == "bf16"
     if tasks:
         from mixture_of_depths.evaluation.harness import evaluate_tasks

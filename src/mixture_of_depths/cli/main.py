@@ -10,7 +10,7 @@ from mixture_of_depths import __version__
 from mixture_of_depths.cli import isoflop
 from mixture_of_depths.cli.evaluation import calibrate, evaluate
 from mixture_of_depths.cli.inspect import inspect
-from mixture_of_depths.cli.sampling import bench, generate
+from mixture_of_depths.cli.sampling import answer, bench, generate
 from mixture_of_depths.cli.serving import playground, serve
 from mixture_of_depths.cli.training import demo, retrofit, train
 
@@ -24,7 +24,7 @@ def commands() -> SubcommandApp:
     for command in (isoflop.plan, isoflop.run, isoflop.measure, isoflop.fit, isoflop.plot):
         study.command(command)
     app = SubcommandApp()
-    for command in (train, evaluate, calibrate, retrofit, generate, bench, inspect, playground, serve):
+    for command in (train, evaluate, calibrate, retrofit, answer, generate, bench, inspect, playground, serve):
         app.command(command)
     app.command(study, name="isoflop", help="Plan, run, measure, fit and plot an isoFLOP study.")
     app.command(demo)

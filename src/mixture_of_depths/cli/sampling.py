@@ -1,4 +1,4 @@
-"""The commands that sample: generate and bench."""
+"""The commands that sample: generate, bench and answer."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixture_of_depths.cli.common import Checkpoint, Device, load_checkpoint, load_to_sample, quiet_libraries
+from mixture_of_depths.cli.common import Checkpoint, Device, Source, load_checkpoint, load_to_sample, quiet_libraries
 from mixture_of_depths.options import Precision, SamplingOptions
 
 
@@ -174,3 +174,65 @@ def _read_prompts(path: "Path | None") -> list[str]:
             raise ValueError(f'prompts={path}, line {number}: "prompt" is empty; give at least one character')
         texts.append(text)
     return texts
+
+
+def answer(
+    source: Source,
+    data: tuple[str, ...],
+    out: Path,
+    batch_size: int = 16,
+    sampling: SamplingOptions = SamplingOptions(),
+    precision: Precision = "fp32",
+    compile: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Answer the questions of conversations, as data on which a retrofit stays a model that answers them.
+
+    Every message of the user's that has no answer gets the model's own. Called again, it goes on with the file.
+
+    Args:
+        source: Folder, GGUF file or hub name of a model with a chat template.
+        data: Conversations: .jsonl of "messages".
+        out: The answered ones, of the same form.
+        batch_size: Conversations that are answered together.
+        sampling: How tokens are drawn.
+        precision: Precision of the matrix products: fp32, or bf16.
+        compile: Compile the sampling step: many times faster, after seconds a block the first time, one in later calls.
+        device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
+    """
+    import torch
+
+    from mixture_of_depths.compiler import require_compiler
+    from mixture_of_depths.device import chosen_device
+    from mixture_of_depths.files import read_records, write_aside
+    from mixture_of_depths.model.convert import load_dense
+    from mixture_of_depths.options import DataOptions
+    from mixture_of_depths.sampling.answers import answered
+    from mixture_of_depths.text.conversations import Conversation
+    from mixture_of_depths.text.documents import Skipped, read_all
+
+    quiet_libraries()
+    place = chosen_device(device)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not out.parent.is_dir():
+        raise ValueError(f"out={out} cannot be written: there is no folder {out.parent}; make it first")
+    documents = read_all(DataOptions(data=data), Skipped())
+    asked = [document.messages for document in documents if isinstance(document, Conversation)]
+    if not asked:
+        raise ValueError(f'data={" ".join(data)} holds no conversation; give .jsonl with "messages"')
+    done = [record["messages"] for record in read_records(out)]
+    for number, (messages, answers) in enumerate(zip(asked, done, strict=False), start=1):
+        if any(message not in answers for message in messages):
+            raise ValueError(f"out={out} answers other conversations, from line {number} on; name another file")
+    if compile:
+        require_compiler("compile", place)
+    model, tokenizer = load_dense(source)
+    torch.nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
+    for start in range(len(done), len(asked), batch_size):
+        rows = asked[start : start + batch_size]
+        seeds = range(sampling.seed + start, sampling.seed + start + len(rows))
+        done += answered(model, tokenizer, rows, sampling, seeds, compile)
+        lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in done)
+        write_aside(out, "".join(lines))
+        print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Llama-family checkpoints as models of this package without routed blocks, and back."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         if not path.is_file():
             raise ValueError(f"source={source} is no file; name a GGUF file, a folder or a model of the hub")
         place, gguf = str(path.parent), {"gguf_file": path.name}
+    elif not Path(source).is_dir() and not is_hub_name(source):
+        raise ValueError(
+            f"source={source} is no folder, and no name of the hub either, OWNER/NAME; name a folder, a GGUF file or a "
+            "model of the hub"
+        )
     try:
         if gguf:
             stated = gguf_fields(Path(source))
@@ -160,6 +166,11 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         if not weight.isfinite().all():
             raise ValueError(f"source={source}: its weights are damaged: {name} holds infinity or no numbers")
     return model.eval() if isinstance(model, MoDForCausalLM) else from_dense(model), tokenizer
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a name can be that of a model on the hub, and is not a folder's, mistyped, in a folder that is there."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
 def to_llama(model: MoDForCausalLM) -> LlamaForCausalLM:
