@@ -293,3 +293,12 @@ def read(opts: DataOptions) -> tuple[list[str], Skipped]:
     """All documents, and what was skipped."""
     skipped = Skipped()
     return list(read_documents(opts, skipped)), skipped
+
+
+def write_chats(folder: Path, count: int) -> None:
+    """Conversations of two turns, each with numbers of its own."""
+    with (folder / "chats.jsonl").open("w") as file:
+        for i in range(count):
+            asked, said = {"role": "user", "content": f"Count by {i}."}, " ".join(str(i * j) for j in range(1, 20))
+            messages = [asked, {"role": "assistant", "content": said}, asked, {"role": "assistant", "content": SENTENCE}]
+            file.write(json.dumps({"messages": messages}) + "\n")

@@ -42,7 +42,8 @@ with pretended_gpus(1):
     )
     from mixture_of_depths.isoflop.measure import gain_from_later_tokens
     from mixture_of_depths.model import modeling, packed
-    from mixture_of_depths.retrofitting.measure import fit_routers, measure_importance, routed_from
+    from mixture_of_depths.retrofitting.fit import fit_blocks
+    from mixture_of_depths.retrofitting.measure import measure_importance, routed_from
     from mixture_of_depths.text.batches import document_positions
 LOADED = [name for name in sys.modules if name.startswith("mixture_of_depths.")]
 
@@ -211,9 +212,10 @@ def judge(**changes: Any) -> None:
 def retrofit() -> None:
     dense = model_on_device(routed_layers=[])
     sequences = some_sequences(4, 8)
-    weights_LD = fit_routers(dense, sequences, 5)
-    assert weights_LD.device == DEVICE
-    measure_importance(dense, weights_LD, 0.5, sequences, 5)
+    fit = fit_blocks(dense, sequences, 5, 2)
+    assert fit.router_LD.device == DEVICE
+    kind = {"routed_parts": "block_keep_keys", "bypass_rank": 2}
+    assert len(list(measure_importance(dense, fit, kind, sequences, 5))) == dense.config.num_hidden_layers
     assert routed_from(dense, routed_layers=[1], capacity=0.5).device == DEVICE
 
 

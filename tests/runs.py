@@ -16,7 +16,7 @@ from mixture_of_depths.training.settings import model_config
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
 SMALL = ModelOptions(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, capacity=(0.25,))
-ROUTING = RetrofitOptions(capacity=0.25, routed_layers=(1, 2), fit_sequences=4)
+ROUTING = RetrofitOptions(capacity=(0.25,), routed_layers=(1, 2), fit_sequences=4)
 
 
 def config_for(corpus: Corpus, **changes: Any) -> MoDConfig:

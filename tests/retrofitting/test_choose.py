@@ -1,37 +1,89 @@
-"""The fewest of the cheapest blocks are routed, at the capacity that uses the share of the FLOPs in full."""
+"""One budget is spread over the blocks so that least is lost, and is used in full."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from runs import ROUTING, dense_for
 
-from mixture_of_depths.retrofitting.choose import choose_blocks, flops_share, full_capacity
-from mixture_of_depths.retrofitting.measure import BlockImportance
+from mixture_of_depths.options import RetrofitOptions
+from mixture_of_depths.retrofitting import choose
+from mixture_of_depths.retrofitting.choose import decode_share, share_of, spread_budget
+from mixture_of_depths.retrofitting.measure import BlockImportance, routed_config
 from mixture_of_depths.text.corpus import Corpus
 
-MEASURED = replace(ROUTING, routed_layers=None)
+MEASURED = replace(ROUTING, routed_layers=None, routed_parts="block_keep_keys", bypass_rank=2)
+LENGTH = 64
 
 
-def test_the_fewest_of_the_cheapest_blocks_are_chosen(corpus: Corpus) -> None:
+def costing(*losses: float) -> list[BlockImportance]:
+    """Blocks of which ever less is missed the more enters: each step lets in what matters less than the one before."""
+    return [BlockImportance(loss, tuple((1 - c / 8) ** (2 + i) for c in range(9))) for i, loss in enumerate(losses)]
+
+
+def rise(importance: list[BlockImportance], capacities: dict[int, float]) -> float:
+    return sum(importance[block].expected_loss(capacity) for block, capacity in capacities.items())
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.7])
+@pytest.mark.parametrize("name", ["flops_share", "decode_share"])
+def test_no_other_choice_within_the_share_loses_clearly_less(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, name: str, share: float
+) -> None:
+    monkeypatch.setattr(choose, "STEPS", 8)
+    dense, options = dense_for(corpus).config, replace(MEASURED, **{name: share})
+    importance = costing(0.4, 0.1, 0.3, 0.02)
+    chosen = spread_budget(importance, dense, options, LENGTH)
+    assert share_of(dense, chosen, options, LENGTH) <= share
+    steps = [step / 8 for step in range(2, 9)]
+    losses = []
+    for every in product(steps, repeat=4):
+        capacities = {block: capacity for block, capacity in enumerate(every) if capacity < 1}
+        if capacities and share_of(dense, capacities, options, LENGTH) <= share:
+            losses.append(rise(importance, capacities))
+    assert rise(importance, chosen) <= min(losses) + 0.01
+
+
+def test_the_cheapest_blocks_give_most_and_the_share_is_used_in_full(corpus: Corpus) -> None:
+    dense, options = dense_for(corpus).config, replace(MEASURED, flops_share=0.9)
+    same = [replace(block, missed=costing(1)[0].missed) for block in costing(0.4, 0.1, 0.3, 0.02)]
+    chosen = spread_budget(same, dense, options, LENGTH)
+    capacities = [chosen.get(block, 1.0) for block in range(4)]
+    assert sorted(range(4), key=lambda block: capacities[block]) == [3, 1, 2, 0]
+    assert 0.9 - 0.01 < share_of(dense, chosen, options, LENGTH) <= 0.9
+
+
+def test_blocks_that_cost_nothing_to_skip_keep_to_the_share_all_the_same(corpus: Corpus) -> None:
+    dense, options = dense_for(corpus).config, replace(MEASURED, flops_share=0.8)
+    chosen = spread_budget([BlockImportance(-0.1, (0.0,) * 9)] * 4, dense, options, LENGTH)
+    assert 0.79 < share_of(dense, chosen, options, LENGTH) <= 0.8
+
+
+def test_a_share_that_cannot_be_reached_is_refused_by_its_name(corpus: Corpus) -> None:
     dense = dense_for(corpus).config
-    importance = [BlockImportance(0, cost) for cost in (0.4, 0.1, 0.3, 0.2)]
-    both = flops_share(dense, [1, 3], MEASURED, 16)
-    assert choose_blocks(importance, dense, replace(MEASURED, flops_share=both), 16) == [1, 3]
-    assert choose_blocks(importance, dense, replace(MEASURED, flops_share=both - 1e-6), 16) == [1, 2, 3]
-    with pytest.raises(ValueError, match=r"flops_share=0\.01 cannot be reached with capacity=0\.25: .* share is 0\."):
-        choose_blocks(importance, dense, replace(MEASURED, flops_share=0.01), 16)
+    for name in ("flops_share", "decode_share"):
+        with pytest.raises(ValueError, match=rf"{name}=0\.01 cannot be reached with capacity=0\.25: .* share is 0\."):
+            spread_budget(costing(1, 1, 1, 1), dense, replace(MEASURED, **{name: 0.01}), LENGTH)
 
 
-@pytest.mark.parametrize("entering", [4, 5, 11, 15])
-def test_the_capacity_is_raised_until_the_share_is_used_in_full(corpus: Corpus, entering: int) -> None:
+def test_keeping_keys_and_a_map_cost_bytes_of_a_decoded_token(corpus: Corpus) -> None:
     dense = dense_for(corpus).config
-    share = flops_share(dense, [1, 3], replace(MEASURED, capacity=entering / 16), 16)
-    assert full_capacity(dense, [1, 3], replace(MEASURED, flops_share=share), 16) == entering / 16
-    assert full_capacity(dense, [1, 3], replace(MEASURED, flops_share=share + 1e-6), 16) == entering / 16
+    shares = [
+        decode_share(
+            routed_config(dense, routed_layers=[1, 2], capacity=0.25, routed_parts=part, bypass_rank=rank), dense, LENGTH
+        )
+        for part, rank in (("block", 0), ("block_keep_keys", 0), ("block_keep_keys", 2))
+    ]
+    assert shares == sorted(set(shares))
+    assert shares[-1] < 1
 
 
-def test_a_capacity_that_fills_the_share_is_kept(corpus: Corpus) -> None:
-    dense = dense_for(corpus).config
-    exact = replace(MEASURED, capacity=0.27)
-    routing = replace(exact, flops_share=flops_share(dense, [1, 3], exact, 16))
-    assert full_capacity(dense, [1, 3], routing, 16) == 0.27
+def test_the_options_refuse_what_contradicts_itself() -> None:
+    for options, message in (
+        ({"decode_share": 0.8, "flops_share": 0.7}, "flops_share=0.7 has no use with decode_share"),
+        ({"decode_share": 0.8, "routed_layers": (1,)}, "decode_share=0.8 has no use with routed_layers"),
+        ({"capacity": (0.2, 0.3)}, r"capacity=\(0.2, 0.3\) has 2 entries; give one number"),
+        ({"capacity": (0.2, 0.3), "routed_layers": (1, 2, 3)}, r"capacity=\(0.2, 0.3\) has 2 entries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RetrofitOptions(**options)  # pyright: ignore[reportArgumentType]

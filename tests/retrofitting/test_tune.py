@@ -10,17 +10,17 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from models import SENTENCE
+from models import SENTENCE, TEMPLATE, options, sentence_tokenizer, write_chats, write_numbers
 from runs import QUIET, ROUTING, dense_for
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
-from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths import MoDForCausalLM, prepare
 from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
-from mixture_of_depths.retrofitting.choose import flops_share
+from mixture_of_depths.retrofitting.choose import decode_share, flops_share
 from mixture_of_depths.retrofitting.measure import routed_from, routers_of
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
 from mixture_of_depths.text.batches import batches
@@ -29,6 +29,7 @@ from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training.run import train
 
 TUNING = TrainOptions(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_sequences=2)
+MEASURING = RetrofitOptions(capacity=(0.25,), fit_sequences=4, measure_sequences=2)
 
 
 def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
@@ -76,15 +77,23 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, tune: 
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     projections = {name for name in before if name.endswith("proj.weight")}
     assert changed == {"routers": set(), "lora": projections, "all": set(before)}[tune]
-    assert set(after) == set(before) | {name for name in after if ".router." in name}
+    assert set(after) == set(before) | {name for name in after if ".router." in name or ".bypass." in name}
 
     loaded = MoDForCausalLM.from_pretrained(tmp_path / "out")
     input_ids = torch.randint(0, 99, (2, 16))
     assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
     record = json.loads((tmp_path / "out" / "retrofit.json").read_text())
     assert record["routed_layers"] == [1, 2] == loaded.config.routed_layers
-    assert record["flops_share"] == flops_share(dense.config, [1, 2], routing, 16)
-    assert record["capacity"] == routing.capacity
+    assert record["flops_share"] == flops_share(model.config, dense.config, 16)
+    assert record["decode_share"] == decode_share(model.config, dense.config, 16)
+    assert record["capacity"] == [0.25, 0.25] == model.config.capacity
+    # The first of the four places of 16 tokens is the first token's.
+    assert record["others_entering"] == [3 / 15] * 2
+    assert set(record["shares"]) == {"128", "512", "2048"}
+    assert set(record["kinds"]) == {"text"}
+    assert record["kinds"]["text"]["loss"] == record["retrofitted"]["loss_causal"]
+    assert model.config.routed_parts == "block_keep_keys"
+    assert model.config.bypass_rank == 2
     calibrated = corpus.validation.select(range(0, len(corpus.validation), 2))
     found = evaluate(model, calibrated, corpus.end_of_text, 1.0)
     for share in found.causal_routers["threshold"].share_entering.values():
@@ -106,6 +115,7 @@ def test_what_calibrates_and_what_is_compared_are_the_two_halves_of_the_held_out
 
         monkeypatch.setattr(module, name, recorded)
     retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
+    # Before tuning another part is calibrated on, of the training text.
     (calibrated,), (of_dense, of_retrofitted) = seen["calibrate"], seen["evaluate"]
     assert of_dense == of_retrofitted
     assert sorted([*calibrated, *of_dense]) == sorted(corpus.validation["input_ids"])
@@ -122,7 +132,7 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
 ) -> None:
     dense = dense_for(corpus)
     routing = RetrofitOptions(
-        flops_share=0.9, capacity=0.25, tune="lora", lora_rank=2, distillation=0.5, fit_sequences=4, measure_sequences=2
+        flops_share=0.9, capacity=(0.25,), tune="lora", lora_rank=2, distillation=0.5, fit_sequences=4, measure_sequences=2
     )
     _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "whole", console=QUIET)
     with monkeypatch.context() as patch:
@@ -135,13 +145,11 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
         patch.setattr(CapacitySchedule, "on_step_begin", stopping)
         _, stopped = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", console=QUIET)
         assert not stopped.finished
-    assert routing.capacity < result.capacity
-    assert result.flops_share <= 0.9
+    assert 0.85 < result.flops_share <= 0.9
     # What is measured once is not measured again.
     monkeypatch.setattr(retrofit_module, "measure_importance", None)
-    if has_checkpoint:
-        monkeypatch.setattr(retrofit_module, "fit_routers", None)
-    else:
+    monkeypatch.setattr(retrofit_module, "fit_blocks", None)
+    if not has_checkpoint:
         for checkpoint in (tmp_path / "parts").glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", resume=True, console=QUIET)
@@ -164,14 +172,83 @@ def test_a_finished_retrofit_is_compared_in_the_precision_of_its_tuning_when_it_
     assert torch.equal(model.eval()(input_ids).logits, loaded(input_ids).logits)
 
 
-def test_a_damaged_record_of_what_was_measured_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    dense, out = dense_for(corpus), tmp_path / "out"
-    retrofit(dense, "dense", corpus, ROUTING, TUNING, out, console=QUIET)
-    whole = json.loads((out / "run.json").read_text())
-    for damage in ({"importance": [{"bypassed": 1.0}]}, {"importance": []}):
-        (out / "run.json").write_text(json.dumps({**whole, "tuning": damage}))
-        with pytest.raises(ValueError, match=r"run\.json is damaged: it does not describe a retrofit"):
-            retrofit(dense, "dense", corpus, ROUTING, TUNING, out, resume=True, console=QUIET)
+def test_a_retrofit_that_is_killed_while_measuring_goes_on_with_the_next_block(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, routing = dense_for(corpus), replace(MEASURING, flops_share=0.9)
+    _, whole = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "whole", console=QUIET)
+    measure, done = retrofit_module.measure_importance, []
+
+    def killed(*arguments: Any) -> Any:
+        done.append([*arguments[6]])
+        for block in measure(*arguments):
+            if len(done) == 1 and len(done[0]) == 2:
+                raise KeyboardInterrupt
+            done[-1].append(block)
+            yield block
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrofit_module, "measure_importance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", console=QUIET)
+        with pytest.raises(ValueError, match="is not empty"):
+            retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", console=QUIET)
+        patch.setattr(retrofit_module, "fit_blocks", None)
+        _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", True, QUIET)
+    assert done[0] == whole.importance[:2]
+    assert done[1] == whole.importance
+    assert replace(result, tuning_minutes=0) == replace(whole, tuning_minutes=0)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_before_it_measures(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, tried = retrofit_module.fit_blocks, []
+
+    def fitting(*arguments: Any) -> Any:
+        for resume in (True, False):
+            with pytest.raises(ValueError, match="is in use by another run|is not empty"):
+                retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", resume, QUIET)
+            tried.append(resume)
+        return fit(*arguments)
+
+    monkeypatch.setattr(retrofit_module, "fit_blocks", fitting)
+    _, result = retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
+    assert result.finished
+    assert tried == [True, False]
+
+
+@pytest.mark.parametrize("parts", ["block", "block_keep_keys"])
+def test_the_model_of_the_old_kind_is_still_made_and_loaded(corpus: Corpus, tmp_path: Path, parts: Any) -> None:
+    routing = replace(ROUTING, routed_parts=parts, bypass_rank=0, capacity=(0.25, 0.5))
+    model, result = retrofit(dense_for(corpus), "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
+    loaded = MoDForCausalLM.from_pretrained(tmp_path / "out")
+    assert (loaded.config.routed_parts, loaded.config.bypass_rank) == (parts, 0)
+    assert loaded.config.capacity == [0.25, 0.5] == result.capacity
+    assert not any("bypass" in name for name in loaded.state_dict())
+    input_ids = torch.randint(0, 99, (2, 16))
+    assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
+
+
+def test_texts_and_conversations_are_tuned_on_together_and_told_apart(tmp_path: Path) -> None:
+    tokenizer = sentence_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    write_numbers(tmp_path)
+    write_chats(tmp_path, 60)
+    sources = (str(tmp_path / "*.txt"), str(tmp_path / "chats.jsonl"))
+    corpus = prepare(options(tmp_path, *sources, tokenizer="its own"), tokenizer)
+    dense = dense_for(corpus)
+    routing = replace(ROUTING, distillation=0.5)
+    model, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
+    assert set(result.kinds) == {"text", "conversations"}
+    thresholds = {block: router.threshold.item() for block, router in routers_of(model).items()}
+    for kind in result.kinds.values():
+        assert set(kind.entering) == set(kind.thresholds) == {1, 2}
+        assert kind.thresholds != thresholds
+    of_text, of_chats = result.kinds["text"], result.kinds["conversations"]
+    assert of_text.thresholds != of_chats.thresholds
+    assert result.retrofitted is not None
+    assert min(of_text.loss, of_chats.loss) < result.retrofitted.loss_causal < max(of_text.loss, of_chats.loss)
 
 
 def distillation_of(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, folder: Path) -> DistillationTrainer:
@@ -241,14 +318,14 @@ def test_the_share_of_distillation_is_the_same_in_several_processes(
         ({}, {"learning_rate": 0.0}, r"learning_rate=0\.0 is out of range: it must be greater than 0"),
         ({"num_hidden_layers": 2}, {}, r"routed_layers=\[1, 2\]"),
         ({"max_position_embeddings": 15}, {}, "sequence_length=16 is more than the model's max_position_embeddings=15"),
-        ({}, {"capacity": 0.124}, "capacity=0.124 of sequence_length=16 is one token"),
+        ({}, {"capacity": (0.124,)}, "capacity=0.124 of sequence_length=16 is one token"),
         ({"num_experts": 2}, {"tune": "lora"}, "tune=lora cannot adapt num_experts=2"),
     ],
 )
 def test_what_cannot_be_retrofitted_is_refused_before_anything_is_measured(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, changes: Any, message: str
 ) -> None:
-    monkeypatch.setattr(retrofit_module, "fit_routers", None)
+    monkeypatch.setattr(retrofit_module, "fit_blocks", None)
     dense = dense_for(corpus, **source)
     routing = replace(ROUTING, **{name: value for name, value in changes.items() if hasattr(ROUTING, name)})
     tuning = replace(TUNING, **{name: value for name, value in changes.items() if hasattr(TUNING, name)})
@@ -264,12 +341,12 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_measured(
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(retrofit_module, "fit_routers", None)
-    other = replace(ROUTING, capacity=0.5)
+    monkeypatch.setattr(retrofit_module, "fit_blocks", None)
+    other = replace(ROUTING, capacity=(0.5,))
     for options, name, resume, message in (
         (ROUTING, "file", False, "file is a file; name a folder"),
         (ROUTING, "run", False, "is not empty"),
-        (other, "run", True, "capacity=0.5 differs from 0.25 of the run"),
+        (other, "run", True, r"capacity=\[0.5\] differs from \[0.25\] of the run"),
         (ROUTING, "nowhere", True, "holds no run to resume"),
     ):
         with pytest.raises(ValueError, match=message):
