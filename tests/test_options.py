@@ -11,7 +11,7 @@ from mixture_of_depths.options import RetrofitOptions, SamplingOptions
     ("changes", "message"),
     [
         ({"flops_share": 1.0}, r"flops_share=1\.0 is out of range"),
-        ({"capacity": 0.0}, r"capacity=0\.0"),
+        ({"capacity": (0.0,)}, r"capacity=\(0\.0,\)"),
         ({"routed_layers": ()}, "routed_layers="),
         ({"distillation": 1.5}, r"distillation=1\.5"),
         ({"lowering_fraction": 1.0}, r"lowering_fraction=1\.0"),
@@ -22,7 +22,7 @@ from mixture_of_depths.options import RetrofitOptions, SamplingOptions
         ({"measure_sequences": 2, "routed_layers": (1,)}, "measure_sequences=2 has no use with routed_layers"),
         ({"lora_rank": 2}, "lora_rank=2 has no use with tune=all"),
         ({"causal_router": "predictor", "router_type": "random"}, "causal_router=predictor has no use with"),
-        ({"fit_sequences": 2, "router_type": "random"}, "fit_sequences=2 has no use with router_type=random"),
+        ({"fit_sequences": 2, "router_type": "random", "bypass_rank": 0}, "fit_sequences=2 has no use with router_type"),
         ({"tune": "routers", "router_type": "random"}, "tune=routers leaves nothing to tune with router_type=random"),
     ],
 )

@@ -10,6 +10,8 @@ from command import TINY, data, run
 from models import write_numbers
 from safetensors.torch import load_file, save_file
 
+from mixture_of_depths import MoDForCausalLM, load_tokenizer, to_llama
+
 
 def test_train_then_evaluate_gives_the_figures_of_the_run(
     text: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -120,3 +122,20 @@ def test_a_loss_that_is_no_sensible_number_is_refused(
     assert status == 2
     assert "nats per token; its weights are damaged" in " ".join(errors.split())
     assert "Traceback" not in output + errors
+
+
+def test_a_dense_source_is_evaluated_as_what_is_made_of_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    baseline, llama = tmp_path / "baseline", tmp_path / "llama"
+    words = ["train", "--out", str(baseline), *data(text), *TINY, "--no-routed", "--max-steps", "1"]
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    to_llama(MoDForCausalLM.from_pretrained(baseline)).save_pretrained(llama)
+    load_tokenizer(str(baseline)).save_pretrained(str(llama))
+    given = ["--data", str(text / "*.txt"), "--sequence-length", "16", "--max-sequences", "20"]
+    losses = []
+    for folder in (baseline, llama):
+        status, output, errors = run(monkeypatch, capsys, "evaluate", str(folder), *given)
+        assert status == 0, errors
+        losses.append(json.loads(output)["loss_causal"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

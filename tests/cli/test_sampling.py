@@ -1,4 +1,4 @@
-"""The command that samples: generate."""
+"""The commands that sample: generate and answer."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch._inductor.config
 from command import run
+from models import make_checkpoint
 
 
 def test_generate_repeats_with_its_seed_and_shows_depth(
@@ -89,3 +90,24 @@ def test_precision_is_that_of_the_products_in_every_command_that_samples_or_look
     assert trace("a.json") == trace("b.json", "--precision", "fp32") != trace("c.json", "--precision", "bf16")
     sample = ("generate", str(checkpoint), "--prompt", "the", "--max-new-tokens", "3", "--precision", "bf16")
     assert run(monkeypatch, capsys, *sample)[0] == 0
+
+
+def test_answers_go_on_with_the_file_and_belong_to_its_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, questions, out = tmp_path / "model", tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    make_checkpoint(model)
+    asked = [{"role": "user", "content": f"the quick {i}"} for i in range(3)]
+    questions.write_text("".join(json.dumps({"messages": [message]}) + "\n" for message in asked))
+    words = ["answer", str(model), "--data", str(questions), "--out", str(out), "--max-new-tokens", "4"]
+    status, _, errors = run(monkeypatch, capsys, *words, "--batch-size", "2")
+    assert (status, "3 of 3 answered" in errors) == (0, True), errors
+    whole = out.read_text()
+    chats = [json.loads(line)["messages"] for line in whole.splitlines()]
+    assert [(first, second["role"]) for first, second in chats] == [(message, "assistant") for message in asked]
+    out.write_text(whole[: whole.index("\n") + 20])
+    assert run(monkeypatch, capsys, *words, "--batch-size", "1")[0] == 0
+    assert out.read_text() == whole
+    questions.write_text(json.dumps({"messages": asked[1:2]}))
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, "answers other conversations, from line 1 on" in errors) == (2, True)

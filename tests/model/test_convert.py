@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mixture_of_depths.model.convert import config_from, from_dense, load_dense, to_llama
+from mixture_of_depths.model.convert import config_from, from_dense, is_hub_name, load_dense, to_llama
 from mixture_of_depths.text.tokenizer import train_tokenizer
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -156,3 +156,15 @@ def test_a_real_gguf_file_has_the_logits_transformers_gives_it(tmp_path: Path) -
     with torch.no_grad():
         assert (model(input_ids).logits - source(input_ids).logits).abs().max() < 1e-4
     assert model(input_ids).logits[0, -1].argmax() == source(input_ids).logits[0, -1].argmax()
+
+
+def test_a_name_that_is_no_folder_and_cannot_be_the_hubs_is_not_looked_for_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("mixture_of_depths.model.convert.AutoConfig.from_pretrained", None)
+    for source in ("retrofit", "runs/retrofti", "./retrofit", "a/b/c", str(tmp_path / "x"), "owner/na me", "owner/"):
+        with pytest.raises(ValueError, match="is no folder, and no name of the hub either"):
+            load_dense(source)
+    assert is_hub_name("HuggingFaceTB/SmolLM2-135M-Instruct")
