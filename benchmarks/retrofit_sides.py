@@ -1,0 +1,307 @@
+"""What the retrofit is compared with, and what all sides are tuned and tested on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import datasets
+import torch
+from retrofit_questions import QUESTIONS
+from rich.progress import track
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from mixture_of_depths import (
+    DataOptions,
+    MoDConfig,
+    MoDForCausalLM,
+    SamplingOptions,
+    calibrate,
+    evaluate,
+    forward_flops_per_token,
+    pack,
+    prepare,
+    read_documents,
+    tokenize,
+)
+from mixture_of_depths.files import read_json, write_aside
+from mixture_of_depths.options import RetrofitOptions
+from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
+from mixture_of_depths.retrofitting.fit import Fit, fit_blocks
+from mixture_of_depths.retrofitting.measure import (
+    BlockImportance,
+    measure_importance,
+    routed_config,
+    routed_from,
+    routers_of,
+    set_fit,
+)
+from mixture_of_depths.retrofitting.record import Measured
+from mixture_of_depths.retrofitting.tune import fitted_start
+from mixture_of_depths.sampling.answers import answered
+from mixture_of_depths.text.batches import batches, kinds, spread
+from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.documents import Skipped, split_documents
+
+# The capacity of the former retrofit, at which its blocks were chosen.
+FORMER_CAPACITY = 0.125
+# At an answer's end, or where none comes.
+ANSWER = SamplingOptions(max_new_tokens=40, temperature=0.0, top_k=0)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What all sides are tuned, calibrated and tested on.
+
+    Attributes:
+        corpus: to tune on: files, as many characters of Python code, and conversations.
+        windows: to test on, by kind of text.
+        kinds: of the tuning text, to calibrate on, by the same kinds.
+    """
+
+    corpus: Corpus
+    windows: dict[str, datasets.Dataset]
+    kinds: dict[str, datasets.Dataset]
+
+
+def texts_of(
+    tune: list[str],
+    conversations: str | None,
+    test: dict[str, str],
+    tokenizer: Any,
+    length: int,
+    window: int,
+    count: int,
+    folder: Path,
+) -> Texts:
+    """Reads the files, and writes what is tuned on into a folder, for `prepare`."""
+    from_files = list(read_documents(DataOptions(data=tuple(tune)), Skipped()))
+    fraction = DataOptions().validation_fraction
+    every, held_out, _ = split_documents(list(read_documents(DataOptions(), Skipped())), fraction)
+    characters, code = sum(map(len, from_files)), []
+    for text in every:
+        if characters <= 0:
+            break
+        code.append(text)
+        characters -= len(text)
+    path = folder / "tuning.jsonl"
+    write_aside(path, "".join(json.dumps({"text": text}) + "\n" for text in [*from_files, *code]))
+    sources = (str(path),) if conversations is None else (str(path), conversations)
+    # A conversation is short: of few of them, more are to be held out.
+    options = DataOptions(data=sources, sequence_length=length, tokenizer="of the source", validation_fraction=0.06)
+    corpus = prepare(options, tokenizer)
+    windows = {
+        name: spread(pack(tokenize(list(read_documents(DataOptions(data=(file,)), Skipped())), tokenizer), window, name), count)
+        for name, file in test.items()
+    }
+    windows["code"] = spread(pack(tokenize(held_out, tokenizer), window, "code"), count)
+    by_kind = dict.fromkeys(test, pack(tokenize(from_files, tokenizer), length, "tuning"))
+    by_kind["code"] = pack(tokenize(code, tokenizer), length, "tuning")
+    if conversations is not None:
+        windows["conversations"] = kinds(corpus.validation)["conversations"]
+        by_kind["conversations"] = kinds(corpus.train)["conversations"]
+    return Texts(corpus, windows, by_kind)
+
+
+def tested(model: MoDForCausalLM, texts: Texts) -> dict[str, Any]:
+    """By kind of text the loss under causal routing, and the share of tokens that enters a routed block.
+
+    Before each text the thresholds are set on the tuning text of its kind.
+    """
+    found: dict[str, Any] = {"loss": {}, "entering": {}}
+    for name, window in texts.windows.items():
+        if model.config.causal_routers:
+            with torch.autocast(model.device.type, torch.bfloat16):
+                calibrate(model, spread(texts.kinds[name], 32), texts.corpus.end_of_text)
+        evaluation = evaluate(
+            model, window, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=True, all_causal_routers=False
+        )
+        found["loss"][name] = evaluation.loss_causal
+        for causal in evaluation.causal_routers.values():
+            found["entering"][name] = mean(causal.share_entering.values())
+    losses = found["loss"]
+    found["perplexity"] = {name: exp(loss) for name, loss in losses.items() if name != "conversations"}
+    found["conversation_loss"] = losses.get("conversations")
+    return found
+
+
+def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How many of the questions are answered right, and what is said, with the thresholds as they are."""
+    asked = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
+    said = [
+        messages[-1]["content"]
+        for start in range(0, len(asked), 16)
+        for messages in answered(model.eval(), tokenizer, asked[start : start + 16], ANSWER)
+    ]
+    is_right = [
+        any(answer.lower() in text.lower() for answer in right)
+        for text, (_, right) in zip(said, QUESTIONS, strict=True)
+    ]
+    return {"answers_right": sum(is_right), "questions": len(is_right), "answers": said}
+
+
+def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
+    """The model with some of its blocks taken out."""
+    kept = [i for i in range(dense.config.num_hidden_layers) if i not in dropped]
+    model = MoDForCausalLM(dense.config.changed(num_hidden_layers=len(kept)))
+    nn.Module.to(model, dense.device)
+    weights = {name: weight for name, weight in dense.state_dict().items() if not name.startswith("model.layers.")}
+    for new, old in enumerate(kept):
+        prefix = f"model.layers.{old}."
+        for name, weight in dense.state_dict().items():
+            if name.startswith(prefix):
+                weights[f"model.layers.{new}.{name.removeprefix(prefix)}"] = weight
+    model.load_state_dict(weights)
+    model.generation_config = dense.generation_config
+    return model
+
+
+def map_fields(fit: Fit, blocks: list[int], length: int) -> dict[str, Any]:
+    """Fields of a model of which blocks are replaced by their maps: of a sequence the first token alone enters."""
+    assert fit.down_LRD is not None
+    rank = fit.down_LRD.shape[1]
+    return {"routed_layers": blocks, "capacity": 1 / length, "bypass_rank": rank, "causal_router": "threshold"}
+
+
+def replaced(dense: MoDForCausalLM, fit: Fit, blocks: list[int], length: int) -> MoDForCausalLM:
+    """The model with blocks replaced by their maps."""
+    model = routed_from(dense, **map_fields(fit, blocks, length))
+    set_fit(model, fit)
+    for router in routers_of(model).values():
+        router.requires_grad_(False)
+        # Never above its threshold of 0.
+        router.proj.weight.data.zero_()
+    return model
+
+
+class Sides:
+    """The starts of all sides; what they are chosen by is measured once and kept in a folder.
+
+    Args:
+        dense: the model.
+        source: where it comes from.
+        texts: what is tuned on.
+        folder: where it is kept.
+        options: of the retrofit; its share is given with each side.
+    """
+
+    def __init__(
+        self, dense: MoDForCausalLM, source: str, texts: Texts, folder: Path, options: RetrofitOptions
+    ) -> None:
+        self.dense, self.texts, self.folder, self.options = dense, texts, folder, options
+        self.source = source
+        self.length = len(texts.corpus.train[0]["input_ids"])
+        self.measuring = spread(texts.corpus.train, options.measure_sequences)
+
+    def _measured(self, rank: int) -> Measured:
+        facts = {"source": self.source, "text": self.texts.corpus.key, "fit": self.options.fit_sequences}
+        folder = self.folder / f"rank-{rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Measured(folder, {**facts, "measure": self.options.measure_sequences})
+
+    def fit(self, rank: int) -> Fit:
+        """What is fitted to the blocks, with maps of a rank."""
+        measured = self._measured(rank)
+        fit = measured.fit()
+        if fit is None:
+            text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
+            fit = fit_blocks(self.dense, text, end, rank, bf16=True)
+            measured.keep_fit(fit)
+        return fit
+
+    @property
+    def rank(self) -> int:
+        return routed_kind(self.dense.config, self.options)["bypass_rank"]
+
+    def importance(self, options: RetrofitOptions) -> list[BlockImportance]:
+        """What routing each block costs."""
+        measured, kind = self._measured(self.rank), routed_kind(self.dense.config, options)
+        importance, fit, end = measured.importance(), self.fit(self.rank), self.texts.corpus.end_of_text
+        if len(importance) < self.dense.config.num_hidden_layers:
+            for block in measure_importance(self.dense, fit, kind, self.measuring, end, True, list(importance)):
+                importance.append(block)
+                measured.keep_importance(importance)
+        return importance
+
+    def capacities(self, options: RetrofitOptions) -> dict[int, float]:
+        """Of the blocks that the retrofit routes."""
+        return spread_budget(self.importance(options), self.dense.config, options, self.length)
+
+    def rises(self, name: str, variant: Callable[[int], MoDForCausalLM]) -> list[float]:
+        """By how much the loss rises in a variant of the model for each block, under top-k routing."""
+        path = self.folder / f"{name}.json"
+        known: list[float] = read_json(path) if path.exists() else []
+        end, before = self.texts.corpus.end_of_text, None
+
+        def loss(model: MoDForCausalLM) -> float:
+            text = batches(self.measuring, range(len(self.measuring)), end, 1, model.device)
+            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+                losses = [
+                    model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item() for batch in text
+                ]
+            return mean(losses)
+
+        for block in track(range(len(known), self.dense.config.num_hidden_layers), name):
+            before = loss(self.dense) if before is None else before
+            known.append(loss(variant(block).eval()) - before)
+            write_aside(path, json.dumps(known))
+        return known
+
+    def cheapest(self, rises: list[float], config_of: Callable[[list[int]], MoDConfig], share: float) -> list[int]:
+        """The blocks with the least rises, as many as it takes to come down to a share of the FLOPs."""
+        order = sorted(range(len(rises)), key=lambda block: rises[block])
+        dense = forward_flops_per_token(self.dense.config, self.length)
+        for count in range(1, len(order)):
+            blocks = sorted(order[:count])
+            if forward_flops_per_token(config_of(blocks), self.length) / dense <= share:
+                return blocks
+        raise ValueError(f"share={share} is less than the embedding and the head alone")
+
+    def start(self, side: str, share: float) -> tuple[MoDForCausalLM, dict[str, Any]]:
+        """The model that is tuned, and what was chosen for it."""
+        dense, length = self.dense, self.length
+        if side in ("dense", "tuned"):
+            return without(dense, []), {}
+        if side in ("ours", "random"):
+            options = RetrofitOptions(flops_share=share, bypass_rank=self.options.bypass_rank)
+            capacities = self.capacities(options)
+            if side == "random":
+                options = RetrofitOptions(router_type="random", bypass_rank=self.options.bypass_rank)
+            return fitted_start(dense, self.fit(self.rank), options, capacities), {"capacities": capacities}
+        if side == "former":
+            fit, options = self.fit(0), RetrofitOptions(routed_parts="block", bypass_rank=0)
+
+            def config_at(blocks: list[int], capacity: float) -> MoDConfig:
+                return routed_config(dense.config, **routed_fields(dense.config, options, dict.fromkeys(blocks, capacity)))
+
+            rises = self.rises(
+                "former", lambda block: fitted_start(dense, fit, options, {block: FORMER_CAPACITY})
+            )
+            blocks = self.cheapest(rises, lambda some: config_at(some, FORMER_CAPACITY), share)
+            wanted = share * forward_flops_per_token(dense.config, length)
+            counts = range(int(FORMER_CAPACITY * length), length)
+            fitting = [n for n in counts if forward_flops_per_token(config_at(blocks, n / length), length) <= wanted]
+            capacities = dict.fromkeys(blocks, max(fitting) / length)
+            return fitted_start(dense, fit, options, capacities), {"capacities": capacities}
+        if side == "dropped":
+            rises = self.rises("dropped", lambda block: without(dense, [block]))
+            blocks = self.cheapest(
+                rises, lambda some: dense.config.changed(num_hidden_layers=len(rises) - len(some)), share
+            )
+            return without(dense, blocks), {"blocks": blocks}
+        if side == "linear":
+            fit = self.fit(self.rank)
+
+            rises = self.rises("linear", lambda block: replaced(dense, fit, [block], length))
+            blocks = self.cheapest(
+                rises, lambda some: routed_config(dense.config, **map_fields(fit, some, length)), share
+            )
+            return replaced(dense, fit, blocks, length), {"blocks": blocks}
+        raise ValueError(f"side={side} is none of {', '.join(SIDES)}")
+
+
+SIDES = ("dense", "tuned", "ours", "former", "dropped", "linear", "random")
