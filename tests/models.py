@@ -152,6 +152,7 @@ def write_gguf(path: Path, model: PreTrainedModel, facts: Mapping[str, Any], ten
     writer.add_bos_token_id(special[0])
     kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(kind, fields.num_hidden_layers)
+    writer.add_chat_template(TEMPLATE)
     for full_name, weight in model.state_dict().items():
         name, _, suffix = full_name.rpartition(".")
         short = names.get_name(name)

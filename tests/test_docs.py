@@ -150,6 +150,8 @@ def readers_folder(folder: Path) -> None:
     shutil.copy(source / "tool.py", folder / "text.py")
     shutil.copy(source / "tool.py", folder / "other.txt")
     (folder / "prompts.jsonl").write_text('{"prompt": "import"}\n')
+    asked = ({"messages": [{"role": "user", "content": f"{i} the quick brown fox " * 30}]} for i in range(40))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     (folder / "my_tasks").mkdir()
     task = TASK.format(data=folder / "my_tasks" / "data.jsonl").replace("local_choice", "my_task")
     (folder / "my_tasks" / "my_task.yaml").write_text(task)
@@ -172,6 +174,7 @@ def shorter(line: str) -> list[str]:
     for pattern, small in (
         (r"--max-flops \S+", "--max-flops 2e11"),
         (r"--max-steps \S+", "--max-steps 8"),
+        (r"--max-new-tokens \S+", "--max-new-tokens 8"),
         (r"~/texts", "my_texts"),
         (r"--port \S+", ""),
     ):
