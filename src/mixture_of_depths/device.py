@@ -13,7 +13,8 @@ def chosen_device(device: str | torch.device = "auto") -> torch.device:
     Args:
         device: "auto", the CUDA GPU where there is one and else the CPU; "cpu"; "cuda", PyTorch's current GPU;
             "cuda:N", the GPU number N; or "mps", Apple's. The last is taken by name only, for it has no float64: tokens
-        X
+            are drawn in that at a temperature, routing at random decides in it, and padded rows count their capacity
+            under top-k.
 
     Raises:
         ValueError: for another name, or a device that is not there.
