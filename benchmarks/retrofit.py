@@ -1,27 +1,29 @@
 """What a pretrained model loses and gains when it is made to skip: one side of the comparison a call.
 
     python benchmarks/retrofit.py SmolLM2-135M-Instruct.Q4_1.gguf ours --share 0.8 --seed 0 --minutes 30 \\
-        --tune wikitext2_valid.txt --conversations chats.jsonl --test wikitext=wikitext2_test.txt --max-steps 200 \\
-        --out results/retrofit --runs runs/retrofit
+        --tune wikitext2_valid.txt --conversations chats.jsonl --test wikitext=wikitext2_test.txt \\
+        --max-steps 200 --out results/retrofit --runs runs/retrofit
 
-Sides, at a share of the dense model's FLOPs per token (`--share`), all with the same tuning: `ours`, what `mod retrofit`
-makes by default; `random`, the same blocks and capacities with random routing; `former`, the fewest blocks at one
-capacity, whole blocks skipped and without maps; `dropped`, the blocks taken out that cost least to take out; `linear`,
-those replaced by their maps, which are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to
-which ratios are, and `dense` the model as it came. All are tuned on the files of `--tune`, as many characters of the
-built-in corpus' training part, and `--conversations`, answers of the dense model itself (`mod answer`); by
-`--distillation` part of the loss is the divergence from its predictions. `--max-steps 0` tests a side as it starts.
+Sides, at a share of the dense model's FLOPs per token (`--share`), all with the same tuning: `ours`, what
+`mod retrofit` makes by default; `random`, the same blocks and capacities with random routing; `former`, the
+fewest blocks at one capacity, whole blocks skipped and without maps; `dropped`, the blocks taken out that cost
+least to take out; `linear`, those replaced by their maps, which are tuned, that cost least to replace. `tuned`
+is the dense model with that tuning, to which ratios are, and `dense` the model as it came. All are tuned on
+the files of `--tune`, as many characters of the built-in corpus' training part, and `--conversations`, answers
+of the dense model itself (`mod answer`); `--distillation` is the share of the loss that is the divergence from
+its predictions. `--max-steps 0` tests a side as it starts.
 
-A side is a line in `--out`/pilot.jsonl once it is done, with all settings: loss and perplexity on the files of `--test`,
-on the built-in corpus' held-out part (`code`) and on held-out conversations; `answers_right`, of the questions of
-retrofit_questions.py; FLOPs and bytes of a decoded token over the dense model's. A call stops after `--minutes` with what
-it has, and the same call goes on. What sides are chosen by is measured once, and kept in `--runs`.
+A side is a line in `--out`/pilot.jsonl once it is done, with all settings: loss and perplexity on the files of
+`--test`, on the built-in corpus' held-out part (`code`) and on held-out conversations; `answers_right`, of the
+questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the dense model's. A call stops after
+`--minutes` with what it has, and the same call goes on. What sides are chosen by is measured once, and kept in
+`--runs`.
 
     python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl
     python benchmarks/retrofit.py SOURCE summary ...     of the lines with these settings, summary.json
 
-Decoding is measured in bf16, with one row and with 8; with `--vllm PYTHON`, the interpreter of an environment with vLLM,
-that with the dense model, too.
+Decoding is measured in bf16, with one row and with 8; with `--vllm PYTHON`, the interpreter of an environment with
+vLLM, that with the dense model, too.
 """
 
 import argparse
@@ -230,7 +232,9 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
             decode_seconds(model, prompts[0].repeat(rows, 1), SamplingOptions(max_new_tokens=8))
         for number, prompt in enumerate(prompts):
             for turn in range(TURNS):
-                options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn))
+                options = SamplingOptions(
+                    max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn)
+                )
                 for side in sorted(sides, reverse=bool(turn % 2)):
                     keep(side, rows, decode_seconds(sides[side], prompt.repeat(rows, 1), options))
             if arguments.vllm:
@@ -285,7 +289,9 @@ def summarise(records: list[dict[str, Any]], shared: dict[str, Any], out: Path) 
         sides[name] = {
             "seeds": [line["seed"] for line in same],
             "perplexity": perplexity,
-            "ratio_to_tuned_dense": {text: value / means(base, "perplexity")[text] for text, value in perplexity.items()}
+            "ratio_to_tuned_dense": {
+                text: value / means(base, "perplexity")[text] for text, value in perplexity.items()
+            }
             if base
             else None,
             "conversation_loss": None if first["conversation_loss"] is None else means(same, "loss")["conversations"],

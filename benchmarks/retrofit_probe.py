@@ -83,7 +83,10 @@ def main() -> None:
         }
         with arguments.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        print(json.dumps({name: record[name] for name in ("row", "perplexity", "flops_ratio", "decode_ratio")}), flush=True)
+        print(
+            json.dumps({name: record[name] for name in ("row", "perplexity", "flops_ratio", "decode_ratio")}),
+            flush=True,
+        )
 
     def wanted(row: str) -> bool:
         return row not in done and (arguments.rows is None or row in arguments.rows)

@@ -95,7 +95,9 @@ def texts_of(
     options = DataOptions(data=sources, sequence_length=length, tokenizer="of the source", validation_fraction=0.06)
     corpus = prepare(options, tokenizer)
     windows = {
-        name: spread(pack(tokenize(list(read_documents(DataOptions(data=(file,)), Skipped())), tokenizer), window, name), count)
+        name: spread(
+            pack(tokenize(list(read_documents(DataOptions(data=(file,)), Skipped())), tokenizer), window, name), count
+        )
         for name, file in test.items()
     }
     windows["code"] = spread(pack(tokenize(held_out, tokenizer), window, "code"), count)
@@ -276,11 +278,11 @@ class Sides:
             fit, options = self.fit(0), RetrofitOptions(routed_parts="block", bypass_rank=0)
 
             def config_at(blocks: list[int], capacity: float) -> MoDConfig:
-                return routed_config(dense.config, **routed_fields(dense.config, options, dict.fromkeys(blocks, capacity)))
+                return routed_config(
+                    dense.config, **routed_fields(dense.config, options, dict.fromkeys(blocks, capacity))
+                )
 
-            rises = self.rises(
-                "former", lambda block: fitted_start(dense, fit, options, {block: FORMER_CAPACITY})
-            )
+            rises = self.rises("former", lambda block: fitted_start(dense, fit, options, {block: FORMER_CAPACITY}))
             blocks = self.cheapest(rises, lambda some: config_at(some, FORMER_CAPACITY), share)
             wanted = share * forward_flops_per_token(dense.config, length)
             counts = range(int(FORMER_CAPACITY * length), length)

@@ -301,5 +301,10 @@ def write_chats(folder: Path, count: int) -> None:
     with (folder / "chats.jsonl").open("w") as file:
         for i in range(count):
             asked, said = {"role": "user", "content": f"Count by {i}."}, " ".join(str(i * j) for j in range(1, 20))
-            messages = [asked, {"role": "assistant", "content": said}, asked, {"role": "assistant", "content": SENTENCE}]
+            messages = [
+                asked,
+                {"role": "assistant", "content": said},
+                asked,
+                {"role": "assistant", "content": SENTENCE},
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")

@@ -22,7 +22,10 @@ from mixture_of_depths.options import RetrofitOptions, SamplingOptions
         ({"measure_sequences": 2, "routed_layers": (1,)}, "measure_sequences=2 has no use with routed_layers"),
         ({"lora_rank": 2}, "lora_rank=2 has no use with tune=all"),
         ({"causal_router": "predictor", "router_type": "random"}, "causal_router=predictor has no use with"),
-        ({"fit_sequences": 2, "router_type": "random", "bypass_rank": 0}, "fit_sequences=2 has no use with router_type"),
+        (
+            {"fit_sequences": 2, "router_type": "random", "bypass_rank": 0},
+            "fit_sequences=2 has no use with router_type=random and bypass_rank=0",
+        ),
         ({"tune": "routers", "router_type": "random"}, "tune=routers leaves nothing to tune with router_type=random"),
     ],
 )

@@ -153,11 +153,12 @@ class RetrofitOptions:
     """How a pretrained dense model is made to skip."""
 
     flops_share: Fraction = 0.8
-    """FLOPs per token over the dense model's, at sequence_length; spread over the blocks where skipping costs least."""
+    """FLOPs per token over the dense model's, at sequence_length; it is spread over the blocks where skipping costs
+    least."""
     decode_share: Fraction | None = None
-    """Bytes read for a decoded token over the dense model's, after sequence_length tokens, in the place of flops_share."""
+    """Bytes read for a decoded token over the dense model's, after sequence_length tokens; instead of flops_share."""
     capacity: Annotated[tuple[Fraction, ...], Len(1)] = (0.125,)
-    """Least fraction of the tokens that enters a routed block; with routed_layers the fraction, one or one for each."""
+    """Least fraction of the tokens that enters a routed block; with routed_layers its fraction, one or one for each."""
     routed_layers: Annotated[tuple[int, ...], Len(1)] | None = None
     """Blocks to route, instead of those that measuring finds for the share; capacity is then kept."""
     routed_parts: Literal["block", "block_keep_keys"] = "block_keep_keys"
@@ -197,8 +198,8 @@ class RetrofitOptions:
         blocks = 1 if self.routed_layers is None else len(self.routed_layers)
         if len(self.capacity) not in (1, blocks):
             raise ValueError(
-                f"capacity={self.capacity} has {len(self.capacity)} entries; give one number, or with routed_layers one "
-                "for each of them"
+                f"capacity={self.capacity} has {len(self.capacity)} entries; give one number, or with routed_layers "
+                "one for each of them"
             )
         if self.tune != "lora":
             refuse_without_use(self, f"with tune={self.tune}", "lora_rank")

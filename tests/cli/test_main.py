@@ -142,10 +142,16 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback() -> None:
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
         (["retrofit", "x", "--out", "OUT", "--lora-rank", "4"], "lora_rank=4 has no use with tune=all; leave out one"),
         (["retrofit", "x", "--out", "OUT", "--max-steps", "1"], "source=x is no folder, and no name of the hub either"),
-        (["retrofit", "./x", "--out", "OUT", "--max-steps", "1"], "source=./x is no folder, and no name of the hub either"),
+        (
+            ["retrofit", "./x", "--out", "OUT", "--max-steps", "1"],
+            "source=./x is no folder, and no name of the hub either",
+        ),
         (["answer", "x", "--data", "nowhere", "--out", "OUT"], "data=nowhere does not exist"),
         (["answer", "x", "--data", "TEXT", "--out", "OUT"], "holds no conversation; give .jsonl with"),
-        (["answer", "x", "--data", "TEXT", "--out", "nowhere/y"], "out=nowhere/y cannot be written: there is no folder nowhere"),
+        (
+            ["answer", "x", "--data", "TEXT", "--out", "nowhere/y"],
+            "out=nowhere/y cannot be written: there is no folder nowhere",
+        ),
         (["evaluate", "CHECKPOINT", "--text-column", "text"], "text_column=text needs data; the held-out text"),
         (["calibrate", "CHECKPOINT", "--out", "OUT", "--text-column", "text"], "text_column=text needs data"),
         (["evaluate", "CHECKPOINT", "--tasks", "x", "--text-column", "text"], "text_column=text needs data or"),

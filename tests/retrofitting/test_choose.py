@@ -70,7 +70,9 @@ def test_keeping_keys_and_a_map_cost_bytes_of_a_decoded_token(corpus: Corpus) ->
     dense = dense_for(corpus).config
     shares = [
         decode_share(
-            routed_config(dense, routed_layers=[1, 2], capacity=0.25, routed_parts=part, bypass_rank=rank), dense, LENGTH
+            routed_config(dense, routed_layers=[1, 2], capacity=0.25, routed_parts=part, bypass_rank=rank),
+            dense,
+            LENGTH,
         )
         for part, rank in (("block", 0), ("block_keep_keys", 0), ("block_keep_keys", 2))
     ]

@@ -51,9 +51,7 @@ def test_fitted_routers_are_the_least_squares_of_the_logarithm_of_what_is_missed
         if rank:
             normed_ND = dense.model.layers[layer_idx].input_layernorm(hidden_ND).detach()
             map_DD = fit.up_LDR[layer_idx].double() @ fit.down_LRD[layer_idx].double()
-            missed_ND = torch.stack(
-                [delta_D - map_DD @ x_D for delta_D, x_D in zip(missed_ND, normed_ND, strict=True)]
-            )
+            missed_ND = torch.stack([delta_D - map_DD @ x_D for delta_D, x_D in zip(missed_ND, normed_ND, strict=True)])
         y_N = missed_ND.norm(dim=-1).log()
         mean_square = (x_ND.square().sum() + len(x_ND)) / 17
         x_ND = x_ND - x_ND.mean(dim=0)
@@ -77,7 +75,9 @@ def test_no_map_of_the_rank_leaves_less_squared_error_than_the_fitted_one(corpus
         x_ND = dense.model.layers[layer_idx].input_layernorm(hidden_ND).detach()
         decay = MAP_RIDGE * (x_ND.T @ x_ND).diagonal().mean()
 
-        def error(down_RD: Tensor, up_DR: Tensor, x_ND: Tensor = x_ND, y_ND: Tensor = delta_ND, d: Tensor = decay) -> Tensor:
+        def error(
+            down_RD: Tensor, up_DR: Tensor, x_ND: Tensor = x_ND, y_ND: Tensor = delta_ND, d: Tensor = decay
+        ) -> Tensor:
             """What is minimised: the squared error, and the decay of the map."""
             map_DD = up_DR @ down_RD
             return (y_ND - x_ND @ map_DD.T).square().sum() + d * map_DD.square().sum()

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from models import SENTENCE, TEMPLATE, options, sentence_tokenizer, write_chats, write_numbers
+from models import SENTENCE, TEMPLATE, sentence_tokenizer, write_chats, write_numbers
+from models import options as data_options
 from runs import QUIET, ROUTING, dense_for
 from safetensors.torch import load_file
 from torch import nn
@@ -132,7 +133,13 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
 ) -> None:
     dense = dense_for(corpus)
     routing = RetrofitOptions(
-        flops_share=0.9, capacity=(0.25,), tune="lora", lora_rank=2, distillation=0.5, fit_sequences=4, measure_sequences=2
+        flops_share=0.9,
+        capacity=(0.25,),
+        tune="lora",
+        lora_rank=2,
+        distillation=0.5,
+        fit_sequences=4,
+        measure_sequences=2,
     )
     _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "whole", console=QUIET)
     with monkeypatch.context() as patch:
@@ -207,7 +214,7 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_measures(
 
     def fitting(*arguments: Any) -> Any:
         for resume in (True, False):
-            with pytest.raises(ValueError, match="is in use by another run|is not empty"):
+            with pytest.raises(ValueError, match=r"is in use by another run|is not empty"):
                 retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path / "out", resume, QUIET)
             tried.append(resume)
         return fit(*arguments)
@@ -236,7 +243,7 @@ def test_texts_and_conversations_are_tuned_on_together_and_told_apart(tmp_path: 
     write_numbers(tmp_path)
     write_chats(tmp_path, 60)
     sources = (str(tmp_path / "*.txt"), str(tmp_path / "chats.jsonl"))
-    corpus = prepare(options(tmp_path, *sources, tokenizer="its own"), tokenizer)
+    corpus = prepare(data_options(tmp_path, *sources, tokenizer="its own"), tokenizer)
     dense = dense_for(corpus)
     routing = replace(ROUTING, distillation=0.5)
     model, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)

@@ -1,6 +1,7 @@
 """Conversations are cut with the chat template, and their positions go on from turn to turn."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_sequences_of_conversations_are_the_templates_tokens_with_their_position
     assert corpus.facts.validation_documents == 6
     (first, *_) = corpus.train["input_ids"]
     assert tokenizer.decode(first).startswith("user: Count by")
-    whole, positions = sum(corpus.train["input_ids"], []), sum(corpus.train["position_ids"], [])
+    whole, positions = (list(chain.from_iterable(corpus.train[name])) for name in ("input_ids", "position_ids"))
     ends = [place for place, token in enumerate(whole[:-1]) if token == corpus.end_of_text]
     # Four turns a conversation: three of four ends are followed by the next turn, unless a sequence begins there.
     inside = [place for place in ends if (place + 1) % 16]
@@ -58,7 +59,9 @@ def test_texts_and_conversations_are_packed_each_by_itself(tmp_path: Path) -> No
         for name, corpus in zip(("text", "conversations"), alone, strict=True):
             assert by_kind[name]["input_ids"] == getattr(corpus, split)["input_ids"]
         batch = Collator(mixed.end_of_text)([by_kind["text"][0]])
-        assert torch.equal(batch["position_ids"], Collator(mixed.end_of_text)([alone[0].__dict__[split][0]])["position_ids"])
+        assert torch.equal(
+            batch["position_ids"], Collator(mixed.end_of_text)([alone[0].__dict__[split][0]])["position_ids"]
+        )
     assert mixed.facts.validation_bytes == sum(corpus.facts.validation_bytes for corpus in alone)
     # Another template makes other text.
     tokenizer.chat_template = TEMPLATE
@@ -75,7 +78,12 @@ def test_a_model_is_judged_on_conversations(tmp_path: Path) -> None:
 def test_records_that_are_no_conversation_are_counted(tmp_path: Path) -> None:
     good = [{"role": "user", "content": "x"}]
     bad: list[Any] = [[], [{"role": "user"}], ["x"], [{"role": "user", "content": [1]}], "x", {"role": "user"}]
-    records = [{"text": "a text"}, {"messages": good}, {"text": "both", "messages": good}, *({"messages": b} for b in bad)]
+    records = [
+        {"text": "a text"},
+        {"messages": good},
+        {"text": "both", "messages": good},
+        *({"messages": b} for b in bad),
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     skipped, opts = Skipped(), options(tmp_path, str(tmp_path / "a.jsonl"))
     assert list(read_all(opts, skipped)) == ["a text", conversation_of(good), "both"]

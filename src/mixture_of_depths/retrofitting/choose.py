@@ -5,12 +5,12 @@ With c_l the capacity of block l, minimised is the rise of the loss that is expe
     sum over l of loss_l m_l(c_l) / m_l(1/2)    with    sum over l of price(c_l) <= share,
 
 where loss_l is the measured rise with half of the tokens entering block l alone, m_l(c) what is missed of it at the
-capacity c (see `measure.py`), and price(c) a block's part of the FLOPs per token, or of the bytes that a decoded token
-reads, over those of the dense model. A block may stay dense, at no rise. Rises are taken to add up.
+capacity c (see `measure.py`), and price(c) a block's part of the FLOPs per token, or of the bytes that are read for a
+decoded token, over those of the dense model. A block may stay dense, at no rise. Rises are taken to add up.
 
 By Lagrange's method: for a rise per unit of the budget, every block takes the capacity at which its own rise and price
-weigh least, and that rate is lowered until the budget is just kept to. What is left then goes, step by step, to where it
-saves most.
+weigh least, and that rate is lowered until the budget is just kept to. What is left then goes, step by step, to where
+it saves most.
 """
 
 from typing import Any
@@ -83,9 +83,7 @@ def wanted_share(options: RetrofitOptions) -> float:
     return options.flops_share if options.decode_share is None else options.decode_share
 
 
-def share_of(
-    dense: MoDConfig, capacities: dict[int, float], options: RetrofitOptions, sequence_length: int
-) -> float:
+def share_of(dense: MoDConfig, capacities: dict[int, float], options: RetrofitOptions, sequence_length: int) -> float:
     """What `flops_share`, or `decode_share` where it is given, bounds, with the blocks routed at these capacities."""
     config = routed_config(dense, **routed_fields(dense, options, capacities))
     measure = flops_share if options.decode_share is None else decode_share

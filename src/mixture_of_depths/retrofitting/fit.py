@@ -119,7 +119,9 @@ def low_rank_map(moments_DD: Tensor, products_DD: Tensor, rank: int) -> tuple[Te
         rank: the rank.
     """
     decay = MAP_RIDGE * moments_DD.diagonal().mean()
-    lower_DD = torch.linalg.cholesky(moments_DD + decay * torch.eye(len(moments_DD), dtype=moments_DD.dtype, device=moments_DD.device))
+    lower_DD = torch.linalg.cholesky(
+        moments_DD + decay * torch.eye(len(moments_DD), dtype=moments_DD.dtype, device=moments_DD.device)
+    )
     whole_DD = torch.cholesky_solve(products_DD, lower_DD)
     _, directions_DD = torch.linalg.eigh(products_DD.T @ whole_DD)
     up_DR = directions_DD[:, -rank:]

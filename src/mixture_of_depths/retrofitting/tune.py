@@ -396,9 +396,7 @@ def _measured(
     return importance
 
 
-def _compared(
-    dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, training: TrainOptions
-) -> dict[str, Any]:
+def _compared(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, training: TrainOptions) -> dict[str, Any]:
     """Both models on the held-out text that did not calibrate, as fields of `RetrofitResult`."""
     end, bf16, size = corpus.end_of_text, training.precision == "bf16", corpus.facts.validation_bytes_per_token
     calibration, others = split_held_out(corpus, training)

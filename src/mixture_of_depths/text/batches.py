@@ -37,7 +37,7 @@ def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """Stacks sequences into a batch; the positions, the sequences' own if they have them, tell where documents begin."""
+    """Stacks sequences into a batch; positions, the sequences' own if they have any, tell where documents begin."""
 
     end_of_text: int
 

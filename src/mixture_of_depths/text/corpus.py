@@ -105,8 +105,8 @@ def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | Non
     own_tokenizer = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     if own_tokenizer is None and any(isinstance(document, Conversation) for document in documents):
         raise ValueError(
-            f"data={' '.join(options.data)} holds conversations, and a tokenizer that is trained has no chat template to "
-            "make text of them; give a tokenizer that has one"
+            f"data={' '.join(options.data)} holds conversations, and a tokenizer that is trained has no chat template "
+            "to make text of them; give a tokenizer that has one"
         )
     folder = options.cache_dir / _cache_key(options, documents, own_tokenizer)
     if not is_whole(folder):

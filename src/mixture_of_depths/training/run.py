@@ -53,8 +53,8 @@ class Tuning:
         trainer: the trainer's class.
         callbacks: further callbacks.
         finish: turns the trained model into the one that is calibrated, saved and evaluated.
-        prepared: the names of what the caller, who holds the folder by `only_run`, has left in it; None where `train` is
-            to hold it.
+        prepared: the names of what the caller, who holds the folder by `only_run`, has left in it; None where `train`
+            is to hold it.
     """
 
     model: MoDForCausalLM
