@@ -400,35 +400,37 @@ def _compared(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, trai
     """Both models on the held-out text that did not calibrate, as fields of `RetrofitResult`."""
     end, bf16, size = corpus.end_of_text, training.precision == "bf16", corpus.facts.validation_bytes_per_token
     calibration, others = split_held_out(corpus, training)
+    by_kind = kinds(others)
     evaluations = {
         name: [evaluate(of, text, end, size, COMPARED_SEQUENCES, bf16=bf16) for of in (dense, model)]
-        for name, text in {"all": others, **(kinds(others) if len(kinds(others)) > 1 else {})}.items()
+        for name, text in {"all": others, **(by_kind if len(by_kind) > 1 else {})}.items()
     }
-    by_kind = evaluations if len(evaluations) > 1 else dict.fromkeys(kinds(others), evaluations["all"])
+    calibrating = {} if calibration is None else kinds(calibration)
     results = {}
-    for name in kinds(others):
-        of_dense, of_model = by_kind[name]
+    for name in by_kind:
+        # Of one kind, all is.
+        of_dense, of_model = evaluations.get(name, evaluations["all"])
+        thresholds = {}
+        if name in calibrating:
+            # What is calibrated on one kind alone is so already.
+            thresholds = _thresholds_for(model, calibrating[name] if len(calibrating) > 1 else None, end, bf16)
         routers = of_model.causal_routers.values()
-        alone = None if calibration is None else kinds(calibration).get(name)
-        results[name] = KindResult(
-            of_dense.loss_causal,
-            of_model.loss_causal,
-            next((causal.share_entering for causal in routers), {}),
-            {} if alone is None else _thresholds_for(model, alone, end, bf16),
-        )
+        entering = next((causal.share_entering for causal in routers), {})
+        results[name] = KindResult(of_dense.loss_causal, of_model.loss_causal, entering, thresholds)
     return {"kinds": results, "dense": evaluations["all"][0], "retrofitted": evaluations["all"][1]}
 
 
 def _thresholds_for(
-    model: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, bf16: bool
+    model: MoDForCausalLM, sequences: datasets.Dataset | None, end_of_text: int, bf16: bool
 ) -> dict[int, float]:
-    """The thresholds that calibrating on some text sets, by block; the model is left as it is."""
+    """The thresholds that calibrating on some text sets, by block, or without one those there are; nothing is changed."""
     if "threshold" not in model.config.causal_routers:
         return {}
     routers = routers_of(model)
     before = {block: copy.deepcopy(router.state_dict()) for block, router in routers.items()}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        calibrate(model, sequences, end_of_text)
+    if sequences is not None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            calibrate(model, sequences, end_of_text)
     thresholds = {block: router.threshold.item() for block, router in routers.items()}
     for block, router in routers.items():
         router.load_state_dict(before[block])
