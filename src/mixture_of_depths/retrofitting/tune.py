@@ -423,7 +423,7 @@ def _compared(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, trai
 def _thresholds_for(
     model: MoDForCausalLM, sequences: datasets.Dataset | None, end_of_text: int, bf16: bool
 ) -> dict[int, float]:
-    """The thresholds that calibrating on some text sets, by block, or without one those there are; nothing is changed."""
+    """The thresholds that calibrating on some text sets, by block, or without one those it has; nothing is changed."""
     if "threshold" not in model.config.causal_routers:
         return {}
     routers = routers_of(model)
