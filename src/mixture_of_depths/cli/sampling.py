@@ -181,7 +181,7 @@ def answer(
     data: tuple[str, ...],
     out: Path,
     batch_size: int = 16,
-    sampling: SamplingOptions = SamplingOptions(),
+    sampling: Sampling = Sampling(),
     precision: Precision = "fp32",
     compile: bool = False,
     device: Device = "auto",
@@ -211,6 +211,7 @@ def answer(
     from mixture_of_depths.text.conversations import Conversation
     from mixture_of_depths.text.documents import Skipped, read_all
 
+    options = SamplingOptions(**vars(sampling))
     quiet_libraries()
     place = chosen_device(device)
     if batch_size < 1:
@@ -231,8 +232,8 @@ def answer(
     torch.nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
     for start in range(len(done), len(asked), batch_size):
         rows = asked[start : start + batch_size]
-        seeds = range(sampling.seed + start, sampling.seed + start + len(rows))
-        done += answered(model, tokenizer, rows, sampling, seeds, compile)
+        seeds = range(options.seed + start, options.seed + start + len(rows))
+        done += answered(model, tokenizer, rows, options, seeds, compile)
         lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in done)
         write_aside(out, "".join(lines))
         print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)
