@@ -6,7 +6,7 @@
 Maps and routers are fitted to `--fit` and as many characters of the built-in corpus' training part, and blocks measured
 on it. Each row is a line of `--out`, with the perplexity on evenly spread windows of 512 tokens of `--test` and of the
 built-in corpus' held-out part, under top-k routing and, once thresholds are set on the fitting text of each kind, under
-causal routing. A row that is there is not made again.
+causal routing, in bf16. A row that is there is not made again.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from mixture_of_depths.text.batches import spread
 from mixture_of_depths.text.tokenizer import checked
 
 LENGTH = 512
+# Sequences that set the thresholds.
+CALIBRATING = 8
 WINDOWS = {"wikitext": 12, "code": 8}
 KEPT = {"routed_parts": "block_keep_keys"}
 # By the row's name: number of blocks, the least costly by the measured importance, their capacity, and their kind.
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--fit-sequences", type=int, default=RetrofitOptions.fit_sequences)
+    parser.add_argument("--measure-sequences", type=int, default=RetrofitOptions.measure_sequences)
+    parser.add_argument("--dropped", nargs="+", type=int, help="blocks to drop, instead of those that measuring finds")
     parser.add_argument("--rows", nargs="+")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ def main() -> None:
     tests = dict(text.split("=", 1) for text in arguments.test)
     tokenizer = checked(loaded, arguments.source)
     texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
-    options = RetrofitOptions(fit_sequences=arguments.fit_sequences)
+    options = RetrofitOptions(fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences)
     sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options)
     done = {record["row"] for record in read_records(arguments.out)}
 
@@ -68,9 +72,9 @@ def main() -> None:
         for name, window in texts.windows.items():
             if model.config.causal_routers:
                 with torch.autocast("cpu", torch.bfloat16):
-                    calibrate(model, spread(texts.kinds[name], 32), texts.corpus.end_of_text)
+                    calibrate(model, spread(texts.kinds[name], CALIBRATING), texts.corpus.end_of_text)
             chosen = spread(window, WINDOWS.get(name, len(window)))
-            found = evaluate(model.eval(), chosen, texts.corpus.end_of_text, 1.0, batch_size=2)
+            found = evaluate(model.eval(), chosen, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=True)
             perplexity["top_k"][name] = exp(found.loss_top_k)
             perplexity["causal"][name] = exp(found.loss_causal)
         record = {
@@ -79,6 +83,8 @@ def main() -> None:
             "flops_ratio": flops_share(model.config, dense.config, LENGTH),
             "decode_ratio": decode_share(model.config, dense.config, LENGTH),
             **facts,
+            "fit_sequences": arguments.fit_sequences,
+            "measure_sequences": arguments.measure_sequences,
             **provenance(dense.device),
         }
         with arguments.out.open("a") as file:
@@ -94,8 +100,10 @@ def main() -> None:
     if wanted("dense"):
         keep("dense", without(dense, []))
     if wanted("8 blocks dropped"):
-        rises = sides.rises("dropped", lambda block: without(dense, [block]))
-        blocks = sorted(sorted(range(len(rises)), key=lambda block: rises[block])[:8])
+        blocks = arguments.dropped
+        if blocks is None:
+            rises = sides.rises("dropped", lambda block: without(dense, [block]))
+            blocks = sorted(sorted(range(len(rises)), key=lambda block: rises[block])[:8])
         keep("8 blocks dropped", without(dense, blocks), blocks=blocks)
     if wanted("8 blocks replaced by a map"):
         model, chosen = sides.start("linear", 0.8)
