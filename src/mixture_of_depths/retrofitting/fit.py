@@ -143,7 +143,8 @@ def router_weights(moments_DD: Tensor, products_D: Tensor) -> Tensor:
     lower_DD = torch.linalg.cholesky(moments_DD + decay_D.diag())
     weight_D = torch.cholesky_solve(products_D[:, None], lower_DD)[:-1, 0]
     count, means_D = moments_DD[-1, -1], moments_DD[-1, :-1] / moments_DD[-1, -1]
-    variance = weight_D @ (moments_DD[:-1, :-1] / count) @ weight_D - (means_D @ weight_D) ** 2
+    spread_DD = moments_DD[:-1, :-1] / count - means_D[:, None] * means_D
+    variance = (weight_D * (spread_DD @ weight_D[:, None])[:, 0]).sum()
     return weight_D / variance.clamp(min=1e-12).sqrt()
 
 
