@@ -24,6 +24,7 @@ COMPUTING = (
     ("demo", "--out", "out"),
     ("evaluate", "model"),
     ("calibrate", "model", "--out", "out"),
+    ("answer", "source", "--data", "chats.jsonl", "--out", "out"),
     ("generate", "model", "--prompt", "x"),
     ("bench", "model"),
     ("inspect", "model", "--out", "out", "--text", "x"),

@@ -122,7 +122,7 @@ import datasets, torch
 torch.set_num_threads(2)
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.retrofitting.fit import fit_blocks
-config = MoDConfig(vocab_size=31, hidden_size=576, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1,
+config = MoDConfig(vocab_size=31, hidden_size=576, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
                    head_dim=2, initializer_range=0.3, routed_layers=[])
 sequences = datasets.Dataset.from_dict({"input_ids": torch.randint(1, 31, (20, 40)).tolist()})
 fit = fit_blocks(MoDForCausalLM(config), sequences, 0, 64)
