@@ -182,7 +182,7 @@ def main() -> None:
         decoding(dense, texts, arguments)
         return
     options = RetrofitOptions(bypass_rank=arguments.bypass_rank, fit_sequences=arguments.fit_sequences)
-    sides = Sides(dense, arguments.source, texts, arguments.runs, options)
+    sides = Sides(dense, arguments.source, texts, arguments.runs, options, arguments.precision == "bf16")
     # Predictors and random routing, whatever was measured before.
     torch.manual_seed(arguments.seed)
     model, chosen = sides.start(arguments.side, arguments.share)
@@ -193,7 +193,7 @@ def main() -> None:
     record = {
         **own,
         **chosen,
-        **tested(model.eval(), texts),
+        **tested(model.eval(), texts, arguments.precision == "bf16"),
         **answers_right(model, tokenizer),
         "flops_ratio": flops_share(model.config, dense.config, arguments.sequence_length),
         "decode_ratio": decode_share(model.config, dense.config, arguments.sequence_length),

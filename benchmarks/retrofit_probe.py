@@ -6,7 +6,7 @@
 Maps and routers are fitted to `--fit` and as many characters of the built-in corpus' training part, and blocks measured
 on it. Each row is a line of `--out`, with the perplexity on evenly spread windows of 512 tokens of `--test` and of the
 built-in corpus' held-out part, under top-k routing and, once thresholds are set on the fitting text of each kind, under
-causal routing, in bf16. A row that is there is not made again.
+causal routing. A row that is there is not made again.
 """
 
 import argparse
@@ -56,25 +56,27 @@ def main() -> None:
     parser.add_argument("--fit-sequences", type=int, default=RetrofitOptions.fit_sequences)
     parser.add_argument("--measure-sequences", type=int, default=RetrofitOptions.measure_sequences)
     parser.add_argument("--dropped", nargs="+", type=int, help="blocks to drop, instead of those that measuring finds")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rows", nargs="+")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    bf16 = arguments.precision == "bf16"
     dense, loaded = load_dense(arguments.source)
     tests = dict(text.split("=", 1) for text in arguments.test)
     tokenizer = checked(loaded, arguments.source)
     texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
     options = RetrofitOptions(fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences)
-    sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options)
+    sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options, bf16)
     done = {record["row"] for record in read_records(arguments.out)}
 
     def keep(row: str, model: MoDForCausalLM, **facts: Any) -> None:
         perplexity: dict[str, dict[str, float]] = {"top_k": {}, "causal": {}}
         for name, window in texts.windows.items():
             if model.config.causal_routers:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     calibrate(model, spread(texts.kinds[name], CALIBRATING), texts.corpus.end_of_text)
             chosen = spread(window, WINDOWS.get(name, len(window)))
-            found = evaluate(model.eval(), chosen, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=True)
+            found = evaluate(model.eval(), chosen, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=bf16)
             perplexity["top_k"][name] = exp(found.loss_top_k)
             perplexity["causal"][name] = exp(found.loss_causal)
         record = {
@@ -85,6 +87,7 @@ def main() -> None:
             **facts,
             "fit_sequences": arguments.fit_sequences,
             "measure_sequences": arguments.measure_sequences,
+            "precision": arguments.precision,
             **provenance(dense.device),
         }
         with arguments.out.open("a") as file:

@@ -109,7 +109,7 @@ def texts_of(
     return Texts(corpus, windows, by_kind)
 
 
-def tested(model: MoDForCausalLM, texts: Texts) -> dict[str, Any]:
+def tested(model: MoDForCausalLM, texts: Texts, bf16: bool) -> dict[str, Any]:
     """By kind of text the loss under causal routing, and the share of tokens that enters a routed block.
 
     Before each text the thresholds are set on the tuning text of its kind.
@@ -117,10 +117,10 @@ def tested(model: MoDForCausalLM, texts: Texts) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": {}, "entering": {}}
     for name, window in texts.windows.items():
         if model.config.causal_routers:
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 calibrate(model, spread(texts.kinds[name], 32), texts.corpus.end_of_text)
         evaluation = evaluate(
-            model, window, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=True, all_causal_routers=False
+            model, window, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=bf16, all_causal_routers=False
         )
         found["loss"][name] = evaluation.loss_causal
         for causal in evaluation.causal_routers.values():
@@ -189,18 +189,24 @@ class Sides:
         texts: what is tuned on.
         folder: where it is kept.
         options: of the retrofit; its share is given with each side.
+        bf16: whether to measure under bf16 autocast, which is slow on processors without it.
     """
 
     def __init__(
-        self, dense: MoDForCausalLM, source: str, texts: Texts, folder: Path, options: RetrofitOptions
+        self, dense: MoDForCausalLM, source: str, texts: Texts, folder: Path, options: RetrofitOptions, bf16: bool
     ) -> None:
         self.dense, self.texts, self.folder, self.options = dense, texts, folder, options
-        self.source = source
+        self.source, self.bf16 = source, bf16
         self.length = len(texts.corpus.train[0]["input_ids"])
         self.measuring = spread(texts.corpus.train, options.measure_sequences)
 
     def _measured(self, rank: int) -> Measured:
-        facts = {"source": self.source, "text": self.texts.corpus.key, "fit": self.options.fit_sequences}
+        facts = {
+            "source": self.source,
+            "text": self.texts.corpus.key,
+            "fit": self.options.fit_sequences,
+            "bf16": self.bf16,
+        }
         folder = self.folder / f"rank-{rank}"
         folder.mkdir(parents=True, exist_ok=True)
         return Measured(folder, {**facts, "measure": self.options.measure_sequences})
@@ -211,7 +217,7 @@ class Sides:
         fit = measured.fit()
         if fit is None:
             text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
-            fit = fit_blocks(self.dense, text, end, rank, bf16=True)
+            fit = fit_blocks(self.dense, text, end, rank, self.bf16)
             measured.keep_fit(fit)
         return fit
 
@@ -224,7 +230,7 @@ class Sides:
         measured, kind = self._measured(self.rank), routed_kind(self.dense.config, options)
         importance, fit, end = measured.importance(), self.fit(self.rank), self.texts.corpus.end_of_text
         if len(importance) < self.dense.config.num_hidden_layers:
-            for block in measure_importance(self.dense, fit, kind, self.measuring, end, True, list(importance)):
+            for block in measure_importance(self.dense, fit, kind, self.measuring, end, self.bf16, list(importance)):
                 importance.append(block)
                 measured.keep_importance(importance)
         return importance
@@ -241,7 +247,7 @@ class Sides:
 
         def loss(model: MoDForCausalLM) -> float:
             text = batches(self.measuring, range(len(self.measuring)), end, 1, model.device)
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
                 losses = [
                     model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item() for batch in text
                 ]
