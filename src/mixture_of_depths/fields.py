@@ -47,8 +47,10 @@ def _validate(kind: type, name: str, value: Any) -> None:
     try:
         _adapter(kind, name).validate_python(value)
     except ValidationError as error:
+        # Of a tuple those of its entries say more than that of their number, which counts the right ones.
+        problems = [problem for problem in error.errors() if problem["loc"]] or error.errors()
         # A field of several kinds has a message for each.
-        messages = dict.fromkeys(re.sub(r"^\w+ should ", "", problem["msg"]) for problem in error.errors())
+        messages = dict.fromkeys(re.sub(r"^\w+ should ", "", problem["msg"]) for problem in problems)
         raise ValueError(f"{name}={value!r} is out of range: it must {' or '.join(messages)}") from error
 
 

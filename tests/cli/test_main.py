@@ -196,7 +196,7 @@ def test_what_a_user_can_mend_ends_with_status_2_and_no_traceback(
         ("generate", "--stop", "", "stop=('',) is out of range: it must have at least 1 character"),
         ("generate", "--seed", "-1", "seed=-1 is out of range: it must be greater than or equal to 0"),
         ("retrofit", "--flops-share", "1", "flops_share=1.0 is out of range: it must be less than 1"),
-        ("retrofit", "--capacity", "0", "capacity=0.0 is out of range: it must be greater than 0"),
+        ("retrofit", "--capacity", "0", "capacity=(0.0,) is out of range: it must be greater than 0"),
         ("retrofit", "--distillation", "2", "distillation=2.0 is out of range: it must be less than or equal to 1"),
         ("retrofit", "--lora-rank", "4", "lora_rank=4 has no use with tune=all; leave out one of them"),
         ("retrofit", "--lowering-fraction", "1", "lowering_fraction=1.0 is out of range: it must be less than 1"),
