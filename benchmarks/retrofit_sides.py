@@ -39,6 +39,7 @@ from mixture_of_depths.retrofitting.measure import (
     routed_from,
     routers_of,
     set_fit,
+    top_k_loss,
 )
 from mixture_of_depths.retrofitting.record import Measured
 from mixture_of_depths.retrofitting.tune import fitted_start
@@ -114,7 +115,7 @@ def tested(model: MoDForCausalLM, texts: Texts, bf16: bool) -> dict[str, Any]:
 
     Before each text the thresholds are set on the tuning text of its kind.
     """
-    found: dict[str, Any] = {"loss": {}, "entering": {}}
+    told: dict[str, Any] = {"loss": {}, "entering": {}}
     for name, window in texts.windows.items():
         if model.config.causal_routers:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -122,13 +123,13 @@ def tested(model: MoDForCausalLM, texts: Texts, bf16: bool) -> dict[str, Any]:
         evaluation = evaluate(
             model, window, texts.corpus.end_of_text, 1.0, batch_size=2, bf16=bf16, all_causal_routers=False
         )
-        found["loss"][name] = evaluation.loss_causal
+        told["loss"][name] = evaluation.loss_causal
         for causal in evaluation.causal_routers.values():
-            found["entering"][name] = mean(causal.share_entering.values())
-    losses = found["loss"]
-    found["perplexity"] = {name: exp(loss) for name, loss in losses.items() if name != "conversations"}
-    found["conversation_loss"] = losses.get("conversations")
-    return found
+            told["entering"][name] = mean(causal.share_entering.values())
+    losses = told["loss"]
+    told["perplexity"] = {name: exp(loss) for name, loss in losses.items() if name != "conversations"}
+    told["conversation_loss"] = losses.get("conversations")
+    return told
 
 
 def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -213,13 +214,8 @@ class Sides:
 
     def fit(self, rank: int) -> Fit:
         """What is fitted to the blocks, with maps of a rank."""
-        measured = self._measured(rank)
-        fit = measured.fit()
-        if fit is None:
-            text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
-            fit = fit_blocks(self.dense, text, end, rank, self.bf16)
-            measured.keep_fit(fit)
-        return fit
+        text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
+        return self._measured(rank).fit_once(lambda: fit_blocks(self.dense, text, end, rank, self.bf16))
 
     @property
     def rank(self) -> int:
@@ -227,13 +223,11 @@ class Sides:
 
     def importance(self, options: RetrofitOptions) -> list[BlockImportance]:
         """What routing each block costs."""
-        measured, kind = self._measured(self.rank), routed_kind(self.dense.config, options)
-        importance, fit, end = measured.importance(), self.fit(self.rank), self.texts.corpus.end_of_text
-        if len(importance) < self.dense.config.num_hidden_layers:
-            for block in measure_importance(self.dense, fit, kind, self.measuring, end, self.bf16, list(importance)):
-                importance.append(block)
-                measured.keep_importance(importance)
-        return importance
+        kind, fit, end = routed_kind(self.dense.config, options), self.fit(self.rank), self.texts.corpus.end_of_text
+        return self._measured(self.rank).measure_rest(
+            self.dense.config.num_hidden_layers,
+            lambda before: measure_importance(self.dense, fit, kind, self.measuring, end, self.bf16, before),
+        )
 
     def capacities(self, options: RetrofitOptions) -> dict[int, float]:
         """Of the blocks that the retrofit routes."""
@@ -244,18 +238,10 @@ class Sides:
         path = self.folder / f"{name}.json"
         known: list[float] = read_json(path) if path.exists() else []
         end, before = self.texts.corpus.end_of_text, None
-
-        def loss(model: MoDForCausalLM) -> float:
-            text = batches(self.measuring, range(len(self.measuring)), end, 1, model.device)
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-                losses = [
-                    model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item() for batch in text
-                ]
-            return mean(losses)
-
+        text = list(batches(self.measuring, range(len(self.measuring)), end, 1, self.dense.device))
         for block in track(range(len(known), self.dense.config.num_hidden_layers), name):
-            before = loss(self.dense) if before is None else before
-            known.append(loss(variant(block).eval()) - before)
+            before = top_k_loss(self.dense, text, self.bf16) if before is None else before
+            known.append(top_k_loss(variant(block).eval(), text, self.bf16) - before)
             write_aside(path, json.dumps(known))
         return known
 

@@ -4,7 +4,7 @@ Shapes: L blocks, D hidden size, R rank of the maps.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
@@ -98,6 +98,16 @@ def _capacity(router: Router, fraction: float) -> Iterator[None]:
 
 
 @torch.no_grad()
+def top_k_loss(model: MoDForCausalLM, text: Iterable[dict[str, Tensor]], bf16: bool) -> float:
+    """The mean of the losses of batches under top-k routing, in nats per token; `bf16` under autocast."""
+    losses = []
+    for batch in text:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            losses.append(model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item())
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
 def measure_importance(
     dense: MoDForCausalLM,
     fit: Fit | None,
@@ -129,18 +139,9 @@ def measure_importance(
         missed_LC = (1 - torch.linspace(0, 1, CAPACITIES)).expand(count, -1)
     else:
         missed_LC = missed_shares(dense, fit, sequences, end_of_text, bf16)
-    batches_of_text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
-
-    def loss() -> float:
-        total = 0.0
-        for batch in batches_of_text:
-            with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16):
-                total += model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item()
-        return total / len(batches_of_text)
-
-    if len(measured) == count:
-        return
-    before = loss()
+    text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
+    before = top_k_loss(model, text, bf16)
     for layer_idx in track(range(len(measured), count), "measuring blocks", console=console):
         with _capacity(routers[layer_idx], MEASURED_CAPACITY):
-            yield BlockImportance(loss() - before, tuple(missed_LC[layer_idx].tolist()))
+            rise = top_k_loss(model, text, bf16) - before
+            yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))

@@ -1,6 +1,7 @@
 """What is measured of a dense model, kept in the run's folder as it is made: a run that is killed measures it once."""
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ class Measured:
         except (SafetensorError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}; remove it, to have it fitted again") from error
 
+    def fit_once(self, fitting: Callable[[], Fit]) -> Fit:
+        """What was fitted, or is now."""
+        fit = self.fit()
+        if fit is None:
+            fit = fitting()
+            self.keep_fit(fit)
+        return fit
+
     def keep_fit(self, fit: Fit) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(fit).items() if tensor is not None}
         aside = self.place / f"{FIT}.part"
@@ -71,6 +80,17 @@ class Measured:
             return [block_importance(block) for block in read_json(path)]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: it does not say what skipping blocks costs") from error
+
+    def measure_rest(
+        self, num_blocks: int, measuring: Callable[[Sequence[BlockImportance]], Iterable[BlockImportance]]
+    ) -> list[BlockImportance]:
+        """What was measured of the first blocks, and is now of the others, each written down once it is measured."""
+        importance = self.importance()
+        if len(importance) < num_blocks:
+            for block in measuring(tuple(importance)):
+                importance.append(block)
+                self.keep_importance(importance)
+        return importance
 
     def keep_importance(self, importance: list[BlockImportance]) -> None:
         write_aside(self.place / BLOCKS, json.dumps([asdict(block) for block in importance]))

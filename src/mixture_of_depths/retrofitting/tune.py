@@ -236,7 +236,9 @@ def retrofit(
     if not (resume and has_measured(folder)):
         check_folder(folder, resume)
         if resume:
-            raise ValueError(f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume")
+            raise ValueError(
+                f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         return _retrofit(dense, source, corpus, options, training, folder, resume, console)
@@ -293,7 +295,11 @@ def _retrofit(
     has_checkpoint = resume and latest_checkpoint(folder) is not None
     fit = None if has_checkpoint else _fitted(dense, corpus, options, measured, bf16, console)
     if options.routed_layers is None:
-        importance = _measured(dense, fit, corpus, options, measured, bf16, console)
+        kind, text = routed_kind(dense.config, options), spread(corpus.train, options.measure_sequences)
+        importance = measured.measure_rest(
+            dense.config.num_hidden_layers,
+            lambda before: measure_importance(dense, fit, kind, text, corpus.end_of_text, bf16, before, console),
+        )
         capacities = spread_budget(importance, dense.config, options, length)
     else:
         importance, capacities = [], given_capacities(options)
@@ -369,31 +375,12 @@ def _fitted(
     rank = routed_kind(dense.config, options)["bypass_rank"]
     if options.router_type == "random" and not rank:
         return None
-    fit = measured.fit()
-    if fit is None:
+
+    def fitting() -> Fit:
         console.print("fitting routers and maps" if rank else "fitting routers")
-        fit = fit_blocks(dense, spread(corpus.train, options.fit_sequences), corpus.end_of_text, rank, bf16)
-        measured.keep_fit(fit)
-    return fit
+        return fit_blocks(dense, spread(corpus.train, options.fit_sequences), corpus.end_of_text, rank, bf16)
 
-
-def _measured(
-    dense: MoDForCausalLM,
-    fit: Fit | None,
-    corpus: Corpus,
-    options: RetrofitOptions,
-    measured: Measured,
-    bf16: bool,
-    console: Console,
-) -> list[BlockImportance]:
-    """What routing each block costs, each written down once it is measured."""
-    importance = measured.importance()
-    if len(importance) < dense.config.num_hidden_layers:
-        kind, text = routed_kind(dense.config, options), spread(corpus.train, options.measure_sequences)
-        for block in measure_importance(dense, fit, kind, text, corpus.end_of_text, bf16, list(importance), console):
-            importance.append(block)
-            measured.keep_importance(importance)
-    return importance
+    return measured.fit_once(fitting)
 
 
 def _compared(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, training: TrainOptions) -> dict[str, Any]:
