@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.serving.answers import RequestError
 from mixture_of_depths.serving.requests import MOST_REASON, Message, shown
+from mixture_of_depths.text.conversations import render, tokens_of
 
 # What transformers and Jinja call the conversation and themselves, of which a second value is an error, and the
 # functions that they give to a template.
@@ -48,8 +49,7 @@ def chat_tokens(
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
     text, error = _rendered(tokenizer, system + conversation, settings)
     if error is None:
-        # The template writes special tokens itself.
-        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokens_of([text], tokenizer)[0]
     blamed, param = field, field
     if system or settings:
         _, alone = _rendered(tokenizer, conversation, NO_SETTINGS)
@@ -63,11 +63,9 @@ def chat_tokens(
 
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], settings: Mapping[str, Any]
-) -> tuple[str, Exception | None]:
+) -> tuple[str, ValueError | None]:
     """The text of a prompt, or why the template refuses it."""
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **settings)
-    except Exception as error:
-        # A template is a program of the model's, and fails as programs do: with any kind of error.
+        return render(conversation, tokenizer, True, settings), None
+    except ValueError as error:
         return "", error
-    return cast(str, text), None

@@ -1,8 +1,9 @@
 """Conversations: what a chat template makes of them, cut into sequences whose positions go on from turn to turn."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -37,6 +38,27 @@ def conversation_of(value: object) -> Conversation | None:
     return Conversation(text.encode("utf-8", "replace").decode("utf-8"))
 
 
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    asks: bool,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The text of a conversation, by the tokenizer's chat template, with further variables of the template.
+
+    Raises:
+        ValueError: when the template refuses it; in the template's own words.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            cast(Any, messages), tokenize=False, add_generation_prompt=asks, **settings
+        )
+    except Exception as error:
+        # A template is a program of the model's, and fails as programs do: with any kind of error.
+        raise ValueError(str(error)) from error
+    return cast(str, text)
+
+
 def rendered(
     conversations: Sequence[list[Message]], tokenizer: PreTrainedTokenizerBase, asks: bool = False
 ) -> list[str]:
@@ -58,11 +80,9 @@ def rendered(
     texts = []
     for messages in conversations:
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        except Exception as error:
-            # A template is a program of the model's, and fails as programs do: with any kind of error.
+            texts.append(render(messages, tokenizer, asks))
+        except ValueError as error:
             raise ValueError(f"data holds a conversation that the chat template refuses: {error}") from error
-        texts.append(cast(str, text))
     return texts
 
 
