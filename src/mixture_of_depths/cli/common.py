@@ -71,6 +71,13 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
     return model.eval(), tokenizer
 
 
+class Unchecked:
+    """Options as the parser makes them: unchecked, for it would draw a box around what is wrong with them."""
+
+    def __post_init__(self) -> None:
+        """Leaves the check to the command."""
+
+
 def load_model(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     """As `load_checkpoint`, and also a dense model of another kind: a folder, a GGUF file or a name of the hub."""
     from torch import nn

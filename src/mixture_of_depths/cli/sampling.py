@@ -6,16 +6,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixture_of_depths.cli.common import Checkpoint, Device, Source, load_checkpoint, load_to_sample, quiet_libraries
+from mixture_of_depths.cli.common import (
+    Checkpoint,
+    Device,
+    Source,
+    Unchecked,
+    load_checkpoint,
+    load_to_sample,
+    quiet_libraries,
+)
 from mixture_of_depths.options import Precision, SamplingOptions
 
 
 @dataclass(frozen=True)
-class Sampling(SamplingOptions):
-    """As the parser makes them: unchecked, for it would draw a box around what is wrong with them."""
-
-    def __post_init__(self) -> None:
-        """Leaves the check to the command."""
+class Sampling(Unchecked, SamplingOptions):
+    """How tokens are drawn, as the parser makes it."""
 
 
 def generate(

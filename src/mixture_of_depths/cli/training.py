@@ -5,16 +5,13 @@ from pathlib import Path
 
 import tyro
 
-from mixture_of_depths.cli.common import Device, Source, quiet_libraries
+from mixture_of_depths.cli.common import Device, Source, Unchecked, quiet_libraries
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
 
 
 @dataclass(frozen=True)
-class Routing(RetrofitOptions):
-    """As the parser makes them: unchecked, for it would draw a box around what is wrong with them."""
-
-    def __post_init__(self) -> None:
-        """Leaves the check to the command."""
+class Routing(Unchecked, RetrofitOptions):
+    """How a dense model is made to skip, as the parser makes it."""
 
 
 @dataclass(frozen=True)
