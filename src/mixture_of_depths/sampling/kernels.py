@@ -263,10 +263,11 @@ def combine_kernel(
         head = row * HEADS + tl.program_id(1)
         left_C = head * PARTS + tl.arange(0, PARTS)
         column_h = tl.arange(0, BLOCK_h)
-        is_there_Ch = (tl.arange(0, PARTS) < PARTS)[:, None] & (column_h < WIDTH)[None, :]
         largest_C = tl.load(largest_BNC + left_C)
         share_C = tl.exp(largest_C - tl.max(largest_C, axis=0))
         total = tl.sum(share_C * tl.load(total_BNC + left_C), axis=0)
-        sum_Ch = tl.load(sum_BNCh + left_C[:, None] * WIDTH + column_h[None, :], mask=is_there_Ch, other=0.0)
+        sum_Ch = tl.load(
+            sum_BNCh + left_C[:, None] * WIDTH + column_h[None, :], mask=(column_h < WIDTH)[None, :], other=0.0
+        )
         attended_h = rounded(tl.sum(share_C[:, None] * sum_Ch, axis=0) / total, DTYPE)
         tl.store(attended_BO + head * WIDTH + column_h, attended_h, mask=column_h < WIDTH)
