@@ -13,6 +13,7 @@ from mixture_of_depths.options import RetrofitOptions, SamplingOptions
         ({"flops_share": 1.0}, r"flops_share=1\.0 is out of range"),
         ({"capacity": (0.0,)}, r"capacity=\(0\.0,\)"),
         ({"routed_layers": ()}, "routed_layers="),
+        ({"routed_layers": (1, 2, 1)}, r"routed_layers=\(1, 2, 1\) names a block twice; name each of them once"),
         ({"distillation": 1.5}, r"distillation=1\.5"),
         ({"lowering_fraction": 1.0}, r"lowering_fraction=1\.0"),
         ({"lora_rank": 0}, "lora_rank=0"),

@@ -46,7 +46,8 @@ def sync_folder(folder: Path) -> None:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    # Not splitlines: that would also cut at characters which JSON allows within a text.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:

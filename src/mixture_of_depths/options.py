@@ -193,6 +193,8 @@ class RetrofitOptions:
             )
         if self.routed_layers is not None:
             refuse_without_use(self, "with routed_layers", "flops_share", "decode_share", "measure_sequences")
+            if len(set(self.routed_layers)) < len(self.routed_layers):
+                raise ValueError(f"routed_layers={self.routed_layers} names a block twice; name each of them once")
         if self.decode_share is not None:
             refuse_without_use(self, "with decode_share", "flops_share")
         blocks = 1 if self.routed_layers is None else len(self.routed_layers)

@@ -108,6 +108,40 @@ def test_answers_go_on_with_the_file_and_belong_to_its_questions(
     out.write_text(whole[: whole.index("\n") + 20])
     assert run(monkeypatch, capsys, *words, "--batch-size", "1")[0] == 0
     assert out.read_text() == whole
-    questions.write_text(json.dumps({"messages": asked[1:2]}))
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, "all 3 are answered" in errors) == (0, True)
+    status, _, errors = run(monkeypatch, capsys, *words, "--seed", "5")
+    assert (status, "with other options, in line 1" in errors) == (2, True)
+    questions.write_text(json.dumps({"messages": asked[:1]}))
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, "answers 3 conversations of which data has 1" in errors) == (2, True)
+    questions.write_text("".join(json.dumps({"messages": [message]}) + "\n" for message in asked[1:] + asked[:1]))
     status, _, errors = run(monkeypatch, capsys, *words)
     assert (status, "answers other conversations, from line 1 on" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["notes", '{"prompt": "x"}', "[1]", '{"messages": null}', '{"messages": [{"role": "user", "content": "the"}]}'],
+)
+def test_a_file_that_holds_no_answers_is_refused_and_left_as_it_is(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+    questions.write_text('{"messages": [{"role": "user", "content": "the"}]}')
+    out.write_text(content)
+    status, _, errors = run(monkeypatch, capsys, "answer", "nowhere", "--data", str(questions), "--out", str(out))
+    assert (status, "is no file of answers" in errors, out.read_text()) == (2, True, content)
+
+
+def test_answers_go_on_where_a_text_holds_what_ends_a_line_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, questions, out = tmp_path / "model", tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    make_checkpoint(model)
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"the\u2028quick\u0085{i}"}]}) for i in range(3)]
+    words = ["answer", str(model), "--data", str(questions), "--out", str(out), "--max-new-tokens", "2"]
+    for count in (2, 3):
+        questions.write_text("\n".join(lines[:count]))
+        status, _, errors = run(monkeypatch, capsys, *words)
+        assert (status, f"{count} of {count} answered" in errors) == (0, True), errors

@@ -3,7 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mixture_of_depths.cli.common import (
@@ -193,7 +193,8 @@ def answer(
 ) -> None:
     """Answer the questions of conversations, as data on which a retrofit stays a model that answers them.
 
-    Every message of the user's that has no answer gets the model's own. Called again, it goes on with the file.
+    Every message of the user's that has no answer gets the model's own. Called again in the same way, it goes on with
+    the file.
 
     Args:
         source: Folder, GGUF file or hub name of a model with a chat template.
@@ -209,10 +210,9 @@ def answer(
 
     from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
-    from mixture_of_depths.files import read_records, write_aside
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.options import DataOptions
-    from mixture_of_depths.sampling.answers import answered
+    from mixture_of_depths.sampling.answers import answered, keep_answers, kept_answers
     from mixture_of_depths.text.conversations import Conversation
     from mixture_of_depths.text.documents import Skipped, read_all
 
@@ -227,10 +227,11 @@ def answer(
     asked = [document.messages for document in documents if isinstance(document, Conversation)]
     if not asked:
         raise ValueError(f'data={" ".join(data)} holds no conversation; give .jsonl with "messages"')
-    done = [record["messages"] for record in read_records(out)]
-    for number, (messages, answers) in enumerate(zip(asked, done, strict=False), start=1):
-        if any(message not in answers for message in messages):
-            raise ValueError(f"out={out} answers other conversations, from line {number} on; name another file")
+    facts = {"source": source, "precision": precision, **asdict(options)}
+    done = kept_answers(out, asked, facts)
+    if len(done) == len(asked):
+        print(f"all {len(asked)} are answered in {out}", file=sys.stderr)
+        return
     if compile:
         require_compiler("compile", place)
     model, tokenizer = load_dense(source)
@@ -239,6 +240,5 @@ def answer(
         rows = asked[start : start + batch_size]
         seeds = range(options.seed + start, options.seed + start + len(rows))
         done += answered(model, tokenizer, rows, options, seeds, compile)
-        lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in done)
-        write_aside(out, "".join(lines))
+        keep_answers(out, done, facts)
         print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)

@@ -1,13 +1,17 @@
-"""A model's own answers to conversations, turn by turn."""
+"""A model's own answers to conversations, turn by turn, and the file they are kept in."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mixture_of_depths.files import read_records, write_aside
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.texts import sample_texts
-from mixture_of_depths.text.conversations import Message, rendered
+from mixture_of_depths.text.conversations import Message, conversation_of, rendered
 
 
 def answered(
@@ -50,3 +54,40 @@ def _goes_on(said: list[Message], ahead: list[Message]) -> bool:
         if said[-1]["role"] == "user" and not is_answered:
             return True
     return False
+
+
+def keep_answers(path: Path, conversations: Sequence[list[Message]], facts: dict[str, Any]) -> None:
+    """Writes answered conversations, a line each, with what they were answered by."""
+    records = ({"messages": messages, "answered_by": facts} for messages in conversations)
+    write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def kept_answers(path: Path, asked: Sequence[list[Message]], facts: dict[str, Any]) -> list[list[Message]]:
+    """What an earlier call has answered of the conversations that are asked, the first of them; none without a file.
+
+    Raises:
+        ValueError: when the file holds anything else, or was answered by other facts, or for other conversations.
+    """
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder; name a file")
+    records = read_records(path)
+    lines = path.read_text(encoding="utf-8").split("\n")[len(records) :] if path.exists() else []
+    # Of what follows, the beginning of a record is what a kill may leave.
+    if any(line and not line.startswith('{"messages": ') for line in lines):
+        raise ValueError(f"out={path} is no file of answers, from line {len(records) + 1} on; name another file")
+    for number, record in enumerate(records, start=1):
+        is_answer = isinstance(record, dict) and "answered_by" in record and conversation_of(record.get("messages"))
+        if not is_answer:
+            raise ValueError(f"out={path} is no file of answers, in line {number}; name another file")
+        if record["answered_by"] != json.loads(json.dumps(facts)):
+            raise ValueError(
+                f"out={path} was answered by another model or with other options, in line {number}; name another file"
+            )
+    if len(records) > len(asked):
+        raise ValueError(
+            f"out={path} answers {len(records)} conversations of which data has {len(asked)}; name another file"
+        )
+    for number, (messages, record) in enumerate(zip(asked, records, strict=False), start=1):
+        if any(message not in record["messages"] for message in messages):
+            raise ValueError(f"out={path} answers other conversations, from line {number} on; name another file")
+    return [record["messages"] for record in records]
