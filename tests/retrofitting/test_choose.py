@@ -30,28 +30,37 @@ def rise(importance: list[BlockImportance], capacities: dict[int, float]) -> flo
 def test_no_other_choice_within_the_share_loses_clearly_less(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, name: str, share: float
 ) -> None:
-    monkeypatch.setattr(choose, "STEPS", 8)
+    monkeypatch.setattr(choose, "STEPS", 16)
     dense, options = dense_for(corpus).config, replace(MEASURED, **{name: share})
-    importance = costing(0.4, 0.1, 0.3, 0.02)
+    importance = costing(0.4, 0.1, 0.3, 0.12)
     chosen = spread_budget(importance, dense, options, LENGTH)
     assert share_of(dense, chosen, options, LENGTH) <= share
-    losses, steps = [], [step / 8 for step in range(2, 9)]
+    losses, steps = [], [step / 16 for step in range(4, 17)]
     # Blocks are alike in what they take.
     prices = {step: share_of(dense, {0: step}, options, LENGTH) - 1 for step in steps[:-1]} | {1.0: 0.0}
+    rises = [{step: block.expected_loss(step) for step in steps} for block in importance]
     for every in product(steps, repeat=4):
         if 1 + sum(prices[capacity] for capacity in every) <= share:
-            losses.append(rise(importance, {b: capacity for b, capacity in enumerate(every) if capacity < 1}))
+            losses.append(sum(of[capacity] for of, capacity in zip(rises, every, strict=True)))
     assert rise(importance, chosen) <= min(losses) + 0.01
 
 
 def test_the_cheapest_blocks_give_most_and_the_share_is_used_in_full(corpus: Corpus) -> None:
     dense, options = dense_for(corpus).config, replace(MEASURED, flops_share=0.9)
-    same = [replace(block, missed=costing(1)[0].missed) for block in costing(0.4, 0.1, 0.3, 0.02)]
+    same = [replace(block, missed=costing(1)[0].missed) for block in costing(0.4, 0.2, 0.3, 0.14)]
     chosen = spread_budget(same, dense, options, LENGTH)
     capacities = [chosen.get(block, 1.0) for block in range(4)]
     assert capacities[3] <= capacities[1] <= capacities[2] <= capacities[0]
     assert capacities[3] < capacities[0]
     assert 0.9 - 0.01 < share_of(dense, chosen, options, LENGTH) <= 0.9
+
+
+def test_a_block_that_seems_to_cost_nothing_is_not_emptied_for_the_others(corpus: Corpus) -> None:
+    dense, options = dense_for(corpus).config, replace(MEASURED, flops_share=0.9)
+    same = [replace(block, missed=costing(1)[0].missed) for block in costing(0.1, 0.1, 0.1, -0.01)]
+    chosen = spread_budget(same, dense, options, LENGTH)
+    assert chosen == spread_budget([*same[:3], replace(same[3], loss=0.05)], dense, options, LENGTH)
+    assert chosen[3] > 0.25
 
 
 def test_blocks_that_cost_nothing_to_skip_keep_to_the_share_all_the_same(corpus: Corpus) -> None:

@@ -6,13 +6,15 @@ With c_l the capacity of block l, minimised is the rise of the loss that is expe
 
 where loss_l is the measured rise with half of the tokens entering block l alone, m_l(c) what is missed of it at the
 capacity c (see `measure.py`), and price(c) a block's part of the FLOPs per token, or of the bytes that are read for a
-decoded token, over those of the dense model. A block may stay dense, at no rise. Rises are taken to add up.
+decoded token, over those of the dense model. A block may stay dense, at no rise. Rises are taken to add up, and none is
+taken for less than half the median: one alone may be measured as nothing, and even below, where several are not.
 
 By Lagrange's method: for a rise per unit of the budget, every block takes the capacity at which its own rise and price
 weigh least, and that rate is lowered until the budget is just kept to. What is left then goes, step by step, to where
 it saves most.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,9 @@ def spread_budget(
     # The last stands for a dense block.
     capacities = [least, *(step / STEPS for step in range(1, STEPS) if step / STEPS > least), 1.0]
     price_C = np.array([_price(dense, options, capacity, sequence_length) for capacity in capacities])
-    rise_LC = np.array([[block.expected_loss(c) for c in capacities[:-1]] + [0.0] for block in importance])
+    least_loss = float(np.median([max(block.loss, 0.0) for block in importance])) / 2
+    floored = [replace(block, loss=max(block.loss, least_loss)) for block in importance]
+    rise_LC = np.array([[block.expected_loss(c) for c in capacities[:-1]] + [0.0] for block in floored])
     # What all blocks may save together, as a negative number.
     budget = (wanted_share(options) - 1) * (1 + 1e-12)
 
