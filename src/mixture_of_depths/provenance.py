@@ -33,7 +33,7 @@ def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "transformers", "tokenizers")},
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": platform.system(),
@@ -64,10 +64,12 @@ def _git_commit() -> str | None:
     return run.stdout.strip() if run.returncode == 0 and tracked.returncode == 0 else None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name; on Linux with the numbers of its family and model, which virtual machines leave out."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in fields.items()}
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
     return platform.processor() or platform.machine()
