@@ -1,10 +1,14 @@
 """What of PyTorch's compiler has no public name, in one place: these may change with every release of torch."""
 
+from pathlib import Path
+
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 
 def can_compile(device: torch.device) -> bool:
@@ -31,3 +35,13 @@ def any_length(tensor: Tensor, dim: int) -> None:
     anew in the middle of a text.
     """
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
+
+
+def load_native(source: str) -> None:
+    """Compiles C++ source for this processor, or takes it from the disk, and loads it; its operators are there then."""
+    CppCodeCache.load(source)
+
+
+def compiler_cache() -> Path:
+    """The folder where compiled graphs are kept."""
+    return Path(cache_dir())

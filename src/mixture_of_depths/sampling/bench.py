@@ -13,7 +13,9 @@ from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.flops import cache_bytes, decode_bytes
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.native import measured
 from mixture_of_depths.sampling.quantization import quantize
+from mixture_of_depths.sampling.step import product_shapes
 from mixture_of_depths.sampling.stream import stream
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
@@ -98,6 +100,12 @@ def read_gigabytes_per_second(device: torch.device) -> float:
     return values.nbytes / (time.perf_counter() - start) / 1e9
 
 
+def product_speeds(model: MoDForCausalLM, batch_size: int) -> dict[str, dict[str, float]]:
+    """The speeds, in GB/s, by which the step's products are chosen."""
+    speeds = measured(product_shapes(model, batch_size))
+    return {f"{rows} x {dtype} {[*shape]}": ways for (rows, dtype, *shape), ways in speeds.items()}
+
+
 def bench(
     model: MoDForCausalLM, prompt_tokens: int, new_tokens: int, batch_sizes: tuple[int, ...], repeats: int = 5
 ) -> dict[str, Any]:
@@ -105,6 +113,7 @@ def bench(
 
     Prompts are random tokens, which a trained router may let in more or less often than text. All is of the compiled
     step but `not_compiled_over_generate`, which is the speed of `stream` without compiling over that of `generate()`.
+    `products` has the GB/s at which each way of multiplying reads weights, by rows, type and shape; on a CPU only.
     """
     generator = torch.Generator().manual_seed(0)
     figures: dict[str, Any] = {"parameters": sum(weight.numel() for weight in model.parameters())}
@@ -133,6 +142,7 @@ def bench(
                 "cache_bytes": cache_of(sides, input_ids),
                 "cache_bytes_expected": cache_bytes(model.config, prompt_tokens, max(size, 2.0)) * batch_size,
                 "compile_s": round(compile_seconds, 1),
+                "products": product_speeds(sides, batch_size) if model.device.type == "cpu" else {},
                 "not_compiled_over_generate": round(stream_over_generate(sides, input_ids, new_tokens, repeats), 3),
             }
     return figures

@@ -8,7 +8,7 @@ Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value h
 E experts, F width of an expert, O outputs, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -22,6 +22,7 @@ from mixture_of_depths.model.attention import rotary_factors, rotate
 from mixture_of_depths.model.cache import RoutedCacheLayer
 from mixture_of_depths.model.experts import ExpertMLP, GroupedLinear
 from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM
+from mixture_of_depths.sampling.native import FASTEST, WAYS, Shape, native, shape_of
 from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
 
 # Buffers grow by this many slots.
@@ -83,38 +84,54 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def matvec(layer: nn.Linear | Int8Linear, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """`layer(x_BD)`, rounded to `dtype`; of shape [B, O]."""
-    out_BO = product(layer.weight, layer.scale if isinstance(layer, Int8Linear) else None, x_BD)
-    return rounded(out_BO if layer.bias is None else out_BO + layer.bias.float(), dtype)
+    return matvecs([layer], x_BD, dtype)[0]
 
 
-def product(weight_OD: Tensor, scale_O: Tensor | None, x_BD: Tensor) -> Tensor:
-    """Rows times the transposed weight in float32, of shape [B, O]; a weight of 8 bits comes with its scale.
-
-    For one row that is a matter of reading the weights, which a compiled multiply-and-sum does at the speed of memory
-    in every precision, where a library's matrix product does not.
-    """
-    x_BD = settled(x_BD)
-    rows = x_BD.shape[0]
-    if rows == 1 or (rows <= 4 and scale_O is not None):
-        # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
-        streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
-        parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
-        out_BO = torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
-    elif scale_O is not None:
-        out_BO = F.linear(x_BD.bfloat16(), weight_OD.bfloat16()).float()
-    elif weight_OD.dtype == torch.bfloat16 or rows > 8:
-        # Faster on the CPU than the product the other way round.
-        out_BO = (weight_OD @ x_BD.to(weight_OD.dtype).t()).t().float()
+def matvecs(layers: Sequence[nn.Linear | Int8Linear], x_BD: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What each layer makes of the same rows, rounded to `dtype`; each of shape [B, O]."""
+    x_BD, weights = settled(x_BD), [layer.weight for layer in layers]
+    ways = [FASTEST.get(shape_of(x_BD.shape[0], weight)) for weight in weights]
+    if all(way == "native" for way in ways):
+        # One call reads them all.
+        outputs = native(weights, x_BD)
     else:
-        out_BO = F.linear(x_BD.to(weight_OD.dtype), weight_OD).float()
-    return out_BO if scale_O is None else out_BO * scale_O
+        outputs = [product(weight, x_BD, way) for weight, way in zip(weights, ways, strict=True)]
+    results = []
+    for layer, out_BO in zip(layers, outputs, strict=True):
+        scaled_BO = out_BO * layer.scale if isinstance(layer, Int8Linear) else out_BO
+        results.append(rounded(scaled_BO if layer.bias is None else scaled_BO + layer.bias.float(), dtype))
+    return results
+
+
+def product(weight_OD: Tensor, x_BD: Tensor, way: str | None = None) -> Tensor:
+    """Rows times the transposed weight in float32, of shape [B, O], in the way that was measured as the fastest.
+
+    Where none was, one row multiplies and sums: that is a matter of reading the weights, which compiled code does at
+    the speed of memory, and a library's matrix product does not.
+    """
+    rows = x_BD.shape[0]
+    if way is not None or (rows > 1 and weight_OD.dtype != torch.int8) or rows > 4:
+        return WAYS["linear" if way is None else way](weight_OD, x_BD)
+    # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
+    streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
+    parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]
+    return torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
+
+
+def product_shapes(model: MoDForCausalLM, batch_size: int) -> list[Shape]:
+    """The shapes of all products of a step: of every number of rows that a routed block is compiled for, or of all."""
+    shapes = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Int8Linear) and ".router." not in name:
+            shapes += [shape_of(rows, layer.weight) for rows in row_counts(batch_size)]
+    return list(dict.fromkeys(shapes))
 
 
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """The MLP or the experts of one token a row; `dtype` is that of the model's other weights."""
     if isinstance(mlp, MLP):
-        gate_BF = rounded(F.silu(matvec(mlp.gate_proj, x_BD, dtype)), dtype)
-        return matvec(mlp.down_proj, rounded(gate_BF * matvec(mlp.up_proj, x_BD, dtype), dtype), dtype)
+        gate_BF, up_BF = matvecs([mlp.gate_proj, mlp.up_proj], x_BD, dtype)
+        return matvec(mlp.down_proj, rounded(rounded(F.silu(gate_BF), dtype) * up_BF, dtype), dtype)
     router_input_B1D = x_BD[:, None].to(dtype)
     if x_BD.shape[0] > 4:
         # Rows share experts: products by expert read each once.
@@ -134,14 +151,14 @@ def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
 def apply_expert(mlp: ExpertMLP, expert_1: Tensor, is_taken: Tensor, x_1D: Tensor) -> Tensor:
     """One expert, by its index, for one row; its weights are read only when it takes the row."""
 
-    def weights(layer: nn.Module, expert_1: Tensor) -> tuple[Tensor, Tensor | None]:
+    def product_of(layer: nn.Module, expert_1: Tensor, x_1I: Tensor) -> Tensor:
         assert isinstance(layer, GroupedLinear | Int8GroupedLinear)
-        scale = layer.scale.index_select(0, expert_1)[0] if isinstance(layer, Int8GroupedLinear) else None
-        return layer.weight.index_select(0, expert_1)[0], scale
+        out_1O = product(layer.weight.index_select(0, expert_1)[0], settled(x_1I))
+        return out_1O * layer.scale.index_select(0, expert_1) if isinstance(layer, Int8GroupedLinear) else out_1O
 
     def enter(x_1D: Tensor, expert_1: Tensor) -> Tensor:
-        gate_1F, up_1F = product(*weights(mlp.gate_up_proj, expert_1), x_1D).chunk(2, dim=-1)
-        return product(*weights(mlp.down_proj, expert_1), F.silu(gate_1F) * up_1F)
+        gate_1F, up_1F = product_of(mlp.gate_up_proj, expert_1, x_1D).chunk(2, dim=-1)
+        return product_of(mlp.down_proj, expert_1, F.silu(gate_1F) * up_1F)
 
     def skip(x_1D: Tensor, expert_1: Tensor) -> Tensor:
         return torch.zeros_like(x_1D)
@@ -177,10 +194,18 @@ def attend(
 
 def decode_key(layer: DecoderLayer, normed_BD: Tensor, cos_Bh: Tensor, sin_Bh: Tensor) -> tuple[Tensor, Tensor]:
     """Key and value of one token a row, each of shape [B, H, h]."""
-    attention, rows, dtype = layer.self_attn, normed_BD.shape[0], layer.input_layernorm.weight.dtype
-    key = normalised(attention.k_norm, matvec(attention.k_proj, normed_BD, dtype).view(rows, -1, attention.head_dim))
-    value = matvec(attention.v_proj, normed_BD, dtype).view(rows, -1, attention.head_dim)
-    return rotated(key, cos_Bh, sin_Bh, dtype), value
+    attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
+    key_BO, value_BO = matvecs([attention.k_proj, attention.v_proj], normed_BD, dtype)
+    return as_key(layer, key_BO, value_BO, cos_Bh, sin_Bh)
+
+
+def as_key(
+    layer: DecoderLayer, key_BO: Tensor, value_BO: Tensor, cos_Bh: Tensor, sin_Bh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Key and value, each of shape [B, H, h], of their projections."""
+    attention, rows, dtype = layer.self_attn, key_BO.shape[0], layer.input_layernorm.weight.dtype
+    key = normalised(attention.k_norm, key_BO.view(rows, -1, attention.head_dim))
+    return rotated(key, cos_Bh, sin_Bh, dtype), value_BO.view(rows, -1, attention.head_dim)
 
 
 def rotated(states_BHh: Tensor, cos_Bh: Tensor, sin_Bh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,9 +227,13 @@ def decode_attention(
     """What attention adds to one token a row, and that token's key and value, which are `own` where it has them."""
     attention, rows, dtype = layer.self_attn, x_BD.shape[0], layer.input_layernorm.weight.dtype
     normed = normalised(layer.input_layernorm, x_BD)
-    query = normalised(attention.q_norm, matvec(attention.q_proj, normed, dtype).view(rows, -1, attention.head_dim))
+    if own:
+        query_BO, (key, value) = matvec(attention.q_proj, normed, dtype), own
+    else:
+        query_BO, key_BO, value_BO = matvecs([attention.q_proj, attention.k_proj, attention.v_proj], normed, dtype)
+        key, value = as_key(layer, key_BO, value_BO, cos_Bh, sin_Bh)
+    query = normalised(attention.q_norm, query_BO.view(rows, -1, attention.head_dim))
     query = rotated(query, cos_Bh, sin_Bh, dtype)
-    key, value = own or decode_key(layer, normed, cos_Bh, sin_Bh)
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
     attended = rounded(attend(grouped, settled(key), value, keys, values, used_BS), dtype)
     return matvec(attention.o_proj, attended, dtype), key, value

@@ -14,8 +14,9 @@ from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
+from mixture_of_depths.sampling.native import choose_fastest
 from mixture_of_depths.sampling.quantization import Int8Linear
-from mixture_of_depths.sampling.step import decode_step, grow, prefill
+from mixture_of_depths.sampling.step import decode_step, grow, prefill, product_shapes
 
 if TYPE_CHECKING:
     from mixture_of_depths.sampling.graph import GraphStep
@@ -122,6 +123,8 @@ class CompiledStep:
         self.model, self.room, self.number = model, 0, 0
         # Only what is marked is dynamic: another model is another graph, not one of unknown width.
         self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
+        if model.device.type == "cpu":
+            choose_fastest(product_shapes(model, input_ids.shape[0]))
         self.logits_BV, self.state = prefill(model, input_ids, attention_mask, room)
         self.all_B = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

@@ -1,0 +1,143 @@
+"""The products of the fast step on a CPU, each in the way that is the fastest on this processor.
+
+Ways, by name: "native" is this package's own, in C++ (`product.cpp`), which reads a weight once for four rows and sums
+in float32; "linear" and "transposed" are the library's, in either order. Processors with units for matrices are faster
+with those at many rows. Each shape is measured once, and what was found is kept on the disk by processor, number of
+threads and versions.
+
+Shapes: R rows, I inputs, O outputs, N weights.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixture_of_depths.compiler import compiler_cache, load_native
+from mixture_of_depths.files import locked, read_json, write_aside
+from mixture_of_depths.provenance import processor
+
+# Rows, type of the weights, outputs, inputs.
+Shape = tuple[int, torch.dtype, int, int]
+SOURCE = Path(__file__).with_name("product.cpp")
+NATIVE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
+# Weights that are read in turn: more than a processor's cache holds, but not endlessly many small ones.
+COLD_BYTES, MOST_WEIGHTS = 64e6, 200
+TURNS = 6
+# By how much the library must be faster.
+CLEARLY = 1.1
+# The fastest way for each shape that was measured.
+FASTEST: dict[Shape, str] = {}
+
+torch.library.define("mixture_of_depths::products", "(Tensor[] weights, Tensor x) -> Tensor[]")
+
+
+@torch.library.register_fake("mixture_of_depths::products")
+def _(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+@cache
+def require_native() -> None:
+    """Compiles what `native` calls, the first time, and loads it."""
+    load_native(SOURCE.read_text())
+
+
+def native(weights: Sequence[Tensor], x_RI: Tensor) -> list[Tensor]:
+    """Products in float32, of shapes [R, O], of float32 rows with weights [O, I] of one type of `NATIVE_TYPES`."""
+    return torch.ops.mixture_of_depths.products(weights, x_RI)
+
+
+def linear(weight_OI: Tensor, x_RI: Tensor) -> Tensor:
+    """The library's product, of rows rounded to the weight's type; to bf16 where that is 8 bits."""
+    dtype = torch.bfloat16 if weight_OI.dtype == torch.int8 else weight_OI.dtype
+    return F.linear(x_RI.to(dtype), weight_OI.to(dtype)).float()
+
+
+def transposed(weight_OI: Tensor, x_RI: Tensor) -> Tensor:
+    """The same the other way round."""
+    dtype = torch.bfloat16 if weight_OI.dtype == torch.int8 else weight_OI.dtype
+    return (weight_OI.to(dtype) @ x_RI.to(dtype).t()).t().float()
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "native": lambda weight_OI, x_RI: native([weight_OI], x_RI)[0],
+    "linear": linear,
+    "transposed": transposed,
+}
+
+
+def shape_of(rows: int, weight_OI: Tensor) -> Shape:
+    """The shape of a product of so many rows with a weight."""
+    outputs, inputs = weight_OI.shape
+    return rows, weight_OI.dtype, outputs, inputs
+
+
+def ways_for(shape: Shape) -> list[str]:
+    """What is tried: weights of 8 bits are not made wider on the way, and Windows' compiler lacks what ours needs."""
+    own = ["native"] if shape[1] in NATIVE_TYPES and platform.system() != "Windows" else []
+    return own if own and shape[1] == torch.int8 else [*own, "linear", "transposed"]
+
+
+def measure(shape: Shape) -> dict[str, float]:
+    """The speed of each way at which weights are read that no cache holds, in GB/s.
+
+    Ways take turns, and of each its fastest turn counts, which other work on the machine slows down least.
+    """
+    rows, dtype, outputs, inputs = shape
+    count = min(MOST_WEIGHTS, round(COLD_BYTES / (outputs * inputs * dtype.itemsize)) + 1)
+    weight_NOI = torch.ones(count, outputs, inputs, dtype=dtype)
+    x_RI = torch.ones(rows, inputs)
+    least = dict.fromkeys(ways_for(shape), float("inf"))
+    for _ in range(TURNS):
+        for way, seconds in least.items():
+            # One that was far off once is out of the question.
+            if seconds == float("inf") or seconds < 2 * min(least.values()):
+                start = time.perf_counter()
+                for weight_OI in weight_NOI.unbind():
+                    WAYS[way](weight_OI, x_RI)
+                least[way] = min(seconds, time.perf_counter() - start)
+    return {way: round(weight_NOI.nbytes / seconds / 1e9, 2) for way, seconds in least.items()}
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: beside compiled graphs, under the name of all that they depend on."""
+    facts = [processor(), torch.get_num_threads(), torch.__version__, SOURCE.read_text()]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return compiler_cache() / "mixture-of-depths" / f"products-{name}.json"
+
+
+def measured(shapes: Iterable[Shape]) -> dict[Shape, dict[str, float]]:
+    """The speeds for each shape: those that are kept, and new ones for the others, which are kept then."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = {shape: " ".join(map(str, shape)) for shape in shapes}
+    # Two processes would measure each other.
+    with locked(path.with_suffix(".lock")):
+        kept: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
+        missing = [shape for shape, name in names.items() if name not in kept]
+        if any("native" in ways_for(shape) for shape in missing):
+            require_native()
+        if missing:
+            kept |= {names[shape]: measure(shape) for shape in missing}
+            write_aside(path, json.dumps(kept, indent=1))
+    return {shape: kept[name] for shape, name in names.items()}
+
+
+def choose_fastest(shapes: Iterable[Shape]) -> None:
+    """Notes the fastest way for each shape in `FASTEST`, and makes ready what it calls.
+
+    The library's must be clearly faster than our own, which reads weights of the same rows in one call.
+    """
+    unknown = [shape for shape in shapes if shape not in FASTEST]
+    for shape, speeds in measured(unknown).items():
+        FASTEST[shape] = max(speeds, key=lambda way: speeds[way] * (CLEARLY if way == "native" else 1))
+    if "native" in FASTEST.values():
+        require_native()

@@ -1,0 +1,198 @@
+// Products of a few rows with transposed weights, which are read from memory once for all rows.
+//
+// R rows x (inputs, float32) times weights of O outputs, in float32, bf16 or whole numbers of 8 bits; sums in float32.
+// A thread takes a share of the outputs, OUT of them and up to 4 rows at a time, whose sums stay in registers. Narrow
+// weights are read as words of 32 bits, each of PARTS weights, and taken apart part by part: the first parts of LANES
+// words, then the second ones. Therefore the inputs are laid out in that order first.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#endif
+// Rows at a time, and outputs at a time of one row.
+constexpr int64_t ROWS = 4, ONE = 4;
+// Outputs at a time of several rows: their sums are in registers, beside one factor each, an input, and a mask or none.
+template <typename W>
+constexpr int64_t MANY = REGISTERS == 32 ? 4 : sizeof(W) == 4 ? 3 : 2;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+// As they lie in memory, at any address.
+typedef float StoredFloats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t StoredWords __attribute__((vector_size(4 * LANES), aligned(1)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <int PART>
+inline Floats part(const float* weight) {
+  return *reinterpret_cast<const StoredFloats*>(weight);
+}
+
+template <int PART>
+inline Floats part(const BFloat16* weight) {
+  Words words = *reinterpret_cast<const StoredWords*>(weight);
+  return (Floats)(PART == 0 ? words << 16 : words & 0xffff0000u);
+}
+
+template <int PART>
+inline Floats part(const int8_t* weight) {
+  Words words = *reinterpret_cast<const StoredWords*>(weight);
+  return __builtin_convertvector((Ints)(words << (24 - 8 * PART)) >> 24, Floats);
+}
+
+inline float value(float weight) { return weight; }
+inline float value(int8_t weight) { return weight; }
+inline float value(BFloat16 weight) {
+  uint32_t word = uint32_t(weight.bits) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof(result));
+  return result;
+}
+
+template <typename W, int OUT, int COUNT, int PART>
+inline void add(Floats (&sums)[OUT][COUNT], const W* weight, const float* x, int64_t inputs, int64_t apart) {
+  Floats factors[OUT];
+  for (int out = 0; out < OUT; out++) factors[out] = part<PART>(weight + out * apart * inputs);
+  for (int row = 0; row < COUNT; row++) {
+    Floats input = *reinterpret_cast<const StoredFloats*>(x + row * inputs + PART * LANES);
+    for (int out = 0; out < OUT; out++) sums[out][row] += factors[out] * input;
+  }
+}
+
+// OUT outputs of COUNT rows, each `apart` outputs from the one before.
+template <typename W, int OUT, int COUNT>
+void tile(const W* weight, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t apart) {
+  constexpr int64_t PARTS = 4 / sizeof(W), STEP = LANES * PARTS;
+  Floats sums[OUT][COUNT] = {};
+  int64_t first = 0;
+  for (; first + STEP <= inputs; first += STEP) {
+    add<W, OUT, COUNT, 0>(sums, weight + first, x + first, inputs, apart);
+    if constexpr (PARTS >= 2) add<W, OUT, COUNT, 1>(sums, weight + first, x + first, inputs, apart);
+    if constexpr (PARTS == 4) {
+      add<W, OUT, COUNT, 2>(sums, weight + first, x + first, inputs, apart);
+      add<W, OUT, COUNT, 3>(sums, weight + first, x + first, inputs, apart);
+    }
+  }
+  for (int out = 0; out < OUT; out++) {
+    for (int row = 0; row < COUNT; row++) {
+      float sum = 0;
+      for (int lane = 0; lane < LANES; lane++) sum += sums[out][row][lane];
+      for (int64_t i = first; i < inputs; i++) sum += value(weight[out * apart * inputs + i]) * x[row * inputs + i];
+      y[row * outputs + out * apart] = sum;
+    }
+  }
+}
+
+// OUT outputs of all rows.
+template <typename W, int OUT>
+void all_rows(const W* weight, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs,
+              int64_t apart) {
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS * inputs, y += ROWS * outputs)
+    tile<W, OUT, ROWS>(weight, x, y, inputs, outputs, apart);
+  if (rows == 3) tile<W, OUT, 3>(weight, x, y, inputs, outputs, apart);
+  if (rows == 2) tile<W, OUT, 2>(weight, x, y, inputs, outputs, apart);
+  if (rows == 1) tile<W, OUT, 1>(weight, x, y, inputs, outputs, apart);
+}
+
+// A thread's share of the outputs of one weight, OUT at a time. Of a few rows these are streams that lie far apart, since
+// memory is read ahead along each; of more they lie side by side, since what they read must stay in the nearest cache.
+template <typename W, int OUT>
+void share(const W* weight, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs, int64_t first,
+           int64_t last) {
+  const int64_t count = (last - first) / OUT, apart = rows <= ROWS ? count : 1, step = rows <= ROWS ? 1 : OUT;
+  for (int64_t i = 0, out = first; i < count; i++, out += step)
+    all_rows<W, OUT>(weight + out * inputs, x, y + out, rows, inputs, outputs, apart);
+  for (int64_t out = first + count * OUT; out < last; out++)
+    all_rows<W, 1>(weight + out * inputs, x, y + out, rows, inputs, outputs, 1);
+}
+
+// The inputs in the order in which the parts of words come; what does not fill a step stays as it is.
+template <typename W>
+void lay_out(float* laid, const float* x, int64_t rows, int64_t inputs) {
+  constexpr int64_t PARTS = 4 / sizeof(W), STEP = LANES * PARTS;
+  for (int64_t row = 0; row < rows; row++, x += inputs, laid += inputs) {
+    int64_t first = 0;
+    for (; first + STEP <= inputs; first += STEP)
+      for (int64_t word = 0; word < LANES; word++)
+        for (int64_t part = 0; part < PARTS; part++)
+          laid[first + part * LANES + word] = x[first + word * PARTS + part];
+    std::memcpy(laid + first, x + first, (inputs - first) * sizeof(float));
+  }
+}
+
+using torch::stable::Tensor;
+
+template <typename W>
+void multiply(const std::vector<Tensor>& weights, const Tensor& x, std::vector<Tensor>& products) {
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  const float* input = reinterpret_cast<const float*>(x.data_ptr());
+  std::vector<float> laid;
+  if (sizeof(W) < sizeof(float)) {
+    laid.resize(rows * inputs);
+    lay_out<W>(laid.data(), input, rows, inputs);
+    input = laid.data();
+  }
+#pragma omp parallel
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+    const int64_t thread = 0, threads = 1;
+#endif
+    for (size_t i = 0; i < weights.size(); i++)
+    {
+      const int64_t outputs = weights[i].size(0), first = outputs * thread / threads;
+      const int64_t last = outputs * (thread + 1) / threads;
+      const W* weight = reinterpret_cast<const W*>(weights[i].data_ptr());
+      float* y = reinterpret_cast<float*>(products[i].data_ptr());
+      if (rows == 1)
+        share<W, ONE>(weight, input, y, rows, inputs, outputs, first, last);
+      else
+        share<W, MANY<W>>(weight, input, y, rows, inputs, outputs, first, last);
+    }
+  }
+}
+
+// Of weights [O, I] of one type and x [R, I] in float32, all contiguous: products [R, O] in float32.
+std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
+  std::vector<Tensor> results;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2 && weight.size(1) == x.size(1), "weights must be of shape [O, I]");
+    STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights must be of one type");
+    results.push_back(torch::stable::new_empty(x, {x.size(0), weight.size(0)}));
+  }
+  STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float, "x must be contiguous, in float32");
+  switch (weights[0].scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      multiply<float>(weights, x, results);
+      break;
+    case torch::headeronly::ScalarType::BFloat16:
+      multiply<BFloat16>(weights, x, results);
+      break;
+    case torch::headeronly::ScalarType::Char:
+      multiply<int8_t>(weights, x, results);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "weights must be in float32, bf16 or int8");
+  }
+  return results;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixture_of_depths, CPU, library) { library.impl("products", TORCH_BOX(&products)); }

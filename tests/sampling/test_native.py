@@ -1,0 +1,148 @@
+"""Products of the fast step on a CPU: right values in every shape, and the fastest way by measurement."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from models import model_with
+from torch import nn
+
+from mixture_of_depths import MoDForCausalLM, SamplingOptions
+from mixture_of_depths.sampling import native, stream
+from mixture_of_depths.sampling.native import FASTEST, WAYS, cache_file, choose_fastest, measured, ways_for
+from mixture_of_depths.sampling.quantization import quantize
+from mixture_of_depths.sampling.step import matvec, matvecs, product_shapes
+
+TYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(native, "compiler_cache", lambda: tmp_path)
+    native.require_native()
+    kept = dict(FASTEST)
+    FASTEST.clear()
+    yield
+    FASTEST.clear()
+    FASTEST.update(kept)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    dtype=st.sampled_from(TYPES),
+    rows=st.integers(1, 21),
+    inputs=st.integers(1, 150),
+    outputs=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@example(dtype=torch.int8, rows=1, inputs=256, outputs=[1], threads=3, seed=0)
+@example(dtype=torch.bfloat16, rows=16, inputs=64, outputs=[33, 8, 9], threads=2, seed=0)
+def test_own_products_are_those_of_float64(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: list[int], threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weights = [(torch.randn(count, inputs) * 40).to(dtype) for count in outputs]
+    x = torch.randn(rows, inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        products = native.native(weights, x)
+    finally:
+        torch.set_num_threads(before)
+    for weight, product in zip(weights, products, strict=True):
+        scale = x.double().abs() @ weight.double().abs().t()
+        assert product.dtype == torch.float32
+        # Of as many float32 sums, each rounded.
+        assert bool(((product - x.double() @ weight.double().t()).abs() <= scale * 2**-23 * (inputs + 2)).all())
+
+
+def test_what_own_products_cannot_read_is_refused() -> None:
+    x, weight = torch.zeros(2, 8), torch.zeros(4, 8)
+    for weights, inputs in (
+        ([weight.double()], x),
+        ([weight], x.double()),
+        ([weight.t()], torch.zeros(2, 4)),
+        ([weight], x.t().contiguous().t()),
+        ([weight, weight.bfloat16()], x),
+        ([weight], torch.zeros(2, 9)),
+    ):
+        with pytest.raises(RuntimeError, match="must be"):
+            native.native(weights, inputs)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_every_way_gives_the_same_product(dtype: torch.dtype, rows: int) -> None:
+    weight = torch.randint(-127, 128, (24, 48)).to(dtype)
+    # Exact in bf16, as what the step multiplies is where weights are narrow.
+    x = torch.randn(rows, 48).bfloat16().float()
+    for way in WAYS.values():
+        torch.testing.assert_close(way(weight, x), x @ weight.float().t(), rtol=2**-7, atol=1)
+
+
+def test_ways_are_measured_once_and_kept_for_the_next_process() -> None:
+    shapes = [(1, torch.float32, 24, 48), (3, torch.int8, 24, 48)]
+    speeds = measured(shapes)
+    assert {shape: list(ways) for shape, ways in speeds.items()} == {shape: ways_for(shape) for shape in shapes}
+    assert all(speed > 0 for ways in speeds.values() for speed in ways.values())
+    assert measured(shapes) == speeds
+    text = cache_file().read_text()
+    cache_file().write_text(text.replace('"native": ', '"native": 1'))
+    assert measured(shapes)[shapes[0]]["native"] != speeds[shapes[0]]["native"]
+
+
+def test_the_way_with_the_highest_speed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(rows, torch.float32, 24, 48) for rows in (1, 4)]
+    speeds = {
+        1: {"native": 3.0, "linear": 2.0, "transposed": 1.0},
+        4: {"native": 3.0, "linear": 2.0, "transposed": 9.0},
+    }
+    monkeypatch.setattr(native, "measure", lambda shape: speeds[shape[0]])
+    choose_fastest(shapes)
+    assert [FASTEST[shape] for shape in shapes] == ["native", "transposed"]
+
+
+def test_measurements_of_a_damaged_file_are_refused_by_its_name() -> None:
+    measured([(1, torch.float32, 24, 48)])
+    cache_file().write_text("{")
+    with pytest.raises(ValueError, match=cache_file().name):
+        measured([(1, torch.float32, 24, 48)])
+
+
+def test_layers_read_together_give_what_each_gives_alone() -> None:
+    layers, x = [nn.Linear(48, 24, bias=True), nn.Linear(48, 12, bias=False)], torch.randn(3, 48)
+    alone = [matvec(layer, x, torch.bfloat16) for layer in layers]
+    FASTEST.update({(3, torch.float32, size, 48): "native" for size in (12, 24)})
+    for together, expected in zip(matvecs(layers, x, torch.bfloat16), alone, strict=True):
+        torch.testing.assert_close(together, expected, rtol=2**-7, atol=1e-6)
+
+
+def test_shapes_of_a_step_are_those_of_every_product_and_number_of_rows() -> None:
+    model = model_with(bypass_rank=4)
+    shapes = product_shapes(model, 6)
+    hidden, inside = model.config.hidden_size, model.config.intermediate_size
+    assert {rows for rows, *_ in shapes} == {1, 4, 6}
+    assert {(inside, hidden), (hidden, inside), (model.config.vocab_size, hidden), (4, hidden)} <= {
+        shape[2:] for shape in shapes
+    }
+    quantize(model)
+    assert {shape[1] for shape in product_shapes(model, 1)} == {torch.int8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(WAYS))
+def test_compiled_tokens_are_those_of_the_model_in_every_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: MoDForCausalLM = model_with().eval()
+    monkeypatch.setattr(stream, "choose_fastest", lambda shapes: FASTEST.update(dict.fromkeys(shapes, way)))
+    torch.compiler.reset()
+    prompts = torch.randint(0, model.config.vocab_size, (2, 9))
+    options = SamplingOptions(max_new_tokens=12, temperature=0)
+    compiled, plain = (
+        torch.stack(list(stream.stream(model, prompts, options=options, compiled=is_compiled)))
+        for is_compiled in (True, False)
+    )
+    assert compiled.tolist() == plain.tolist()
