@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,24 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback() -> None:
     with os.fdopen(writer, "wb") as closed:
         left = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (left.returncode, left.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", ["bench", "serve"])
+def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_raised(
+    tmp_path: Path, command: str
+) -> None:
+    interrupted = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "torch.py").write_text(interrupted)
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    ended = subprocess.run(
+        [sys.executable, "-m", "mixture_of_depths", command, "nowhere"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        # What is started in the background does not heed Ctrl-C by default.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped\n")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """The command `mod`. Heavy imports happen inside the commands, so that `mod --help` answers at once."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -31,6 +35,33 @@ def commands() -> SubcommandApp:
     return app
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does: it ends the process at once in the midst of an import, and else raises KeyboardInterrupt.
+
+    Libraries catch whatever their imports raise, and go on without what they take for not installed.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"stopped\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c_heeded_in_imports() -> Iterator[None]:
+    # What is started in the background does not heed Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@_ctrl_c_heeded_in_imports()
 def main() -> None:
     """Runs the command line; what a user can mend ends with status 2 and one line, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
