@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_w
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.2)
             with ask(stream=True) as stream, socket.create_connection(("127.0.0.1", port)) as stuck:
-                # It never sends its body.
+                # Its body never comes in.
                 stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n")
                 assert stream.readline().startswith(b"data: ")
                 waiting = [pool.submit(refused) for _ in range(3)]
@@ -169,9 +170,13 @@ def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_w
                 process.send_signal(signal.SIGINT)
                 assert [one.result() for one in waiting] == [(503, "server_error")] * 3
                 assert b"the server is stopping" in stream.read().splitlines()[-2]
+                answer = HTTPResponse(stuck)
+                answer.begin()
+                assert (answer.status, json.load(answer)["error"]["type"]) == (503, "server_error")
                 _, log = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == 130
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
+    assert "ASGI callable" not in log

@@ -63,6 +63,10 @@ GRACE_SECONDS = 3
 LOG = logging.getLogger("uvicorn.error")
 
 
+def _stopping() -> RequestError:
+    return RequestError(503, "the server is stopping; ask again when it is back")
+
+
 @dataclass
 class Task:
     """Samples of one request, and how each of them is drawn."""
@@ -117,7 +121,7 @@ class Sampler:
 
     def _check_going_on(self) -> None:
         if self.stopping():
-            raise RequestError(503, "the server is stopping; ask again when it is back")
+            raise _stopping()
 
     def task(self, body: Body, field: str, prompts: Sequence[list[int]], n: int = 1) -> Task:
         """What a request asks for: `n` samples after every prompt, each with the next seed.
@@ -281,17 +285,30 @@ class _Keys:
 
 
 class _Stop:
-    """Ends the requests that are cancelled when the server stops, of which the library would log tracebacks."""
+    """Ends the requests that are cancelled when the server stops, of which the library would log tracebacks.
+
+    Such as those whose bodies are still coming in.
+    """
 
     def __init__(self, app: ASGIApp, stopping: Callable[[], bool]) -> None:
         self.app, self.stopping = app, stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_answered = False
+
+        async def heard(message: ASGIMessage) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, heard)
         except asyncio.CancelledError:
             if not self.stopping():
                 raise
+            if not is_answered:
+                refused = _stopping()
+                await JSONResponse(refused.told(), refused.status)(scope, receive, send)
 
 
 def _why_unreadable(cause: BaseException | None) -> str:
