@@ -115,6 +115,58 @@ def test_a_whole_number_is_neither_a_fraction_nor_a_truth(kind: type[Body], own:
         CompletionBody.model_validate({"model": "name", "prompt": [1, value]})
 
 
+OF_VLLM: dict[str, Any] = {
+    "stop_token_ids": [],
+    "bad_words": [],
+    "length_penalty": 1.0,
+    "use_beam_search": False,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "detokenize": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "include_reasoning": True,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+    "priority": 0,
+    "prompt_logprobs": None,
+    "truncate_prompt_tokens": None,
+    "allowed_token_ids": None,
+    "guided_json": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (CompletionBody, {"prompt": "fox", "add_special_tokens": True}),
+        (ChatBody, {"messages": [{"role": "user", "content": "fox"}], "add_special_tokens": False}),
+        (ResponseBody, {"input": "fox"}),
+    ],
+)
+def test_vllm_s_own_defaults_ask_for_nothing_and_other_values_are_refused(
+    kind: type[Body], own: dict[str, Any]
+) -> None:
+    kind.model_validate({"model": "name", **own, **OF_VLLM})
+    for name, value in {**OF_VLLM, "add_special_tokens": own.get("add_special_tokens", True)}.items():
+        # Another value of the same type, and the same in another type.
+        for other in ([1] if value == [] else not value if isinstance(value, bool) else 2, str(value), {}):
+            with pytest.raises(ValidationError) as refused:
+                kind.model_validate({"model": "name", **own, name: other})
+            assert [error["loc"] for error in refused.value.errors()] == [(name,)]
+
+
+def test_a_chunk_without_the_usage_so_far_is_what_a_stream_holds() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": False}
+    body = {"model": "name", "prompt": "fox", "stream": True}
+    CompletionBody.model_validate({**body, "stream_options": options})
+    for other in (True, 0):
+        with pytest.raises(ValidationError, match="continuous_usage_stats"):
+            CompletionBody.model_validate({**body, "stream_options": {**options, "continuous_usage_stats": other}})
+
+
 def test_a_penalty_of_nothing_is_a_zero_of_either_spelling() -> None:
     for name in ("frequency_penalty", "presence_penalty"):
         for value in (0, 0.0):

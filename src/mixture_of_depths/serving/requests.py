@@ -8,7 +8,16 @@ import reprlib
 from typing import Annotated, Any, ClassVar, Literal, LiteralString
 
 from annotated_types import Ge, Le, Len, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from transformers import GenerationConfig
 
@@ -44,6 +53,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_reasoning": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
 }
 # Fields whose null parts say something; in all others a part that is null asks for nothing.
 WITH_NULLS = ("chat_template_kwargs", "metadata")
@@ -175,6 +196,17 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ()))
 
 
+def _only(neutral: Any) -> AfterValidator:
+    """Refuses all values of a field's type but the one that asks for nothing."""
+
+    def check(value: Any) -> Any:
+        if value != neutral:
+            raise PydanticCustomError("unsupported", "")
+        return value
+
+    return AfterValidator(check)
+
+
 def _check_json(name: str, value: Any) -> None:
     """Refuses a field that is nested too deeply, or holds what JSON does not: half a character, or not a number."""
     try:
@@ -213,6 +245,8 @@ class ChunkOptions(StreamOptions):
     """What a stream of chunks holds beside the answer; other streams always tell how many tokens it took."""
 
     include_usage: bool = False
+    # Of vLLM.
+    continuous_usage_stats: Annotated[bool, _only(False)] = False
 
 
 class Part(_Strict):
@@ -406,6 +440,8 @@ class CompletionBody(ChoicesBody):
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_as_prompts)]
     max_tokens: int = 16
+    # Of vLLM: whether the token that texts begin with comes before the prompt.
+    add_special_tokens: Annotated[bool, _only(True)] = True
 
 
 class ChatBody(ChoicesBody):
@@ -417,6 +453,8 @@ class ChatBody(ChoicesBody):
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    # Of vLLM: whether that token comes before what the chat template gives.
+    add_special_tokens: Annotated[bool, _only(False)] = False
 
     @field_validator("max_tokens")
     @classmethod
