@@ -440,6 +440,8 @@ class CompletionBody(ChoicesBody):
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_as_prompts)]
     max_tokens: int = 16
+    # Here it is a number, and not the truth that it is in a chat.
+    logprobs: Annotated[int, _only(None)] | None = None
     # Of vLLM: whether the token that texts begin with comes before the prompt.
     add_special_tokens: Annotated[bool, _only(True)] = True
 
