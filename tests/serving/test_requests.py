@@ -51,10 +51,22 @@ def test_what_answers_that_are_handed_back_carry_is_let_through() -> None:
     cited = [{"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}]
     part = {"type": "output_text", "text": "a", "annotations": cited, "logprobs": [], "image_url": None}
     item = {"type": "message", "role": "assistant", "content": [part], "id": "b", "status": "completed"}
-    cached = {"type": "text", "text": "c", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    cached = {"type": "text", "text": "c", "prompt_cache_breakpoint": {"mode": "explicit"}, "cache_control": {}}
     for kind, field in ((ChatBody, "messages"), (ResponseBody, "input")):
         body = kind.model_validate({"model": "name", field: [item, {"role": "user", "content": [cached]}]})
         assert [message.for_template()["content"] for message in getattr(body, field)] == ["a", "c"]
+
+
+@pytest.mark.parametrize("name", ["refusal", "reasoning", "reasoning_content"])
+def test_a_message_is_taken_with_what_says_nothing_beside_its_text(name: str) -> None:
+    messages = [{"role": "user", "content": "a", "type": "text"}, {"role": "assistant", "content": "", name: ""}]
+    for kind, field in ((ChatBody, "messages"), (ResponseBody, "input")):
+        body = kind.model_validate({"model": "name", field: messages})
+        said = [message.for_template() for message in getattr(body, field)]
+        assert said == [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+        for more in ({name: "no"}, {"type": ""}, {"type": "image"}):
+            with pytest.raises(ValidationError, match="is not supported"):
+                kind.model_validate({"model": "name", field: [{"role": "assistant", "content": "", **more}]})
 
 
 def test_a_null_reaches_the_chat_template() -> None:

@@ -68,6 +68,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Fields whose null parts say something; in all others a part that is null asks for nothing.
 WITH_NULLS = ("chat_template_kwargs", "metadata")
+# Fields of a message that say nothing with these values: of older clients, and of answers that are handed back.
+SAYING_NOTHING = {"type": "text", "refusal": "", "reasoning": "", "reasoning_content": ""}
 # What an item of a response carries, and a chat's message does not.
 OF_AN_ITEM = ("id", "status", "phase")
 # Bounds of what one body may cost to check, to render and at every token; the docs state them.
@@ -261,6 +263,7 @@ class Part(_Strict):
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
     @field_validator("type")
     @classmethod
@@ -296,7 +299,11 @@ class Message(_Strict):
         if not isinstance(message, dict):
             return message
         # An empty content is one all the same.
-        said = {name: message[name] for name in message if name == "content" or message[name] not in (None, [])}
+        said = {
+            name: value
+            for name, value in message.items()
+            if name == "content" or value not in (None, [], SAYING_NOTHING.get(name))
+        }
         known = set(cls.model_fields).difference(() if said.get("type") == "message" else ("type", *OF_AN_ITEM))
         # Before the content, which calls of tools stand in for; and the type, which tells what all the others are.
         unknown = [name for name in said if name not in known]
