@@ -136,6 +136,7 @@ def test_a_broken_request_leaves_it_serving(client: openai.OpenAI, checkpoint: P
         ("{{ 1 / 0 }}", "the model's chat template refuses .*: .division by zero"),
         ("{{ '{}'.format() }}", "the model's chat template refuses .*: .*index .*out of range"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template refuses .*: .maximum recursion"),
+        (r"{{ '\ud800' }}", "the model's chat template refuses .*: .*surrogates not allowed"),
         ("{{ 10.0 ** 400 }}", "the model's chat template refuses .*: .*out of range"),
     ],
 )

@@ -53,6 +53,8 @@ def render(
         text = tokenizer.apply_chat_template(
             cast(Any, messages), tokenize=False, add_generation_prompt=asks, **settings
         )
+        # A template can spell half a surrogate pair, which is no text.
+        cast(str, text).encode()
     except Exception as error:
         # A template is a program of the model's, and fails as programs do: with any kind of error.
         raise ValueError(str(error)) from error
