@@ -22,7 +22,8 @@ def check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
+        # The second is for a name that is looked up and not bound, as "*" is.
+        if error.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
             raise ValueError(elsewhere) from error
         raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
 
