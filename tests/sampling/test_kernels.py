@@ -174,6 +174,6 @@ def test_attention_reads_what_a_row_has_stored_and_no_padding(dtype: torch.dtype
         own = (stored[row : row + 1, :, length_B[row]].float() for stored in (keys, values))
         past = (stored[row : row + 1, :, seen] for stored in (keys, values))
         used = torch.ones(1, seen.stop - seen.start, dtype=torch.bool)
-        wanted = attend(query, *own, *past, used)
+        wanted = attend(query, *own, (*past, used), torch.zeros(1, dtype=torch.int64))
         tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
         torch.testing.assert_close(attended_BO[row].float(), wanted[0], **tolerance)

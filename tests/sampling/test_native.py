@@ -14,7 +14,7 @@ from mixture_of_depths import MoDForCausalLM, SamplingOptions
 from mixture_of_depths.sampling import native, stream
 from mixture_of_depths.sampling.native import FASTEST, WAYS, cache_file, choose_fastest, measured, ways_for
 from mixture_of_depths.sampling.quantization import quantize
-from mixture_of_depths.sampling.step import matvec, matvecs, product_shapes
+from mixture_of_depths.sampling.step import attend, matvec, matvecs, product_shapes
 
 TYPES = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -58,6 +58,46 @@ def test_own_products_are_those_of_float64(
         assert product.dtype == torch.float32
         # Of as many float32 sums, each rounded.
         assert bool(((product - x.double() @ weight.double().t()).abs() <= scale * 2**-23 * (inputs + 2)).all())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    width=st.sampled_from([1, 4, 16, 24, 66, 100]),
+    slots=st.integers(0, 70),
+    seed=st.integers(0, 1000),
+)
+def test_own_attention_is_that_of_the_step(
+    dtype: torch.dtype, batch: int, heads: int, groups: int, width: int, slots: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    keys, values = torch.randn(2, batch, heads, slots + 1, width).to(dtype)
+    # Padding before, and room behind, which may hold anything.
+    first, last = torch.randint(0, slots + 1, (2, batch)).sort(dim=0).values
+    place = torch.arange(slots + 1)
+    used = (place >= first[:, None]) & (place < last[:, None])
+    row = torch.randperm(batch)[: seed % batch] if seed % batch else torch.arange(batch)
+    new = torch.randn(len(row), heads, groups, width), *torch.randn(2, len(row), heads, width)
+    expected = attend(*new, (keys, values, used), row)
+    FASTEST[1, dtype, 1, 1] = "native"
+    unread = (stored.masked_fill(~used[:, None, :, None], float("nan")) for stored in (keys, values))
+    attended = attend(*new, (*unread, used), row)
+    FASTEST.clear()
+    # A share that lies between two numbers of bf16 may be rounded to either.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_to_some_rows_is_that_of_all_to_these_rows() -> None:
+    stored = torch.randn(4, 2, 9, 8), torch.randn(4, 2, 9, 8), torch.rand(4, 9) > 0.3
+    query, (key, value), row = torch.randn(4, 2, 3, 8), torch.randn(2, 4, 2, 8), torch.tensor([3, 1])
+    whole = attend(query, key, value, stored, torch.arange(4))
+    torch.testing.assert_close(attend(query[row], key[row], value[row], stored, row), whole[row])
+    FASTEST[1, torch.float32, 1, 1] = "native"
+    torch.testing.assert_close(attend(query[row], key[row], value[row], stored, row), whole[row])
 
 
 def test_what_own_products_cannot_read_is_refused() -> None:

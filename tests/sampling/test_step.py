@@ -91,7 +91,7 @@ def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(
     query, keys, values = (torch.randn(1, 4, 32, 16, dtype=bf16) for _ in range(3))
     attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True)[0, :, -1].flatten()
     last = [tensor[:, :, -1].float() for tensor in (query, keys, values)]
-    used = torch.ones(1, 31, dtype=torch.bool)
-    of_step = of(attend)(last[0][:, :, None], last[1], last[2], keys[:, :, :-1], values[:, :, :-1], used)
+    stored = keys[:, :, :-1], values[:, :, :-1], torch.ones(1, 31, dtype=torch.bool)
+    of_step = of(attend)(last[0][:, :, None], last[1], last[2], stored, torch.zeros(1, dtype=torch.int64))
     # Here they always do.
     assert (of_step.bfloat16()[0] == attended).float().mean() > 0.9

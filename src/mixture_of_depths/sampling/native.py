@@ -1,11 +1,11 @@
-"""The products of the fast step on a CPU, each in the way that is the fastest on this processor.
+"""The fast step on a CPU: attention in C++, and each product in the way that is the fastest on this processor.
 
-Ways, by name: "native" is this package's own, in C++ (`product.cpp`), which reads a weight once for four rows and sums
+Ways, by name: "native" is this package's own, in C++ (`native.cpp`), which reads a weight once for four rows and sums
 in float32; "linear" and "transposed" are the library's, in either order. Processors with units for matrices are faster
 with those at many rows. Each shape is measured once, and what was found is kept on the disk by processor, number of
 threads and versions.
 
-Shapes: R rows, I inputs, O outputs, N weights.
+Shapes: R rows, B batch, I inputs, O outputs, N weights, H key-value heads, G query heads each, h head width, S slots.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from mixture_of_depths.provenance import processor
 
 # Rows, type of the weights, outputs, inputs.
 Shape = tuple[int, torch.dtype, int, int]
-SOURCE = Path(__file__).with_name("product.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")
 NATIVE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 # Weights that are read in turn: more than a processor's cache holds, but not endlessly many small ones.
 COLD_BYTES, MOST_WEIGHTS = 64e6, 200
@@ -44,6 +44,17 @@ def _(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
+torch.library.define(
+    "mixture_of_depths::attend",
+    "(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor used, Tensor row) -> Tensor",
+)
+
+
+@torch.library.register_fake("mixture_of_depths::attend")
+def _(query: Tensor, *others: Tensor) -> Tensor:
+    return query.new_empty(query.shape)
+
+
 @cache
 def require_native() -> None:
     """Compiles what `native` calls, the first time, and loads it."""
@@ -53,6 +64,27 @@ def require_native() -> None:
 def native(weights: Sequence[Tensor], x_RI: Tensor) -> list[Tensor]:
     """Products in float32, of shapes [R, O], of float32 rows with weights [O, I] of one type of `NATIVE_TYPES`."""
     return torch.ops.mixture_of_depths.products(weights, x_RI)
+
+
+def is_native(weight: Tensor) -> bool:
+    """Whether what is in C++ is ready for what lies on this device in this precision."""
+    return weight.device.type == "cpu" and weight.dtype in NATIVE_TYPES and "native" in FASTEST.values()
+
+
+def attend_native(
+    query_RHGh: Tensor,
+    key_RHh: Tensor,
+    value_RHh: Tensor,
+    keys_BHSh: Tensor,
+    values_BHSh: Tensor,
+    used_BS: Tensor,
+    row_R: Tensor,
+) -> Tensor:
+    """Attention of rows to what is stored for them and to themselves, of shape [R, H, G, h]; see `step.attend`.
+
+    No slot that is not used is read, nor one of another row.
+    """
+    return torch.ops.mixture_of_depths.attend(query_RHGh, key_RHh, value_RHh, keys_BHSh, values_BHSh, used_BS, row_R)
 
 
 def linear(weight_OI: Tensor, x_RI: Tensor) -> Tensor:

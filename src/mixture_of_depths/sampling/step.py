@@ -4,14 +4,13 @@ The prefill is the model's own causal pass. A decode step is a single function o
 to make one graph of: no Python per block, and a routed block inside `torch.cond`, so that one that no row enters reads
 none of its weights.
 
-Shapes: B batch, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots of a buffer,
-E experts, F width of an expert, O outputs, V vocabulary.
+Shapes: B batch, R rows of it, D hidden size, H key-value heads, G query heads per key-value head, h head width, S slots
+of a buffer, E experts, F width of an expert, O outputs, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,11 @@ from mixture_of_depths.model.attention import rotary_factors, rotate
 from mixture_of_depths.model.cache import RoutedCacheLayer
 from mixture_of_depths.model.experts import ExpertMLP, GroupedLinear
 from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM
-from mixture_of_depths.sampling.native import FASTEST, WAYS, Shape, native, shape_of
+from mixture_of_depths.sampling.native import FASTEST, WAYS, Shape, attend_native, is_native, native, shape_of
 from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
 
+# Keys and values of all rows, each [B, H, S, h], and which slots are used, [B, S].
+Stored = tuple[Tensor, Tensor, Tensor]
 # Buffers grow by this many slots.
 GROWTH = 64
 # Parts of a weight that are read at once; a single stream does not get the memory's speed.
@@ -175,20 +176,29 @@ def normalised(norm: nn.RMSNorm | nn.Identity, x: Tensor) -> Tensor:
     return rounded(F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps), norm.weight.dtype)
 
 
-def attend(
-    query_BHGh: Tensor, key_BHh: Tensor, value_BHh: Tensor, keys_BHSh: Tensor, values_BHSh: Tensor, used_BS: Tensor
-) -> Tensor:
-    """Attention of one token a row to those stored and to itself; of shape [B, H * G * h]."""
-    query_BHGh = settled(query_BHGh * query_BHGh.shape[-1] ** -0.5)
-    scores_BHGS = (query_BHGh[:, :, :, None, :] * keys_BHSh[:, :, None].float()).sum(dim=-1)
-    scores_BHGS = scores_BHGS.masked_fill(~used_BS[:, None, None, :], -torch.inf)
-    own_BHG1 = (query_BHGh * key_BHh[:, :, None]).sum(dim=-1, keepdim=True)
-    largest_BHG1 = torch.maximum(scores_BHGS.amax(dim=-1, keepdim=True), own_BHG1)
-    shares_BHGS, own_BHG1 = settled((scores_BHGS - largest_BHG1).exp()), (own_BHG1 - largest_BHG1).exp()
-    total_BHG1 = shares_BHGS.sum(dim=-1, keepdim=True) + own_BHG1
-    shares_BHGS, own_BHG1 = rounded(shares_BHGS, values_BHSh.dtype), rounded(own_BHG1, values_BHSh.dtype)
-    sum_BHGh = (shares_BHGS[..., None] * values_BHSh[:, :, None].float()).sum(dim=-2)
-    attended = (sum_BHGh + own_BHG1 * value_BHh[:, :, None]) / total_BHG1
+def attend(query_RHGh: Tensor, key_RHh: Tensor, value_RHh: Tensor, stored: Stored, row_R: Tensor) -> Tensor:
+    """Attention of one token of some rows to those stored there and to itself; of shape [R, H * G * h].
+
+    Args:
+        query_RHGh, key_RHh, value_RHh: of those rows, in float32.
+        stored: of all rows.
+        row_R (torch.Tensor): which rows these are: all, in their order, or fewer.
+    """
+    query_RHGh = settled(query_RHGh * query_RHGh.shape[-1] ** -0.5)
+    if is_native(stored[0]):
+        return attend_native(query_RHGh, settled(key_RHh), settled(value_RHh), *stored, row_R).flatten(1)
+    if len(row_R) < len(stored[0]):
+        stored = stored[0][row_R], stored[1][row_R], stored[2][row_R]
+    keys_RHSh, values_RHSh, used_RS = stored
+    scores_RHGS = (query_RHGh[:, :, :, None, :] * keys_RHSh[:, :, None].float()).sum(dim=-1)
+    scores_RHGS = scores_RHGS.masked_fill(~used_RS[:, None, None, :], -torch.inf)
+    own_RHG1 = (query_RHGh * key_RHh[:, :, None]).sum(dim=-1, keepdim=True)
+    largest_RHG1 = torch.maximum(scores_RHGS.amax(dim=-1, keepdim=True), own_RHG1)
+    shares_RHGS, own_RHG1 = settled((scores_RHGS - largest_RHG1).exp()), (own_RHG1 - largest_RHG1).exp()
+    total_RHG1 = shares_RHGS.sum(dim=-1, keepdim=True) + own_RHG1
+    shares_RHGS, own_RHG1 = rounded(shares_RHGS, values_RHSh.dtype), rounded(own_RHG1, values_RHSh.dtype)
+    sum_RHGh = (shares_RHGS[..., None] * values_RHSh[:, :, None].float()).sum(dim=-2)
+    attended = (sum_RHGh + own_RHG1 * value_RHh[:, :, None]) / total_RHG1
     return attended.flatten(1)
 
 
@@ -219,10 +229,9 @@ def decode_attention(
     x_BD: Tensor,
     cos_Bh: Tensor,
     sin_Bh: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    used_BS: Tensor,
-    *own: Tensor,
+    row_B: Tensor,
+    stored: Stored,
+    own: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to one token a row, and that token's key and value, which are `own` where it has them."""
     attention, rows, dtype = layer.self_attn, x_BD.shape[0], layer.input_layernorm.weight.dtype
@@ -235,7 +244,7 @@ def decode_attention(
     query = normalised(attention.q_norm, query_BO.view(rows, -1, attention.head_dim))
     query = rotated(query, cos_Bh, sin_Bh, dtype)
     grouped = query.view(rows, key.shape[1], -1, attention.head_dim)
-    attended = rounded(attend(grouped, settled(key), value, keys, values, used_BS), dtype)
+    attended = rounded(attend(grouped, key, value, stored, row_B), dtype)
     return matvec(attention.o_proj, attended, dtype), key, value
 
 
@@ -244,7 +253,7 @@ def decode_mlp(layer: DecoderLayer, x_BD: Tensor) -> Tensor:
     return apply_mlp(layer.mlp, normalised(layer.post_attention_layernorm, x_BD), layer.input_layernorm.weight.dtype)
 
 
-def decode_block(layer: DecoderLayer, x_BD: Tensor, *attended_with: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decode_block(layer: DecoderLayer, x_BD: Tensor, *attended_with: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to one token a row, and that token's key and value, each of shape [B, H, h].
 
     Args:
@@ -258,7 +267,12 @@ def decode_block(layer: DecoderLayer, x_BD: Tensor, *attended_with: Tensor) -> t
 
 
 def decode_routed(
-    layer: DecoderLayer, x_BD: Tensor, position_B: Tensor, active_B: Tensor, attended_with: tuple[Tensor, ...]
+    layer: DecoderLayer,
+    x_BD: Tensor,
+    position_B: Tensor,
+    active_B: Tensor,
+    place: tuple[Tensor, Tensor, Tensor],
+    stored: Stored,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token a row behind a routed block, which rows entered it, and the token's key and value.
 
@@ -266,24 +280,30 @@ def decode_routed(
     where these are routed, too.
     """
     assert layer.router is not None
-    dtype, (_, heads, _, head_dim) = layer.input_layernorm.weight.dtype, attended_with[2].shape
+    dtype, (_, heads, _, head_dim) = layer.input_layernorm.weight.dtype, stored[0].shape
     own = ()
     if layer.part == "mlp":
-        attended_BD, *own = decode_attention(layer, x_BD, *attended_with)
+        attended_BD, *own = decode_attention(layer, x_BD, *place, stored)
         x_BD = settled(rounded(x_BD + attended_BD, dtype))
     elif layer.part == "block_keep_keys":
-        own = decode_key(layer, normalised(layer.input_layernorm, x_BD), *attended_with[:2])
+        own = decode_key(layer, normalised(layer.input_layernorm, x_BD), *place[:2])
     router_logits, causal_logits = layer.router.logits(x_BD[:, None], position_B[:, None])
     entered_B = (causal_logits[:, 0] > 0) & active_B
-    block, width = partial(decode_block, layer), x_BD.shape[1]
+
+    def part(stored: tuple[Tensor, ...], x_BD: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        if layer.part == "mlp":
+            return (decode_mlp(layer, x_BD),)
+        left = decode_block(layer, x_BD, *others[:3], stored, others[3:])
+        return left[:1] if layer.part == "block_keep_keys" else left
+
+    width = x_BD.shape[1]
     if layer.part == "mlp":
-        (delta_BD,) = enter_or_skip(lambda x_BD: (decode_mlp(layer, x_BD),), (width,), entered_B, (x_BD,))
+        (delta_BD,) = enter_or_skip(part, (width,), entered_B, (x_BD,))
     elif layer.part == "block_keep_keys":
-        operands = (x_BD, *attended_with, *own)
-        (delta_BD,) = enter_or_skip(lambda *operands: block(*operands)[:1], (width,), entered_B, operands)
+        (delta_BD,) = enter_or_skip(part, (width,), entered_B, (x_BD, *place, *own), stored)
     else:
         sizes = (width, heads * head_dim, heads * head_dim)
-        delta_BD, *own = enter_or_skip(block, sizes, entered_B, (x_BD, *attended_with))
+        delta_BD, *own = enter_or_skip(part, sizes, entered_B, (x_BD, *place), stored)
     key, value = (states.view(-1, heads, head_dim) for states in own)
     weight_B = layer.router.gate(router_logits[:, 0]).masked_fill(~entered_B, 0)
     x_BD = bypassed(layer, x_BD, entered_B)
@@ -309,19 +329,19 @@ def decode_step(model: MoDForCausalLM, token_B: Tensor, active_B: Tensor, state:
     cos_B1h, sin_B1h = rotary_factors(model.config, state.position_B[:, None], x_BD.dtype)
     cos_Bh, sin_Bh = settled(cos_B1h[:, 0]), settled(sin_B1h[:, 0])
     row_B = torch.arange(token_B.shape[0], device=token_B.device)
+    place = (cos_Bh, sin_Bh, row_B)
     for layer, stored in zip(cast(list[DecoderLayer], list(model.model.layers)), state.layers, strict=True):
         slots_S = torch.arange(stored.keys.shape[2], device=token_B.device)
         used_BS = slots_S < stored.length_B[:, None]
         if layer.part != "block":
             used_BS = used_BS & state.real_BS
-        x_BD = settled(x_BD)
-        attended_with = (cos_Bh, sin_Bh, stored.keys, stored.values, used_BS)
+        x_BD, read = settled(x_BD), (stored.keys, stored.values, used_BS)
         if layer.router is None:
-            delta_BD, key, value = decode_block(layer, x_BD, *attended_with)
+            delta_BD, key, value = decode_block(layer, x_BD, *place, read)
             entered_B = torch.ones_like(token_B, dtype=torch.bool)
             x_BD = rounded(x_BD + delta_BD, model.dtype)
         else:
-            x_BD, entered_B, key, value = decode_routed(layer, x_BD, state.position_B, active_B, attended_with)
+            x_BD, entered_B, key, value = decode_routed(layer, x_BD, state.position_B, active_B, place, read)
         # A token that skips leaves its empty key behind the last one, where the next that enters replaces it. An
         # assignment by index, unlike a scatter, compiles to a write in place.
         stored.keys[row_B, :, stored.length_B] = key.to(stored.keys.dtype)
@@ -345,19 +365,21 @@ def enter_or_skip(
     sizes: tuple[int, ...],
     entered_B: Tensor,
     operands: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, ...]:
     """`part` for the rows that enter, and 0 for others; when none does, nothing of it is read.
 
     Args:
-        part: a function of the operands of any number of rows.
+        part: a function of `shared` and of the operands of any number of rows.
         sizes: the widths of what it returns.
         entered_B (torch.Tensor): which rows enter; of shape [B].
         operands: its arguments, for all rows.
+        shared: what it is given whole, whichever rows enter.
 
     Returns:
         What it returns, each of shape [B, size].
     """
-    batch_size = entered_B.shape[0]
+    batch_size, own = entered_B.shape[0], len(operands)
     order_B = entered_B.int().argsort(descending=True, stable=True) if batch_size > 1 else torch.zeros_like(entered_B)
     count = entered_B.sum()
 
@@ -367,10 +389,11 @@ def enter_or_skip(
 
     def enter(rows: int) -> Callable[..., Tensor]:
         def branch(order_B: Tensor, count: Tensor, *operands: Tensor) -> Tensor:
+            shared, operands = operands[own:], operands[:own]
             if rows == batch_size:
-                return torch.cat([values.flatten(1) for values in part(*operands)], dim=1)
+                return torch.cat([values.flatten(1) for values in part(shared, *operands)], dim=1)
             index = order_B[:rows]
-            left = part(*(operand.index_select(0, index) for operand in operands))
+            left = part(shared, *(operand.index_select(0, index) for operand in operands))
             chosen = torch.cat([values.flatten(1) for values in left], dim=1)
             return operands[0].new_zeros(batch_size, sum(sizes)).index_copy(0, index, chosen)
 
@@ -386,7 +409,7 @@ def enter_or_skip(
 
         return branch
 
-    left = choose(count == 0, skip, at_most(row_counts(batch_size)), (order_B, count, *operands))
+    left = choose(count == 0, skip, at_most(row_counts(batch_size)), (order_B, count, *operands, *shared))
     return left.split(sizes, dim=1)
 
 

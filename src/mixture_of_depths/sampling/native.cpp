@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -195,4 +196,113 @@ std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
   return results;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mixture_of_depths, CPU, library) { library.impl("products", TORCH_BOX(&products)); }
+inline float rounded(float value, float) { return value; }
+inline float rounded(float value, BFloat16) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof(word));
+  word = (word + 0x7fff + ((word >> 16) & 1)) & 0xffff0000u;
+  std::memcpy(&value, &word, sizeof(word));
+  return value;
+}
+
+// Sums of STEPS * LANES * PARTS elements of the values, times the shares of `slots` slots.
+template <typename W, int STEPS>
+void weighted(const W* values, const float* shares, float* sums, int64_t slots, int64_t width) {
+  constexpr int64_t PARTS = 4 / sizeof(W), STEP = LANES * PARTS;
+  Floats totals[STEPS][PARTS] = {};
+  for (int64_t slot = 0; slot < slots; slot++, values += width) {
+    for (int step = 0; step < STEPS; step++) {
+      totals[step][0] += shares[slot] * part<0>(values + step * STEP);
+      if constexpr (PARTS == 2) totals[step][1] += shares[slot] * part<1>(values + step * STEP);
+    }
+  }
+  for (int step = 0; step < STEPS; step++)
+    for (int64_t word = 0; word < LANES; word++)
+      for (int64_t i = 0; i < PARTS; i++) sums[step * STEP + word * PARTS + i] = totals[step][i][word];
+}
+
+// Attention of one query of one head to the slots that are used, and to the token's own key and value.
+template <typename W>
+void attend_head(const float* query, const float* key, const float* value, const W* keys, const W* values,
+                 const bool* used, int64_t slots, int64_t width, float* output) {
+  constexpr int64_t STEP = LANES * (4 / sizeof(W));
+  while (slots > 0 && !used[slots - 1]) slots--;
+  for (; slots > 0 && !used[0]; slots--, used++, keys += width, values += width) {
+  }
+  std::vector<float> shares(slots), laid(width);
+  lay_out<W>(laid.data(), query, 1, width);
+  int64_t slot = 0;
+  for (; slot + ONE <= slots; slot += ONE)
+    all_rows<W, ONE>(keys + slot * width, laid.data(), shares.data() + slot, 1, width, slots, 1);
+  for (; slot < slots; slot++)
+    all_rows<W, 1>(keys + slot * width, laid.data(), shares.data() + slot, 1, width, slots, 1);
+  float own = 0;
+  for (int64_t i = 0; i < width; i++) own += query[i] * key[i];
+  float largest = own;
+  for (slot = 0; slot < slots; slot++)
+    if (used[slot] && shares[slot] > largest) largest = shares[slot];
+  float total = std::exp(own - largest);
+  own = rounded(total, W());
+  for (slot = 0; slot < slots; slot++) {
+    const float share = used[slot] ? std::exp(shares[slot] - largest) : 0;
+    total += share;
+    shares[slot] = rounded(share, W());
+  }
+  int64_t first = 0;
+  for (; first + 4 * STEP <= width; first += 4 * STEP)
+    weighted<W, 4>(values + first, shares.data(), output + first, slots, width);
+  for (; first + STEP <= width; first += STEP)
+    weighted<W, 1>(values + first, shares.data(), output + first, slots, width);
+  for (; first < width; first++) {
+    output[first] = 0;
+    for (slot = 0; slot < slots; slot++) output[first] += shares[slot] * ::value(values[slot * width + first]);
+  }
+  for (int64_t i = 0; i < width; i++) output[i] = (output[i] + own * value[i]) / total;
+}
+
+template <typename W>
+void attend_all(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                const Tensor& used, const Tensor& row, Tensor& output) {
+  const int64_t rows = query.size(0), heads = query.size(1), groups = query.size(2), width = query.size(3);
+  const int64_t slots = keys.size(2);
+#pragma omp parallel for
+  for (int64_t i = 0; i < rows * heads * groups; i++) {
+    const int64_t pair = i / groups, head = pair % heads;
+    const int64_t stored = reinterpret_cast<const int64_t*>(row.data_ptr())[pair / heads];
+    const int64_t first = (stored * heads + head) * slots * width;
+    attend_head<W>(reinterpret_cast<const float*>(query.data_ptr()) + i * width,
+                   reinterpret_cast<const float*>(key.data_ptr()) + pair * width,
+                   reinterpret_cast<const float*>(value.data_ptr()) + pair * width,
+                   reinterpret_cast<const W*>(keys.data_ptr()) + first,
+                   reinterpret_cast<const W*>(values.data_ptr()) + first,
+                   reinterpret_cast<const bool*>(used.data_ptr()) + stored * slots, slots, width,
+                   reinterpret_cast<float*>(output.data_ptr()) + i * width);
+  }
+}
+
+// Of queries [R, H, G, h], keys and values [R, H, h] in float32, stored ones [B, H, S, h], used slots [B, S] and each
+// query's row of those [R], all contiguous: [R, H, G, h] in float32. What is not used is not read.
+Tensor attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor used, Tensor row) {
+  for (const Tensor& tensor : {query, key, value, keys, values, used, row})
+    STD_TORCH_CHECK(tensor.is_contiguous(), "tensors must be contiguous");
+  for (const Tensor& tensor : {query, key, value})
+    STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, "what is new must be in float32");
+  STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type(), "keys and values must be of one type");
+  Tensor output = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), query.size(3)});
+  switch (keys.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      attend_all<float>(query, key, value, keys, values, used, row, output);
+      break;
+    case torch::headeronly::ScalarType::BFloat16:
+      attend_all<BFloat16>(query, key, value, keys, values, used, row, output);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "stored keys must be in float32 or bf16");
+  }
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixture_of_depths, CPU, library) {
+  library.impl("products", TORCH_BOX(&products));
+  library.impl("attend", TORCH_BOX(&attend));
+}
