@@ -14,6 +14,7 @@ from mixture_of_depths.sampling.step import (
     apply_mlp,
     attend,
     decode_step,
+    entering_first,
     grow,
     matvec,
     normalised,
@@ -95,3 +96,9 @@ def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(
     of_step = of(attend)(last[0][:, :, None], last[1], last[2], stored, torch.zeros(1, dtype=torch.int64))
     # Here they always do.
     assert (of_step.bfloat16()[0] == attended).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_rows_that_enter_come_first_each_once(batch: int) -> None:
+    for entered_B in (torch.rand(batch) < 0.3, torch.zeros(batch, dtype=torch.bool), torch.ones(batch).bool()):
+        assert torch.equal(entering_first(entered_B), entered_B.int().argsort(descending=True, stable=True))

@@ -360,6 +360,17 @@ def row_counts(batch_size: int) -> list[int]:
     return counts if batch_size == 1 else [*counts, batch_size]
 
 
+def entering_first(entered_B: Tensor) -> Tensor:
+    """The rows' numbers, those that enter before the others; of shape [B].
+
+    By comparing all with all: the compiler calls the library for a sort, which takes longer than so few rows need.
+    """
+    row_B = torch.arange(entered_B.shape[0], device=entered_B.device)
+    key_B = row_B + entered_B.shape[0] * (~entered_B)
+    place_B = (key_B[:, None] > key_B).sum(dim=1)
+    return ((place_B == row_B[:, None]) * row_B).sum(dim=1)
+
+
 def enter_or_skip(
     part: Callable[..., tuple[Tensor, ...]],
     sizes: tuple[int, ...],
@@ -380,7 +391,7 @@ def enter_or_skip(
         What it returns, each of shape [B, size].
     """
     batch_size, own = entered_B.shape[0], len(operands)
-    order_B = entered_B.int().argsort(descending=True, stable=True) if batch_size > 1 else torch.zeros_like(entered_B)
+    order_B = entering_first(entered_B)
     count = entered_B.sum()
 
     # All branches hand out one fresh tensor: their outputs must agree in strides, too.
