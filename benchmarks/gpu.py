@@ -105,14 +105,15 @@ def run_one(part: str, out: Path, tokens: Path | None, smoke: bool, commit: str 
     """What the process of a part does."""
     import torch
 
-    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.compiler import missing_compiler
     from mixture_of_depths.provenance import provenance
 
     if not smoke and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA GPU here; --smoke runs everything on the CPU, in toy sizes")
     if smoke:
-        if part in COMPILING and not can_compile(torch.device("cpu")):
-            raise SystemExit(f"--smoke needs a C++ compiler for the part {part}; install one, such as g++")
+        missing = missing_compiler(torch.device("cpu")) if part in COMPILING else None
+        if missing is not None:
+            raise SystemExit(f"--smoke of the part {part} needs {missing}")
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     # Every size and number of rows is a graph of its own.
     torch.compiler.config.recompile_limit = 64

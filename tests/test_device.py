@@ -13,7 +13,7 @@ from runs import QUIET, config_for, dense_for
 
 from mixture_of_depths import Corpus, SamplingOptions, TrainOptions, retrofit, stream, train
 from mixture_of_depths.cli.main import commands
-from mixture_of_depths.compiler import can_compile
+from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.device import accelerator_name, chosen_device
 from mixture_of_depths.options import RetrofitOptions
 
@@ -88,15 +88,21 @@ def test_every_command_refuses_a_device_that_is_not_there(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compiling_asks_for_a_compiler_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_asks_for_a_cpp_compiler_on_the_cpu_and_for_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     def missing() -> str:
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("mixture_of_depths.compiler.get_cpp_compiler", missing)
-    assert not can_compile(torch.device("cpu"))
-    assert can_compile(torch.device("cuda"))
+    monkeypatch.setattr("mixture_of_depths.compiler.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler; install one"):
+        require_compiler("compile", torch.device("cpu"))
+    with pytest.raises(ValueError, match="compile needs Triton; install the package triton"):
+        require_compiler("compile", torch.device("cuda"))
+    require_compiler("compile", torch.device("mps"))
+    monkeypatch.setattr("mixture_of_depths.compiler.find_spec", lambda name: name)
+    require_compiler("compile", torch.device("cuda"))
 
 
 def test_without_a_compiler_nothing_is_begun_that_is_to_be_compiled(corpus: Corpus, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What of PyTorch's compiler has no public name, in one place: these may change with every release of torch."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,21 +12,23 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether there is what compiling for a device needs: on the CPU a C++ compiler, which no other asks for."""
-    if device.type != "cpu":
-        return True
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return True
+def missing_compiler(device: torch.device) -> str | None:
+    """What compiling for a device needs and is not there, a C++ compiler on the CPU or Triton on CUDA, or None."""
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "a C++ compiler; install one, such as g++"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "Triton; install the package triton, or on Windows triton-windows"
+    return None
 
 
-def require_compiler(option: str, device: torch.device) -> None:
-    """Raises ValueError, naming the option, where there is not what compiling for a device needs."""
-    if not can_compile(device):
-        raise ValueError(f"{option} needs a C++ compiler; install one, such as g++")
+def require_compiler(what: str, device: torch.device) -> None:
+    """Raises ValueError, naming what is to be compiled, where there is not what compiling for a device needs."""
+    missing = missing_compiler(device)
+    if missing is not None:
+        raise ValueError(f"{what} needs {missing}")
 
 
 def any_length(tensor: Tensor, dim: int) -> None:

@@ -46,7 +46,7 @@ def test_a_part_that_compiles_is_refused_without_a_compiler_before_its_first_cas
     for part in gpu.COMPILING:
         with (
             torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)}),
-            pytest.raises(SystemExit, match="--smoke needs a C"),
+            pytest.raises(SystemExit, match=f"--smoke of the part {part} needs a C"),
         ):
             gpu.run_one(part, tmp_path, None, True, None)
     assert list(tmp_path.iterdir()) == []

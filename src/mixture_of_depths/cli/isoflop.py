@@ -94,7 +94,7 @@ def measure(study: Study, out: Path, family: str = "mod", device: Device = "auto
         family: The family that is compared with the baseline.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
-    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.files import read_json, write_aside
     from mixture_of_depths.isoflop.measure import measure
@@ -105,8 +105,7 @@ def measure(study: Study, out: Path, family: str = "mod", device: Device = "auto
     quiet_libraries()
     place = chosen_device(device)
     records, baseline = _records(study, out, family)
-    if not can_compile(place):
-        raise ValueError("a C++ compiler is needed to measure sampling; install one, such as g++")
+    require_compiler("measuring sampling", place)
     corpus = prepare(load_study(study).data)
     path = out / "measurements.json"
     measured = read_json(path) if path.exists() else {}

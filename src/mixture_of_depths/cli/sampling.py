@@ -53,7 +53,7 @@ def generate(
     """
     import torch
 
-    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.compiler import missing_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.inspect.depth import coloured
     from mixture_of_depths.sampling.stream import check_prompts
@@ -79,11 +79,12 @@ def generate(
         # All of them before the first is written.
         tokens = torch.tensor([sample.tokens])
         check_prompts(model, tokens, torch.ones_like(tokens), options.max_new_tokens)
-    compiled = compile and can_compile(place)
+    missing = missing_compiler(place) if compile else None
+    compiled = compile and missing is None
     if compiled:
         print("compiling the sampling step; later runs find it on the disk", file=sys.stderr, flush=True)
     elif compile:
-        print("no C++ compiler found: sampling without compilation", file=sys.stderr, flush=True)
+        print(f"sampling without compilation, which needs {missing}", file=sys.stderr, flush=True)
     if prompts is not None:
         with out.open("x") if out is not None else nullcontext(sys.stdout) as file:
             for start in range(0, len(texts), batch_size):
@@ -124,7 +125,7 @@ def bench(
         batch_sizes: Numbers of prompts sampled together.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
-    from mixture_of_depths.compiler import can_compile
+    from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.provenance import provenance
     from mixture_of_depths.sampling.bench import bench as run
@@ -136,8 +137,7 @@ def bench(
             raise ValueError(f"{name}={value} must be at least {least}")
     if min(batch_sizes, default=0) < 1:
         raise ValueError(f"batch_sizes={' '.join(map(str, batch_sizes))} must be one or more whole numbers from 1 on")
-    if not can_compile(place):
-        raise ValueError("a C++ compiler is needed to measure the compiled step; install one, such as g++")
+    require_compiler("measuring the compiled step", place)
     model, _ = load_checkpoint(checkpoint, place)
     longest = model.config.max_position_embeddings
     if prompt_tokens + new_tokens > longest:
