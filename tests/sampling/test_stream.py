@@ -8,10 +8,14 @@ import psutil
 import pytest
 import torch
 from models import PARTS, greedy, left_padded, tiny, with_parts
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from mixture_of_depths import MoDForCausalLM, quantize
 from mixture_of_depths.model.flops import cache_bytes
 from mixture_of_depths.options import SamplingOptions
-from mixture_of_depths.sampling.stream import stream
+from mixture_of_depths.sampling import stream as stream_module
+from mixture_of_depths.sampling.stream import require_known_layers, stream
 
 
 def each_pair_once() -> list[Any]:
@@ -231,3 +235,48 @@ def test_logits_that_become_no_numbers_later_are_named_before_their_token_is_han
     model.lm_head.weight.data[5] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         next(tokens)
+
+
+def test_the_fast_step_refuses_adapters_until_they_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["router"])
+    adapted = get_peft_model(tiny(routed_layers=[1]).eval(), adapters)
+    input_ids = torch.ones(1, 3, dtype=torch.int64)
+    for is_graph in (False, True):
+        monkeypatch.setattr(stream_module, "is_graph", lambda _, is_graph=is_graph: is_graph)
+        # Before a token is computed.
+        monkeypatch.setattr(MoDForCausalLM, "forward", None)
+        with pytest.raises(ValueError, match=r"q_proj is a peft\..*: merge_and_unload\(\), or sample without"):
+            next(stream(adapted.get_base_model(), input_ids, compiled=True))
+    require_known_layers(adapted.merge_and_unload())
+
+
+@pytest.mark.parametrize("name", ["", "lm_head", "model.embed_tokens", "model.layers.1", "model.layers.1.router.proj"])
+def test_the_fast_step_refuses_layers_with_hooks(name: str) -> None:
+    model = tiny(routed_layers=[1])
+    require_known_layers(model)
+    layer = model.get_submodule(name)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(ValueError, match=f"{name or 'the model'} has hooks"):
+            require_known_layers(model)
+        handle.remove()
+    require_known_layers(model)
+
+
+def test_the_fast_step_refuses_layers_that_compute_something_else() -> None:
+    model = tiny(query_key_norm=True)
+    model.model.norm.forward = torch.relu
+    with pytest.raises(ValueError, match=r"model\.norm has another forward\(\)"):
+        require_known_layers(model)
+    model = tiny(query_key_norm=True)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"up_proj is a torch\.nn\.utils\.parametrize"):
+        require_known_layers(model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 3}, {"router_type": "random"}, {"causal_router": "threshold"}])
+def test_the_fast_step_knows_every_layer_that_a_model_may_have(changes: dict[str, Any]) -> None:
+    model = tiny(query_key_norm=True, bypass_rank=2, **changes)
+    require_known_layers(model)
+    quantize(model)
+    require_known_layers(model)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.sampling.stream import require_known_layers
 from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
@@ -260,6 +261,14 @@ def test_compiled_bf16_training_with_checkpointing_reaches_a_like_loss(corpus: C
         assert result.evaluation is not None
         found.append(result.evaluation.loss_top_k)
     assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_the_fast_step_takes_a_model_that_was_trained_with_checkpointing_in_bf16(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    opts = TrainOptions(max_steps=1, batch_size=4, precision="bf16", gradient_checkpointing=True)
+    model, _ = train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)
+    require_known_layers(model)
 
 
 @pytest.mark.slow

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_depths.compiler import require_compiler
+from mixture_of_depths.model.attention import Attention
 from mixture_of_depths.model.cache import MoDCache
-from mixture_of_depths.model.modeling import MoDForCausalLM
+from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, GroupedLinear
+from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM, MoDModel
+from mixture_of_depths.model.routing import Bypass, PreciseLinear, Predictor, Router, ZeroLinear
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
 from mixture_of_depths.sampling.native import choose_fastest
-from mixture_of_depths.sampling.quantization import Int8Linear
+from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
 from mixture_of_depths.sampling.step import decode_step, grow, prefill, product_shapes
 
 if TYPE_CHECKING:
@@ -154,10 +157,46 @@ def is_graph(model: MoDForCausalLM) -> bool:
     return model.device.type == "cuda" and model.dtype in precisions and is_plain
 
 
+# All that a model is made of, as far as the fast step knows it.
+KNOWN_LAYERS = {
+    *(nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList, nn.RMSNorm),
+    *(MoDModel, DecoderLayer, Attention, MLP, Bypass, ZeroLinear, Router, Predictor, PreciseLinear),
+    *(ExpertMLP, ExpertRouter, GroupedLinear, Int8Linear, Int8GroupedLinear),
+}
+
+
+def require_known_layers(model: MoDForCausalLM) -> None:
+    """Refuses layers whose weights do not say all that they do, since the fast step reads weights and calls no layer.
+
+    Raises:
+        ValueError: for a layer of another class, as under adapters, or with another `forward` or hooks of its own.
+    """
+    for name, layer in model.named_modules():
+        if layer is not model and type(layer) not in KNOWN_LAYERS:
+            fault = f"{name} is a {type(layer).__module__}.{type(layer).__name__}"
+            remedy = "merge the adapter first: merge_and_unload()"
+        elif layer is not model and "forward" in vars(layer):
+            fault, remedy = f"{name} has another forward()", "load the model anew, on one device"
+        elif layer._forward_hooks or layer._forward_pre_hooks:
+            fault = f"{name or 'the model'} has hooks"
+            remedy = "remove them (disable_input_require_grads() removes that of gradient checkpointing)"
+        else:
+            continue
+        raise ValueError(
+            f"{fault}, and the fast step (compiled=True, --compile) reads weights and calls no layer; {remedy}, or "
+            "sample without it"
+        )
+
+
 def fast_step(
     model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int
 ) -> "CompiledStep | GraphStep":
-    """The prompts through the model, and the fast step for `room` tokens that follow."""
+    """The prompts through the model, and the fast step for `room` tokens that follow.
+
+    Raises:
+        ValueError: for layers that it does not know.
+    """
+    require_known_layers(model)
     if not is_graph(model):
         return CompiledStep(model, input_ids, attention_mask, room)
     # Needs Triton, which PyTorch brings for GPUs only.
@@ -196,7 +235,8 @@ def stream(
             yielded before it.
 
     Raises:
-        ValueError: for prompts the model cannot go on from, or a compiler that is missing.
+        ValueError: for prompts the model cannot go on from, a compiler that is missing, or layers that the fast step
+            does not know, as under adapters.
         FloatingPointError: when the model's logits are not finite.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -279,4 +279,6 @@ def _run(
     # Accelerate puts mixed precision into the model's own forward pass, where it would stay for all that follows.
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
+    # So would the hook that checkpointing puts on the embedding.
+    model.disable_input_require_grads()
     return trainer.state.global_step
