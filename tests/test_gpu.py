@@ -186,6 +186,18 @@ def test_replays_of_the_graph_give_the_logits_of_the_eager_step(kind: str, dtype
     assert DEVICE.type == "cpu" or step.graph is not None
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_models_on_two_gpus_are_recorded_each_on_its_own() -> None:
+    for number in range(2):
+        device = torch.device("cuda", number)
+        model, input_ids = torch.nn.Module.to(graph_model("predictor", torch.float32), device), tokens(2, 12).to(device)
+        wanted = greedy(model, input_ids, torch.ones_like(input_ids), 12).tolist()
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = None
+        sampled = stream(model, input_ids, options=SamplingOptions(max_new_tokens=12, temperature=0), compiled=True)
+        assert torch.stack(list(sampled), dim=1).tolist() == wanted
+
+
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_a_replay_does_not_wait(kind: str) -> None:
     step, _ = graph_step(graph_model(kind, torch.bfloat16), 3, 8)

@@ -4,6 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +190,31 @@ def test_experts_weights_of_8_bits_and_the_cpu_keep_the_compiled_step(monkeypatc
     assert type(fast_step(plain, input_ids, torch.ones_like(input_ids), 2)).__name__ == "CompiledStep"
     monkeypatch.setattr(MoDForCausalLM, "device", torch.device("cuda"))
     assert [is_graph(model) for model in (plain, experts, rounded, double)] == [True, False, False, False]
+
+
+def test_recordings_lie_on_their_model_s_device_and_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixture_of_depths.sampling.graph import recorded
+
+    made: list[str] = []
+
+    @contextmanager
+    def recording(graph: str, stream: str, capture_error_mode: str) -> Iterator[None]:
+        made.append(f"begin {graph} on {stream}, {capture_error_mode}")
+        time.sleep(0.05)
+        yield
+        made.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    devices = [torch.device("cuda", number) for number in range(2)]
+    threads = [threading.Thread(target=recorded, args=(lambda: made.append("run"), device)) for device in devices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    begun = [f"begin graph on a stream of {device}, thread_local" for device in devices]
+    assert made in ([begun[0], "run", "end", begun[1], "run", "end"], [begun[1], "run", "end", begun[0], "run", "end"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ for attention, N query heads, H key-value heads, h head width, S slots of a buff
 positions, L blocks, V vocabulary.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ PRECISIONS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 PROGRAMS, MOST_PARTS = 256, 16
 
 Launch = Callable[[], object]
+
+# PyTorch makes one recording at a time in a process.
+RECORDING = threading.Lock()
 
 
 @dataclass
@@ -79,6 +83,19 @@ def parts_of(slots: int, batch: int, heads: int) -> int:
     """In how many parts, a power of two, attention reads a row's slots."""
     wanted = min(MOST_PARTS, PROGRAMS // (batch * heads), slots // 64)
     return 1 << (max(1, wanted).bit_length() - 1)
+
+
+def recorded(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """The graph of what `run` launches on a device, which must be the current one."""
+    graph = torch.cuda.CUDAGraph()
+    # PyTorch's own stream for recordings is one for all, and lies on the device of the first. Other threads may go on
+    # with work of their own.
+    with (
+        RECORDING,
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph
 
 
 class GraphStep:
@@ -167,10 +184,7 @@ class GraphStep:
             if going_B is not None:
                 self.active_B.copy_(going_B)
             if is_cuda and self.is_warm and self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                # Other threads may go on with work of their own.
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self._run()
+                self.graph = recorded(self._run, self.device)
             if self.graph is None:
                 self._run()
             else:
