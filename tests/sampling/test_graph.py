@@ -1,11 +1,13 @@
 """The step on a GPU, its kernels run by Triton's interpreter: it does what the eager step does, token by token."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,6 +192,21 @@ def test_experts_weights_of_8_bits_and_the_cpu_keep_the_compiled_step(monkeypatc
     assert type(fast_step(plain, input_ids, torch.ones_like(input_ids), 2)).__name__ == "CompiledStep"
     monkeypatch.setattr(MoDForCausalLM, "device", torch.device("cuda"))
     assert [is_graph(model) for model in (plain, experts, rounded, double)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal_router": "predictor"}, {"router_type": "random"}])
+def test_a_step_and_its_buffers_go_with_whoever_holds_it(changes: dict[str, Any]) -> None:
+    input_ids, mask = left_padded(1, 4)
+    model = model_of(**TWO, parts=["block", "mlp"], **changes)
+    gc.disable()
+    try:
+        step = graph_step(model, input_ids, mask, 2)
+        step(torch.tensor([1]), None)
+        alive = weakref.ref(step), weakref.ref(step.layers[0].keys)
+        del step
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_recordings_lie_on_their_model_s_device_and_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

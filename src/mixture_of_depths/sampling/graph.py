@@ -85,6 +85,16 @@ def parts_of(slots: int, batch: int, heads: int) -> int:
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
+def draw(router: Router, hidden_BD: Tensor, position_B: Tensor, router_B: Tensor, causal_B: Tensor) -> None:
+    """What a random router gives each row, by its position, into the last two.
+
+    No method: a launch that held the step that holds it would keep both until the collector of cycles comes.
+    """
+    router_B1, causal_B1 = router.logits(hidden_BD[:, None], position_B[:, None])
+    router_B.copy_(router_B1[:, 0])
+    causal_B.copy_(causal_B1[:, 0])
+
+
 def recorded(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """The graph of what `run` launches on a device, which must be the current one."""
     graph = torch.cuda.CUDAGraph()
@@ -315,7 +325,8 @@ class GraphStep:
         predictor: tuple[Tensor | None, ...] = (None, None, None, None)
         if router.is_random:
             # Of the position alone: a few operations on one number a row.
-            launches, causal_B = [partial(self._draw, router)], self.causal_B
+            buffers = (self.hidden_BD, self.position_B, self.router_B, self.causal_B)
+            launches, causal_B = [partial(draw, router, *buffers)], self.causal_B
         else:
             eps = config.rms_norm_eps if config.router_norm else None
             weight_D, block_D = self._weight(router.proj), power_of_2(self.width)
@@ -363,11 +374,6 @@ class GraphStep:
             BLOCK_P=min(64, power_of_2(predictor_width)),
         )
         return [*launches, decide]
-
-    def _draw(self, router: Router) -> None:
-        router_B1, causal_B1 = router.logits(self.hidden_BD[:, None], self.position_B[:, None])
-        self.router_B.copy_(router_B1[:, 0])
-        self.causal_B.copy_(causal_B1[:, 0])
 
     def _bypass(self, layer: DecoderLayer) -> list[Launch]:
         """What the rows that skip take in the place of the routed part."""
