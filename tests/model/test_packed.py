@@ -205,8 +205,16 @@ def test_lengths_that_other_kernels_are_told_give_positions_and_must_fill_the_ro
     lengths = torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32)
     assert packed_positions(lengths, 8).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
     model = tiny().train()
-    for wrong, told in (([0, 3, 7], 7), ([0, 3, 9], 9), ([2, 8], 6)):
-        with pytest.raises(ValueError, match=f"cu_seq_lens_q counts {told} tokens where the row has 8"):
+    for wrong, told in (
+        ([0, 3, 7], "from 0 to 7 "),
+        ([0, 3, 9], "from 0 to 9 "),
+        ([2, 8], "from 2 to 8 "),
+        ([1, 4, 9], "from 1 to 9 "),
+        ([0], "from 0 to 0 "),
+        ([0, 5, 3, 8], "from 0 to 8, and falls between, "),
+        ([0, 12, 8], "from 0 to 8, and falls between, "),
+    ):
+        with pytest.raises(ValueError, match=f"cu_seq_lens_q goes {told}where the row has 8 tokens"):
             model(torch.randint(0, 31, (1, 8)), cu_seq_lens_q=torch.tensor(wrong))
 
 

@@ -79,7 +79,7 @@ def documents_of(
         cu_seq_lens (torch.Tensor | None): what the positions were made of, if of this.
 
     Raises:
-        ValueError: if `cu_seq_lens` counts other than T tokens.
+        ValueError: if `cu_seq_lens` does not rise from 0 to T.
     """
     is_start_BT = F.pad(position_BT.diff(dim=1) != 1, (1, 0), value=True)
     documents_BT = is_start_BT.cumsum(dim=1)
@@ -88,12 +88,15 @@ def documents_of(
     document = is_start_BT.expand(batch_size, -1).flatten().cumsum(dim=0) - 1
     lengths = torch.zeros_like(document).index_add_(0, document, torch.ones_like(document))
     num_tokens, number = position_BT.shape[1], document[-1] + 1
-    told = torch.full_like(number, num_tokens) if cu_seq_lens is None else (cu_seq_lens[-1] - cu_seq_lens[0]).long()
-    number, longest, told = torch.stack([number, lengths.max(), told]).tolist()
-    if told != num_tokens:
+    facts = [number, lengths.max()]
+    if cu_seq_lens is not None:
+        facts += [cu_seq_lens[0], cu_seq_lens[-1], (cu_seq_lens.diff() < 0).any()]
+    number, longest, *told = torch.stack([fact.long() for fact in facts]).tolist()
+    if told and told != [0, num_tokens, False]:
+        first, last, falls = told
         raise ValueError(
-            f"cu_seq_lens_q counts {told} tokens where the row has {num_tokens}; begin it with 0, and end it with the "
-            "number of tokens"
+            f"cu_seq_lens_q goes from {first} to {last}{', and falls between,' if falls else ''} where the row has "
+            f"{num_tokens} tokens; begin it with 0, end it with the number of tokens, and let it never fall"
         )
     if number == batch_size:
         return None, None
