@@ -249,27 +249,29 @@ def test_a_compiled_block_serves_every_number_of_documents_with_one_graph(monkey
         assert (ours.grad - theirs.grad).abs().max() < 1e-9
 
 
-FUSED: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64}
+FUSED: dict[str, Any] = {"num_tokens": 10_000_000, "device": "cuda", "dtype": torch.bfloat16, "head_dim": 64}
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What PyTorch says of the GPU and of itself."""
-    told = SimpleNamespace(capability=(8, 0), cuda="12.8", is_built=True, is_enabled=True)
+    told = SimpleNamespace(capability=(8, 0), is_built=True, is_enabled=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: told.capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: told.is_built)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: told.is_enabled)
-    monkeypatch.setattr(torch.version, "cuda", told.cuda)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     return told
 
 
 def fits(number: int = 5, **changes: Any) -> bool:
     asked = {**FUSED, **changes}
-    starts = torch.zeros(number + 1, dtype=torch.int32)
-    return runs_fused(Packing(starts, 8), torch.device(asked["device"]), asked["dtype"], asked["head_dim"])
+    packing, device = Packing(torch.zeros(number + 1, dtype=torch.int32), 8), torch.device(asked["device"])
+    return runs_fused(packing, asked["num_tokens"], device, asked["dtype"], asked["head_dim"])
 
 
-def test_the_kernel_serves_half_precision_on_a_gpu_that_has_it(gpu: SimpleNamespace) -> None:
+def test_the_kernel_serves_half_precision_on_a_gpu_that_has_it(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fits()
     assert fits(dtype=torch.float16)
     several: tuple[dict[str, Any], ...] = (
@@ -288,6 +290,24 @@ def test_the_kernel_serves_half_precision_on_a_gpu_that_has_it(gpu: SimpleNamesp
     assert not fits()
     gpu.capability, gpu.is_built = (9, 0), False
     assert not fits()
+    gpu.is_built = True
+    assert fits()
+    # PyTorch for GPUs of AMD.
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not fits()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_kernel_is_not_given_documents_so_short_that_they_take_more_memory_than_their_tokens() -> None:
+    assert fits(64, num_tokens=1024)
+    assert not fits(65, num_tokens=1024)
+    assert fits(65_535, num_tokens=65_535 * 16)
+    # A batch whose rows are mostly padding of position 0.
+    position_BT = torch.cat([torch.arange(300), torch.zeros(724)]).long().expand(2, -1)
+    _, packing = documents_of(position_BT, 2)
+    assert packing is not None
+    assert packing.starts.shape[0] - 1 == 2 * 725
+    assert not fits(packing.starts.shape[0] - 1, num_tokens=2048)
 
 
 @pytest.mark.usefixtures("gpu")

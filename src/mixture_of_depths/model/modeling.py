@@ -436,7 +436,8 @@ class MoDModel(MoDPreTrainedModel):
             return position_ids, None, None
         documents_BT, packing = documents_of(position_ids, batch_size, cu_seq_lens)
         assert self.config.head_dim is not None
-        if packing is not None and not runs_fused(packing, hidden_BTD.device, hidden_BTD.dtype, self.config.head_dim):
+        facts = (batch_size * num_tokens, hidden_BTD.device, hidden_BTD.dtype, self.config.head_dim)
+        if packing is not None and not runs_fused(packing, *facts):
             packing = None
         return position_ids, documents_BT, packing
 

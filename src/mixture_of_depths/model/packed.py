@@ -21,6 +21,9 @@ from mixture_of_depths.model.routing import Selection, flat_index
 # What the kernel takes at most. Wider heads have no backward pass on some GPUs.
 WIDEST_HEAD = 192
 MOST_DOCUMENTS = 65_535
+# Its backward pass holds gradients of queries in float32, for 128 tokens more a document than there are. At 16 tokens a
+# document that is 9 times what the tokens need, and at one, as which padding of position 0 counts, 129 times.
+SHORTEST_DOCUMENTS = 16
 
 
 @dataclass
@@ -105,8 +108,11 @@ def documents_of(
     return documents_BT, Packing(starts, longest)
 
 
-def runs_fused(packing: Packing, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether attention within packed documents runs fused, for hidden states in `dtype`, and else under a mask."""
+def runs_fused(packing: Packing, num_tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention within packed documents runs fused, for hidden states in `dtype`, and else under a mask.
+
+    `num_tokens` are those of the whole batch. In a routed block fewer enter, which needs no more memory.
+    """
     if device.type != "cuda":
         return False
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
@@ -115,7 +121,7 @@ def runs_fused(packing: Packing, device: torch.device, dtype: torch.dtype, head_
         dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= WIDEST_HEAD
-        and packing.starts.shape[0] - 1 <= MOST_DOCUMENTS
+        and packing.starts.shape[0] - 1 <= min(MOST_DOCUMENTS, num_tokens // SHORTEST_DOCUMENTS)
         # The same name stands for GPUs of AMD, whose kernel is another.
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(device) >= (8, 0)
