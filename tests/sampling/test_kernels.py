@@ -87,6 +87,27 @@ def test_rows_are_listed_by_what_decides_and_have_the_factor_of_their_activation
     torch.testing.assert_close(factor_B, gates.get(activation, torch.ones(batch)))
 
 
+def test_a_tanh_is_exact_to_the_last_digits_from_0_to_where_it_is_1() -> None:
+    router_B = torch.cat([torch.zeros(1), torch.logspace(-6, 1.3, 100), torch.tensor([0.9999, 1.0, 1.0001, 1e30])])
+    router_B = torch.cat([router_B, -router_B])
+    batch, factor_B = len(router_B), torch.zeros(len(router_B))
+    numbers = [torch.zeros(size, dtype=torch.int32) for size in (batch, batch, 1, batch, 1)]
+    kernels().decide_kernel[(1,)](
+        router_B,
+        *[None] * 6,
+        torch.ones(batch, dtype=torch.int32),
+        numbers[0],
+        factor_B,
+        *numbers[1:],
+        batch,
+        WIDTH=1,
+        ACTIVATION="tanh",
+        BLOCK_B=256,
+        BLOCK_P=1,
+    )
+    torch.testing.assert_close(factor_B, router_B.tanh(), atol=0, rtol=3e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_normed", [False, True])
 def test_heads_are_normed_and_turned_and_keys_go_to_the_next_slot(dtype: torch.dtype, is_normed: bool) -> None:
