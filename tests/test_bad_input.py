@@ -176,6 +176,7 @@ WHOLE = [
     b"x" * 100_000,
 ]
 SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".parquet.gz", ".bin", ""]
+SUFFIXES += [".json", ".json.gz", ".jsonl.zst"]
 
 
 @FEW

@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import options, read, write_files
 
+from mixture_of_depths.text import documents as documents_module
 from mixture_of_depths.text.corpus import prepare
-from mixture_of_depths.text.documents import Skipped, builtin_files, split_documents
+from mixture_of_depths.text.documents import Skipped, Span, read_file, split_documents
+from mixture_of_depths.text.sources import builtin_files
+
+
+def compressed(content: bytes, codec: str) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, codec) as stream:
+        stream.write(content)
+    return buffer.getvalue().to_pybytes()
 
 
 def test_the_builtin_corpus_is_the_standard_library_without_its_tests() -> None:
@@ -94,6 +103,12 @@ def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> No
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-12], "a.txt.gz is not a whole gzip file"),
         ("a.parquet.gz", b"no gzip", "a.parquet.gz is not a whole gzip file"),
         ("a.parquet.gz", gzip.compress(b"no parquet", mtime=0), "a.parquet.gz is not a Parquet file"),
+        ("a.txt.zst", b"no zstd", "a.txt.zst is not a whole zstd file"),
+        ("a.jsonl.zst", compressed(b"{}" * 5000, "zstd")[:-9], "a.jsonl.zst is not a whole zstd file"),
+        ("a.json.gz", gzip.compress(b"{}" * 5000, mtime=0)[:-9], "a.json.gz is not a whole gzip file"),
+        ("a.json", b"{", r"holds no text \(skipped: .*, 1 not JSON"),
+        ("a.json", b"[1, [2]]", "text_column=text holds text in no line of .*a.json; line 1 has: int"),
+        ("a.json", b"[" * 100_000, r"holds no text \(skipped: .*, 1 not JSON"),
         ("a.parquet", b"no parquet", "a.parquet is not a Parquet file"),
         ("a.csv", b"x", "a.csv is not one of"),
         ("a.txt", b"", "holds no text"),
@@ -155,3 +170,78 @@ def test_a_byte_order_mark_and_half_surrogates_are_no_text(tmp_path: Path) -> No
     documents, skipped = read(options(tmp_path, str(tmp_path / "a.jsonl")))
     assert documents == ["one", "a?b"]
     assert skipped == Skipped()
+
+
+def test_a_compressed_file_gives_the_text_of_the_plain_one(tmp_path: Path) -> None:
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, content in (
+        ("a.jsonl", lines),
+        ("b.jsonl.zst", compressed(lines, "zstd")),
+        ("c.json.gz", gzip.compress(lines, mtime=0)),
+        ("d.json.zst", compressed(b' [{"text": "one"}, {"text": "two"}]', "zstd")),
+        # Several frames after one another, as parallel compressors write them.
+        ("e.jsonl.zst", compressed(lines[:16], "zstd") + compressed(lines[16:], "zstd")),
+        ("f.json.gz", gzip.compress(b'[1]\n{"text": "one"}\n{"text": "two"}', mtime=0)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert read(options(tmp_path, str(tmp_path / name)))[0] == ["one", "two"], name
+    (tmp_path / "a.txt.zst").write_bytes(compressed("zwölf".encode(), "zstd"))
+    assert read(options(tmp_path, str(tmp_path / "a.txt.zst")))[0] == ["zwölf"]
+
+
+def test_dots_lead_into_nested_fields_unless_a_field_has_that_name(tmp_path: Path) -> None:
+    rows = [{"meta": {"text": "one"}}, {"meta": {"text": None}}, {"meta": None}, {"meta": {"text": "two"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    documents, skipped = read(options(tmp_path, str(tmp_path / "a.parquet"), text_column="meta.text"))
+    assert (documents, skipped) == (["one", "two"], Skipped(no_text=2))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, skipped = read(options(tmp_path, str(tmp_path / "a.jsonl"), text_column="meta.text"))
+    assert (documents, skipped) == (["one", "two"], Skipped(no_text=2))
+    pyarrow.parquet.write_table(pyarrow.table({"meta.text": ["flat"]}), tmp_path / "b.parquet")
+    assert read(options(tmp_path, str(tmp_path / "b.parquet"), text_column="meta.text"))[0] == ["flat"]
+    with pytest.raises(ValueError, match=r"text_column=meta\.body is missing in .*a\.parquet, which has: text"):
+        read(options(tmp_path, str(tmp_path / "a.parquet"), text_column="meta.body"))
+    with pytest.raises(ValueError, match=r"text_column=meta\.text\.more is missing in .*, which has: "):
+        read(options(tmp_path, str(tmp_path / "a.parquet"), text_column="meta.text.more"))
+
+
+def test_a_line_that_is_too_long_for_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", 50)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 100 + '"}')
+    with pytest.raises(ValueError, match=r"a\.jsonl has a line of .* GB or more, which is no record"):
+        read(options(tmp_path, str(tmp_path / "a.jsonl")))
+    (tmp_path / "a.json").write_text('[{"text": "' + "x" * 100 + '"}]')
+    with pytest.raises(ValueError, match=r"a\.json is one list of .* GB or more; write one record a line"):
+        read(options(tmp_path, str(tmp_path / "a.json")))
+
+
+TEXTS = st.lists(st.sampled_from(["a", "é", "😀", " ", "\n", "bc"]), max_size=60).map("".join)
+
+
+@given(TEXTS, st.integers(1, 40))
+def test_the_spans_of_a_text_are_the_whole_of_it(
+    tmp_path_factory: pytest.TempPathFactory, text: str, size: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    length = path.stat().st_size
+    places = [*range(0, length, size)] or [0]
+    spans = [Span(place, end) for place, end in zip(places, [*places[1:], None], strict=True)]
+    skipped = Skipped()
+    assert "".join(document for span in spans for document in read_file(path, "text", skipped, span, size)) == text
+    assert skipped == Skipped()
+    packed = path.with_name("a.txt.gz")
+    packed.write_bytes(gzip.compress(text.encode(), mtime=0))
+    assert "".join(read_file(packed, "text", skipped, longest=size)) == text
+    assert skipped == Skipped()
+
+
+@given(st.lists(st.sampled_from(["", "a", "long " * 5, "é"]), max_size=12), st.integers(1, 60), st.booleans())
+def test_every_line_belongs_to_one_span(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, ends: bool
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n" * ends)
+    places = [*range(0, path.stat().st_size, size)] or [0]
+    spans = [Span(place, end) for place, end in zip(places, [*places[1:], None], strict=True)]
+    assert [text for span in spans for text in read_file(path, "text", Skipped(), span)] == texts

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import SENTENCE, sentence_tokenizer
 
-from mixture_of_depths.text import tokenizer as tokenizer_module
+from mixture_of_depths.text import encoder as encoder_module
 from mixture_of_depths.text.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
 
 
@@ -23,9 +23,9 @@ def test_the_tokenizer_gives_any_text_back(text: str) -> None:
 def test_long_documents_are_cut_where_tokens_end(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
     texts = [SENTENCE * 20, "one\n\n  two   three\t four and  " * 9, "", " x", "a é 😀 " * 30, "word" * 400]
     whole = [tokenize([text], sentence_tokenizer()).tolist() for text in texts]
-    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", longest)
-    assert ["".join(tokenizer_module.cut(text)) for text in texts] == texts
-    assert all(len(piece) <= 2 * longest for text in texts for piece in tokenizer_module.cut(text))
+    monkeypatch.setattr(encoder_module, "LONGEST_PIECE", longest)
+    assert ["".join(encoder_module.cut(text)) for text in texts] == texts
+    assert all(len(piece) <= 2 * longest for text in texts for piece in encoder_module.cut(text))
     # All but the word that is longer than a piece has the same tokens.
     assert tokenize(texts[:-1], sentence_tokenizer()).tolist() == [token for tokens in whole[:-1] for token in tokens]
     assert sentence_tokenizer().decode(tokenize(texts[-1:], sentence_tokenizer())[:-1]) == texts[-1]

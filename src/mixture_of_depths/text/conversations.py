@@ -4,10 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    # Whoever reads text loads this module, and loading transformers takes longer than all else.
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -40,7 +43,7 @@ def conversation_of(value: object) -> Conversation | None:
 
 def render(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     asks: bool,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
@@ -62,7 +65,7 @@ def render(
 
 
 def rendered(
-    conversations: Sequence[list[Message]], tokenizer: PreTrainedTokenizerBase, asks: bool = False
+    conversations: Sequence[list[Message]], tokenizer: "PreTrainedTokenizerBase", asks: bool = False
 ) -> list[str]:
     """The text of each conversation, by the tokenizer's chat template.
 
@@ -88,7 +91,7 @@ def rendered(
     return texts
 
 
-def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokens_of(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """The tokens of what `rendered` made of conversations, in which names of special tokens stand for them."""
     return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
 

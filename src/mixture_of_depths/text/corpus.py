@@ -17,15 +17,8 @@ from mixture_of_depths.files import is_whole, locked, seal, sync_folder
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.batches import document_positions, pack, with_positions
 from mixture_of_depths.text.conversations import Conversation, positions_in_sequences, rendered, tokens_of
-from mixture_of_depths.text.documents import (
-    HUB,
-    SUFFIXES,
-    Skipped,
-    digest,
-    read_all,
-    split_conversations,
-    split_documents,
-)
+from mixture_of_depths.text.documents import Skipped, digest, read_all, split_conversations, split_documents
+from mixture_of_depths.text.sources import HUB, NAMES, hub_name
 from mixture_of_depths.text.tokenizer import end_of_text, load_tokenizer, start_of_text, tokenize, train_tokenizer
 
 # Raised when the prepared form changes, so that older cache entries are not read.
@@ -100,7 +93,7 @@ def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | Non
     if not documents:
         raise ValueError(
             f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files, folders or globs of "
-            f"{' '.join(SUFFIXES)}"
+            f"{NAMES}"
         )
     own_tokenizer = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     if own_tokenizer is None and any(isinstance(document, Conversation) for document in documents):
@@ -192,7 +185,7 @@ def cut_documents(
 
 def _check(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
     validate_fields(options)
-    if not any(source.startswith(HUB) for source in options.data):
+    if not any(hub_name(source) is not None for source in options.data):
         refuse_without_use(options, f"without a data set of the hub, {HUB}NAME, in data", "split")
     if tokenizer is None and options.tokenizer is not None:
         refuse_without_use(options, f"with tokenizer={options.tokenizer}, which is not trained", "vocab_size")

@@ -1,27 +1,32 @@
-"""Documents: every reader of text, from files, folders, globs, the standard library and the hub; and their split."""
+"""Documents: every reader of text, from files, folders, globs, the standard library and the hub; and their split.
 
-import gzip
+All of them stream: they hold one document at a time, and a file's blocks or rows around it.
+"""
+
 import hashlib
 import json
-import sysconfig
-import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob, has_magic
-from io import BytesIO
+from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
-import datasets
+import pyarrow
+import pyarrow.compute
 import pyarrow.parquet as parquet
 
-from mixture_of_depths.options import BUILTIN, DataOptions
+from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.conversations import Conversation, conversation_of
+from mixture_of_depths.text.sources import COMPRESSIONS, JSON, find_files, hub_name, is_tokens, kind_of
 
-# What a data set of the Hugging Face hub is named with.
-HUB = "hub:"
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+# Bytes of a line of JSON: a document. Longer ones are no text, and would fill the memory.
+LONGEST_LINE = 1 << 30
+# Bytes in which a place to cut a text is looked for.
+WINDOW = 1 << 20
+# Rows of a Parquet file that are decoded together.
+ROWS = 512
 
 
 @dataclass
@@ -35,6 +40,17 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON, {self.no_text} without text"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file: bytes of text, lines that begin there, or row groups; `end` None for all the rest."""
+
+    begin: int = 0
+    end: int | None = None
+
+
+WHOLE = Span()
 
 
 def read_documents(options: DataOptions, skipped: Skipped) -> Iterator[str]:
@@ -66,68 +82,74 @@ def read_all(options: DataOptions, skipped: Skipped) -> Iterator[str | Conversat
 
 
 def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterator[str | Conversation]:
-    if source == BUILTIN:
-        yield from _read_files(builtin_files(), options, skipped)
-    elif source.startswith(HUB):
-        yield from _read_hub(source.removeprefix(HUB), options, skipped)
-    else:
-        yield from _read_files(find_files(source), options, skipped)
+    name = hub_name(source)
+    if name is not None:
+        # Loaded where it is needed: it takes as long as all else that a process of the preparation loads.
+        from mixture_of_depths.text.hub import read_hub
+
+        yield from read_hub(name, options, skipped)
+        return
+    for path in find_files(source):
+        yield from read_file(path, options.text_column, skipped)
 
 
-def builtin_files() -> list[Path]:
-    """The Python standard library's own modules, without their tests."""
-    library = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    modules = (path for path in library.rglob("*.py") if not left_out & set(path.relative_to(library).parts[:-1]))
-    return sorted(modules, key=lambda path: path.relative_to(library).as_posix())
+def read_file(
+    path: Path, column: str, skipped: Skipped, span: Span = WHOLE, longest: int | None = None
+) -> Iterator[str | Conversation]:
+    """The documents of a file, or those that belong to a span of it.
 
-
-def find_files(source: str) -> list[Path]:
-    """The text files that a path, folder or glob names.
+    Args:
+        path: the file.
+        column: field or column that holds the text of records.
+        skipped: where what is no text is counted.
+        span: the part to read.
+        longest: bytes in which a file that is one text is cut into documents; None for not at all.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: for a file that is not what its name says, or holds no such column.
     """
-    if not source:
-        # As a path it would be the working directory.
-        raise ValueError(f"data={source!r} names no text; give a file, folder, glob, hub:NAME or {BUILTIN}")
-    path = Path(source)
-    if path.is_file():
-        if not _kind(path):
-            raise ValueError(f"data={source} is not one of {' '.join(SUFFIXES)} (or these with .gz); rename or convert")
-        return [path]
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
-    elif has_magic(source):
-        paths = sorted(Path(p) for p in glob(source, recursive=True) if Path(p).is_file() and _kind(Path(p)))
+    if is_tokens(path):
+        raise ValueError(f"data={path} holds tokens, not text; only training and mod prepare read them")
+    kind = kind_of(path)
+    if kind == ".parquet":
+        yield from _read_parquet(path, column, skipped, span)
+    elif kind in (".jsonl", JSON):
+        yield from _read_lines(path, column, skipped, span, whole=kind == JSON)
     else:
-        raise ValueError(f"data={source} does not exist; give a file, folder, glob, hub:NAME or {BUILTIN}")
-    if not paths:
-        raise ValueError(f"data={source} holds no file that ends in {' '.join(SUFFIXES)} (or these with .gz)")
-    return paths
+        yield from _read_text(path, skipped, span, longest)
 
 
-def _kind(path: Path) -> str | None:
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES else None
+class _Decompressed(RawIOBase):
+    """A compressed file's content."""
 
+    def __init__(self, path: Path, file: BinaryIO, compression: str) -> None:
+        self.path, self.compression = path, compression
+        self.stream = pyarrow.CompressedInputStream(file, compression)
 
-def _read_files(paths: Iterable[Path], options: DataOptions, skipped: Skipped) -> Iterator[str | Conversation]:
-    for path in paths:
-        kind = _kind(path)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else None
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"data={path} is not a whole gzip file ({error}); compress it again") from error
-        if kind == ".parquet":
-            # Left on the disk where it can be: it is read in parts.
-            yield from _read_parquet(path, path if raw is None else BytesIO(raw), options.text_column, skipped)
-            continue
-        content = (path.read_bytes() if raw is None else raw).removeprefix(BOM_UTF8)
-        if kind == ".jsonl":
-            yield from _read_jsonl(path, content, options.text_column, skipped)
-        elif (text := _decoded(content, skipped)) is not None:
-            yield text
+            block = self.stream.read(len(buffer))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(
+                f"data={self.path} is not a whole {self.compression} file ({error}); compress it again"
+            ) from error
+        buffer[: len(block)] = block
+        return len(block)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's content, whether it is compressed or not."""
+    compression = COMPRESSIONS.get(path.suffix)
+    with path.open("rb") as file:
+        yield (
+            file
+            if compression is None
+            else cast(BinaryIO, BufferedReader(_Decompressed(path, file, compression), WINDOW))
+        )
 
 
 def _decoded(content: bytes, skipped: Skipped) -> str | None:
@@ -139,69 +161,185 @@ def _decoded(content: bytes, skipped: Skipped) -> str | None:
         return None
 
 
-def _read_jsonl(path: Path, content: bytes, column: str, skipped: Skipped) -> Iterator[str | Conversation]:
-    """The texts and conversations of a file's records; those without are counted, and refused where none has any."""
+def _read_text(path: Path, skipped: Skipped, span: Span, longest: int | None) -> Iterator[str]:
+    with _opened(path) as file:
+        if longest is None:
+            contents: Iterable[bytes] = [file.read()]
+        elif path.suffix in COMPRESSIONS:
+            contents = _blocks(file, longest)
+        else:
+            begin, end = snap(file, span.begin), None if span.end is None else snap(file, span.end)
+            file.seek(begin)
+            contents = [] if begin == end else [file.read() if end is None else file.read(end - begin)]
+        for number, content in enumerate(contents):
+            is_first = number == 0 and span.begin == 0
+            if (text := _decoded(content.removeprefix(BOM_UTF8) if is_first else content, skipped)) is not None:
+                yield text
+
+
+def _blocks(file: BinaryIO, longest: int) -> Iterator[bytes]:
+    """A stream in blocks of about `longest` bytes, cut as a file is."""
+    block = file.read(longest + WINDOW)
+    while len(block) > longest:
+        cut = longest + _place_to_cut(block[longest : longest + WINDOW])
+        yield block[:cut]
+        block = block[cut:] + file.read(longest + WINDOW - (len(block) - cut))
+    yield block
+
+
+def snap(file: BinaryIO, place: int) -> int:
+    """The place from this one on at which a text is best cut: a line's beginning, else a word's, else a character's."""
+    if place == 0:
+        return 0
+    file.seek(place)
+    return place + _place_to_cut(file.read(WINDOW))
+
+
+def _place_to_cut(window: bytes) -> int:
+    line, word = window.find(b"\n"), window.find(b" ")
+    if line >= 0:
+        return line + 1
+    if word >= 0:
+        return word
+    return next((place for place, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
+
+
+def _lines(path: Path, file: BinaryIO, span: Span) -> Iterator[bytes]:
+    """The lines that begin in a span."""
+    place = span.begin
+    if place:
+        # The line that the byte before belongs to begins before the span, and ends with that byte at the earliest.
+        place -= 1
+        file.seek(place)
+        while rest := file.readline(WINDOW):
+            place += len(rest)
+            if rest.endswith(b"\n"):
+                break
+    while span.end is None or place < span.end:
+        line = file.readline(LONGEST_LINE)
+        if not line:
+            return
+        if len(line) == LONGEST_LINE:
+            raise ValueError(
+                f"data={path} has a line of {LONGEST_LINE / 1e9:.1f} GB or more, which is no record; cut it"
+            )
+        yield line.removeprefix(BOM_UTF8) if place == 0 else line
+        place += len(line)
+
+
+def _read_lines(path: Path, column: str, skipped: Skipped, span: Span, whole: bool) -> Iterator[str | Conversation]:
+    """The texts and conversations of a file's records; those without are counted, and refused where none has any.
+
+    Args:
+        path: the file.
+        column: the field.
+        skipped: where what is no text is counted.
+        span: the part to read.
+        whole: whether the file may be one list of records instead of one a line.
+    """
     is_there, without = False, ""
-    for number, raw in enumerate(content.split(b"\n"), start=1):
+    with _opened(path) as file:
+        records = (
+            _records(path, file, skipped, span) if span != WHOLE or not whole else _any_records(path, file, skipped)
+        )
+        for number, record in records:
+            has_column, value = value_of(record, column)
+            if has_column and isinstance(value, str | None):
+                is_there = True
+                yield from texts_of([value], column, path, skipped)
+                continue
+            if isinstance(record, dict) and (conversation := conversation_of(record.get("messages"))):
+                is_there = True
+                yield conversation
+                continue
+            skipped.no_text += 1
+            names = ", ".join(record) if isinstance(record, dict) and not has_column else type(value).__name__
+            without = without or f"line {number} has: {names}"
+    # Of other parts of the file another process reads.
+    if without and not is_there and span.begin == 0:
+        raise ValueError(f"text_column={column} holds text in no line of {path}; {without}")
+
+
+def _records(path: Path, file: BinaryIO, skipped: Skipped, span: Span) -> Iterator[tuple[int, Any]]:
+    """The JSON values of lines, with the lines' numbers."""
+    for number, raw in enumerate(_lines(path, file, span), start=1):
         line = _decoded(raw, skipped)
         if line is None or not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         # A number of very many digits is refused by a plain ValueError.
         except (ValueError, RecursionError):
             skipped.not_json += 1
-            continue
-        has_column = isinstance(record, dict) and column in record
-        value = record[column] if has_column else record
-        if has_column and isinstance(value, str | None):
-            is_there = True
-            yield from _texts([value], column, path, skipped)
-            continue
-        if isinstance(record, dict) and (conversation := conversation_of(record.get("messages"))):
-            is_there = True
-            yield conversation
-            continue
-        skipped.no_text += 1
-        names = ", ".join(value) if isinstance(value, dict) and not has_column else type(value).__name__
-        without = without or f"line {number} has: {names}"
-    if without and not is_there:
-        raise ValueError(f"text_column={column} holds text in no line of {path}; {without}")
 
 
-def _read_parquet(path: Path, file: Path | BytesIO, column: str, skipped: Skipped) -> Iterator[str]:
+def _any_records(path: Path, file: BinaryIO, skipped: Skipped) -> Iterator[tuple[int, Any]]:
+    """The records of a file that is one list, or has one a line."""
+    if not cast(BufferedReader, file).peek(1).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        return _records(path, file, skipped, WHOLE)
+    content = file.read(LONGEST_LINE)
+    if len(content) == LONGEST_LINE:
+        raise ValueError(f"data={path} is one list of {LONGEST_LINE / 1e9:.1f} GB or more; write one record a line")
     try:
-        table = parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:
+        return enumerate(json.loads(content), start=1)
+    except (ValueError, RecursionError):
+        return _records(path, cast(BinaryIO, BytesIO(content)), skipped, WHOLE)
+
+
+def value_of(record: Any, column: str) -> tuple[bool, Any]:
+    """Whether a record has a field, and what it holds; dots lead into fields of fields, as in `meta.text`.
+
+    Of a record without it, what stands where the name leads no further.
+    """
+    if isinstance(record, dict) and column in record:
+        return True, record[column]
+    value = record
+    for part in column.split("."):
+        if value is None and record is not None:
+            return True, None
+        if not isinstance(value, dict) or part not in value:
+            return False, value
+        value = value[part]
+    return True, value
+
+
+def _read_parquet(path: Path, column: str, skipped: Skipped, span: Span) -> Iterator[str]:
+    if path.suffix in COMPRESSIONS:
+        # What is read from its end cannot be streamed.
+        with _opened(path) as file:
+            content: Any = BytesIO(file.read())
+    else:
+        content = path
+    try:
+        with parquet.ParquetFile(content) as table:
+            check_column(path, table.schema_arrow, column)
+            groups = range(span.begin, table.num_row_groups if span.end is None else span.end)
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=[column]):
+                yield from texts_of(_nested(batch, column).to_pylist(), column, path, skipped)
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"data={path} is not a Parquet file: {error}") from error
-    names = table.schema_arrow.names
-    if column not in names:
-        raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
-    for batch in table.iter_batches(columns=[column]):
-        yield from _texts(batch.column(0).to_pylist(), column, path, skipped)
 
 
-def _read_hub(name: str, options: DataOptions, skipped: Skipped) -> Iterator[str]:
-    name, _, config = name.partition(":")
-    if not name:
-        raise ValueError("data=hub: names no data set; give hub:NAME or hub:NAME:CONFIGURATION")
-    for record in _records_of_hub(name, config, options.split):
-        if options.text_column not in record:
-            names = ", ".join(record)
-            raise ValueError(f"text_column={options.text_column} is missing in hub:{name}, which has: {names}")
-        yield from _texts([record[options.text_column]], options.text_column, name, skipped)
+def check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
+    """Raises ValueError where a table has no such column, whose name may lead into others by dots."""
+    fields: Any = schema
+    for part in [column] if column in schema.names else column.split("."):
+        names = [field.name for field in fields]
+        if part not in names:
+            raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
+        field = fields.field(part)
+        fields = field.type if pyarrow.types.is_struct(field.type) else ()
 
 
-def _records_of_hub(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
-    try:
-        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        yield from cast(Iterable[dict[str, Any]], stream)
-    except Exception as error:
-        # Network, archive and format each have errors of their own, before the first record and after.
-        raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error
+def _nested(batch: pyarrow.RecordBatch, column: str) -> Any:
+    """The column of a batch that holds it alone."""
+    values = batch.column(0)
+    for part in () if column in batch.schema.names else column.split(".")[1:]:
+        values = pyarrow.compute.call_function("struct_field", [values], pyarrow.compute.StructFieldOptions([part]))
+    return values
 
 
-def _texts(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:
+def texts_of(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:
     """The texts of a column of one kind; those that are null are counted."""
     for value in values:
         if value is None:
@@ -213,6 +351,16 @@ def _texts(values: Iterable[object], column: str, source: object, skipped: Skipp
             raise ValueError(f"text_column={column} of {source} holds {type(value).__name__}, not text")
 
 
+def is_held_out(digest_of_text: bytes, validation_fraction: float) -> bool:
+    """Whether a document is held out, by what it holds."""
+    return int.from_bytes(digest_of_text[:8]) < int(validation_fraction * 2**64)
+
+
+def cut_tail(length: int, validation_fraction: float) -> int:
+    """Where the tail of a document that is held out begins."""
+    return int(length * (1 - validation_fraction))
+
+
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str], str]:
     """Splits by document into train and validation; a document's content decides, so the split outlives reordering.
 
@@ -221,13 +369,12 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
     Returns:
         The training documents, the validation documents, and "documents" or "tails".
     """
-    threshold = int(validation_fraction * 2**64)
-    is_held_out = [int.from_bytes(digest(text)[:8]) < threshold for text in documents]
-    train = [text for text, held_out in zip(documents, is_held_out, strict=True) if not held_out]
-    validation = [text for text, held_out in zip(documents, is_held_out, strict=True) if held_out]
+    held_out = [is_held_out(digest(text), validation_fraction) for text in documents]
+    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
+    validation = [text for text, out in zip(documents, held_out, strict=True) if out]
     if train and validation:
         return train, validation, "documents"
-    cuts = [int(len(text) * (1 - validation_fraction)) for text in documents]
+    cuts = [cut_tail(len(text), validation_fraction) for text in documents]
     train = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
     return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
 

@@ -1,7 +1,7 @@
 """Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -9,14 +9,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mixture_of_depths.text.encoder import Encoder, cut
+
 END_OF_TEXT = "<|endoftext|>"
+# Entries of a tokenizer that is trained, where the options name no number.
+VOCABULARY = 4096
 # Training a tokenizer takes time with the square of a word's length; longer words, data rather than language, teach it
 # nothing more.
 LONGEST_WORD = 1000
-# Tokenising takes a hundred bytes and more for each of a text's characters.
-LONGEST_PIECE = 1_000_000
-# Where a byte-level tokenizer cuts, too.
-BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
 WORD_OR_SPACES = re.compile(r"\S+|\s{2,}")
 
 
@@ -105,49 +105,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source
         raise ValueError(f"{source}: its tokenizer has a token {last}; the model has vocab_size={vocab_size}")
 
 
-def cut(document: str) -> Iterator[str]:
-    """A document in pieces of one to two times `LONGEST_PIECE` characters, cut between words where there are any."""
-    start = 0
-    while len(document) - start > 2 * LONGEST_PIECE:
-        space = BETWEEN_WORDS.search(document, start + LONGEST_PIECE, start + 2 * LONGEST_PIECE)
-        end = space.start() if space else start + LONGEST_PIECE
-        yield document[start:end]
-        start = end
-    yield document[start:]
+def encoder_of(tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Encoder:
+    """What turns documents into the tokens of a tokenizer."""
+    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    return Encoder(backend.to_str(), start_of_text(tokenizer), end_of_text(tokenizer), longest)
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """All documents as one row of tokens, each after its start, if it has one, and before the end-of-text token."""
-    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
-    # Others may treat the beginning of a text in a way of their own.
-    may_cut = backend.normalizer is None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
-    first = np.array(start_of_text(tokenizer), dtype=np.int32)
-    last = np.array([end_of_text(tokenizer)], dtype=np.int32)
-    rows: list[np.ndarray] = []
-    is_start = True
-    for group in _groups(documents, may_cut):
-        encoded = tokenizer([piece for piece, _ in group], add_special_tokens=False, split_special_tokens=True)
-        for ids, (_, is_end) in zip(cast(list[list[int]], encoded["input_ids"]), group, strict=True):
-            if is_start:
-                rows.append(first)
-            rows.append(np.array(ids, dtype=np.int32))
-            if is_end:
-                rows.append(last)
-            is_start = is_end
-    return np.concatenate(rows)
-
-
-def _groups(documents: list[str], may_cut: bool) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces to be tokenised together, each with whether its document ends there."""
-    group: list[tuple[str, bool]] = []
-    characters = 0
-    for document in documents:
-        pieces = list(cut(document)) if may_cut else [document]
-        for number, piece in enumerate(pieces, start=1):
-            group.append((piece, number == len(pieces)))
-            characters += len(piece)
-            if len(group) == 256 or characters >= 4 * LONGEST_PIECE:
-                yield group
-                group, characters = [], 0
-    if group:
-        yield group
+    return np.concatenate(encoder_of(tokenizer).encode(documents))

@@ -1,0 +1,73 @@
+"""Documents of data sets, from the Hugging Face hub or a folder, streamed by the datasets library."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+
+from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text.documents import Skipped, texts_of, value_of
+
+
+def read_hub(name: str, options: DataOptions, skipped: Skipped, shard: int | None = None) -> Iterator[str]:
+    """The documents of a data set, or those of one of its shards.
+
+    Raises:
+        ValueError: when it cannot be read, or has no such column.
+    """
+    column = options.text_column
+    for record in _records_of_hub(name, options.split, shard):
+        has_column, value = value_of(record, column)
+        if not has_column:
+            raise ValueError(f"text_column={column} is missing in hub:{name}, which has: {', '.join(record)}")
+        yield from texts_of([value], column, name, skipped)
+
+
+def shards_of_hub(name: str, split: str) -> int:
+    """How many parts a data set of the hub can be read in.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    place = _place_on_hub(name)
+    with _reading_hub(name, split):
+        return cast(datasets.IterableDataset, _stream(*place, split)).num_shards
+
+
+def _place_on_hub(name: str) -> tuple[str, str | None]:
+    """The name and the configuration of a data set."""
+    # A folder may hold a colon, and has no configuration.
+    if Path(name).is_dir() and name:
+        return name, None
+    name, _, config = name.partition(":")
+    if not name:
+        raise ValueError("data=hub: names no data set; give hub:NAME or hub:NAME:CONFIGURATION")
+    return name, config or None
+
+
+def _stream(name: str, config: str | None, split: str) -> Any:
+    return datasets.load_dataset(name, config, split=split, streaming=True)
+
+
+@contextmanager
+def _reading_hub(name: str, split: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Network, archive and format each have errors of their own, before the first record and after.
+        raise ValueError(f"data=hub:{name} with split={split} cannot be read: {error}") from error
+
+
+def _records_of_hub(name: str, split: str, shard: int | None) -> Iterator[dict[str, Any]]:
+    place = _place_on_hub(name)
+    with _reading_hub(name, split):
+        stream = _stream(*place, split)
+    records = iter(stream if shard is None else stream.shard(num_shards=stream.num_shards, index=shard))
+    while True:
+        with _reading_hub(name, split):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record

@@ -1,0 +1,172 @@
+"""What `data` names: files of text or tokens, data sets of the hub, prepared text; each with a weight or none."""
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+
+from mixture_of_depths.options import BUILTIN
+
+# What a data set of the Hugging Face hub is named with.
+HUB = "hub:"
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+# Among other files these describe them more often than they hold text; alone or compressed they are named on purpose.
+JSON = ".json"
+# Rows of tokens, as nanoGPT, llm.c and Megatron write them.
+TOKENS = ".bin"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+NAMES = f"{' '.join(SUFFIXES)} {JSON} (or these with {' '.join(COMPRESSIONS)})"
+# Written last into a folder of prepared text.
+PREPARED = "prepared.json"
+
+WEIGHT = re.compile(r"(.+):(\d*\.\d+)")
+# Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
+SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A source of text and its share of the sequences that are trained on; of all sources together it is 1."""
+
+    source: str
+    weight: float
+
+
+def unweighted(source: str) -> str:
+    """A source without its weight."""
+    match = WEIGHT.fullmatch(source)
+    return match[1] if match and not Path(source).exists() else source
+
+
+def weighted(data: Sequence[str]) -> list[Weighted]:
+    """The sources with their shares, where they have weights; none where they have not, and are one text.
+
+    Raises:
+        ValueError: when some have a weight and others not, one is 0, or a source is named twice.
+    """
+    sources = [unweighted(source) for source in data]
+    if sources == list(data):
+        return []
+    weights = []
+    for given, source in zip(data, sources, strict=True):
+        if given == source:
+            raise ValueError(f"data={given} has no weight, and others have; give every source one, as {given}:0.5")
+        weights.append(float(given[len(source) + 1 :]))
+        if weights[-1] == 0:
+            raise ValueError(f"data={given} has the weight 0; raise it, or leave the source out")
+        if sources.count(source) > 1:
+            raise ValueError(f"data={source} is named twice; add up its weights")
+    return [Weighted(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a folder of prepared text."""
+    return bool(source) and (Path(source) / PREPARED).is_file()
+
+
+def hub_name(source: str) -> str | None:
+    """What the library of data sets knows a source by; None for one that it does not read.
+
+    Raises:
+        ValueError: for a folder of the hub's cache that does not say which of several revisions is meant.
+    """
+    if source.startswith(HUB):
+        return source.removeprefix(HUB)
+    path = Path(source)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("datasets--"):
+        return source
+    revisions = path / "snapshots"
+    if not path.name.startswith("datasets--") or not revisions.is_dir():
+        return None
+    main = path / "refs" / "main"
+    if main.is_file() and (revisions / main.read_text().strip()).is_dir():
+        return str(revisions / main.read_text().strip())
+    there = sorted(revisions.iterdir())
+    if len(there) != 1:
+        raise ValueError(f"data={source} holds {len(there)} revisions and no refs/main; name one of its snapshots/")
+    return str(there[0])
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells how a file of text is read; None for another file."""
+    suffix = Path(path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name).suffix
+    return suffix if suffix in (*SUFFIXES, JSON) else None
+
+
+def is_tokens(path: Path) -> bool:
+    """Whether a file is named as one that holds tokens."""
+    return path.suffix == TOKENS
+
+
+def builtin_files() -> list[Path]:
+    """The Python standard library's own modules, without their tests."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    modules = (path for path in library.rglob("*.py") if not left_out & set(path.relative_to(library).parts[:-1]))
+    return sorted(modules, key=lambda path: path.relative_to(library).as_posix())
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path, folder or glob names; those of tokens only where a file or glob does.
+
+    Raises:
+        ValueError: when there is none, or some hold text and others tokens.
+    """
+    if source == BUILTIN:
+        return builtin_files()
+    if not source:
+        # As a path it would be the working directory.
+        raise ValueError(f"data={source!r} names no text; give a file, folder, glob, hub:NAME or {BUILTIN}")
+    path = Path(source)
+    if path.is_file():
+        if not kind_of(path) and not is_tokens(path):
+            raise ValueError(f"data={source} is not one of {NAMES}; rename or convert")
+        return [path]
+    if is_prepared(source):
+        raise ValueError(f"data={source} holds prepared text, which only training reads; give the text itself")
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and _is_among_others(p))
+    elif has_magic(source):
+        there = [Path(p) for p in glob(source, recursive=True)]
+        on_purpose = source.endswith(JSON)
+        paths = sorted(p for p in there if p.is_file() and (_is_among_others(p) or is_tokens(p) or on_purpose))
+    else:
+        raise ValueError(f"data={source} does not exist; give a file, folder, glob, hub:NAME or {BUILTIN}")
+    if not paths:
+        raise ValueError(f"data={source} holds no file that ends in {NAMES}")
+    if len({is_tokens(p) for p in paths}) > 1:
+        raise ValueError(f"data={source} names text and tokens ({TOKENS}); name one kind")
+    return paths
+
+
+def _is_among_others(path: Path) -> bool:
+    return kind_of(path) is not None and path.suffix != JSON
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What tells a file from a changed one without reading all of it."""
+
+    path: str
+    size: int
+    modified_ns: int
+    sample: str
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size, time of change, and the hash of pieces of a file."""
+    status = path.stat()
+    return FileFacts(str(path), status.st_size, status.st_mtime_ns, sample_hash(path, status.st_size))
+
+
+def sample_hash(path: Path, size: int, length: int = SAMPLE) -> str:
+    """The hash of a file's beginning, middle and end; of all of a small one."""
+    sample, is_small = hashlib.sha256(), size <= 3 * length
+    with path.open("rb") as file:
+        for place in (0,) if is_small else (0, (size - length) // 2, size - length):
+            file.seek(place)
+            sample.update(file.read(3 * length if is_small else length))
+    return sample.hexdigest()[:32]
