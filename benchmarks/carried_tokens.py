@@ -90,7 +90,7 @@ def read_tokens(path: Path, options: DataOptions) -> Corpus:
         }
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
     facts = CorpusFacts(**{**described["facts"], "skipped": Skipped(**described["facts"]["skipped"])})
-    return Corpus(**sides, tokenizer=tokenizer, facts=facts, options=options, key=described["key"])
+    return Corpus(sides["train"], sides["validation"], tokenizer, facts, options, described["key"])
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ from mixture_of_depths.sampling.answers import answered
 from mixture_of_depths.text.batches import batches, kinds, spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.text.documents import Skipped, split_documents
+from mixture_of_depths.text.packing import Sequences
 
 # The capacity of the former retrofit, at which its blocks were chosen.
 FORMER_CAPACITY = 0.125
@@ -65,7 +66,7 @@ class Texts:
     """
 
     corpus: Corpus
-    windows: dict[str, datasets.Dataset]
+    windows: dict[str, Sequences]
     kinds: dict[str, datasets.Dataset]
 
 
@@ -95,7 +96,7 @@ def texts_of(
     # A conversation is short: of few of them, more are to be held out.
     options = DataOptions(data=sources, sequence_length=length, tokenizer="of the source", validation_fraction=0.06)
     corpus = prepare(options, tokenizer)
-    windows = {
+    windows: dict[str, Sequences] = {
         name: spread(
             pack(tokenize(list(read_documents(DataOptions(data=(file,)), Skipped())), tokenizer), window, name), count
         )
@@ -106,6 +107,7 @@ def texts_of(
     by_kind["code"] = pack(tokenize(code, tokenizer), length, "tuning")
     if conversations is not None:
         windows["conversations"] = kinds(corpus.validation)["conversations"]
+        assert isinstance(corpus.train, datasets.Dataset)
         by_kind["conversations"] = kinds(corpus.train)["conversations"]
     return Texts(corpus, windows, by_kind)
 

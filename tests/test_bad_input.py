@@ -129,6 +129,7 @@ COMMANDS = {
     "isoflop plan": ["isoflop", "plan", "STUDY"],
     "isoflop fit": ["isoflop", "fit", "STUDY", "--out", "STUDIED"],
 }
+COMMANDS["prepare"] = ["prepare", "FILE", "--out", "OUT", "--vocab-size", "300", "--processes", "1"]
 COMMANDS["retrofit"] += ["--max-steps", "1", "--measure-sequences", "1", "--fit-sequences", "1"]
 
 

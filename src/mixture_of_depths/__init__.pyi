@@ -46,6 +46,8 @@ from .text.batches import pack as pack
 from .text.corpus import Corpus as Corpus
 from .text.corpus import prepare as prepare
 from .text.documents import read_documents as read_documents
+from .text.preparation import prepare_shards as prepare_shards
+from .text.shards import Prepared as Prepared
 from .text.tokenizer import load_tokenizer as load_tokenizer
 from .text.tokenizer import tokenize as tokenize
 from .text.tokenizer import train_tokenizer as train_tokenizer

@@ -25,6 +25,7 @@ CausalRouter = Literal["predictor", "auxiliary_loss", "threshold"]
 RoutedPart = Literal["block", "block_keep_keys", "mlp"]
 ExpertRoutingType = Literal["token_choice", "expert_choice"]
 Precision = Literal["fp32", "bf16"]
+Packing = Literal["cut", "best_fit"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class DataOptions:
 
     data: tuple[str, ...] = (BUILTIN,)
     """Text to train on: "builtin" (the Python standard library's own source), files, folders or globs of .txt, .md,
-    .py, .jsonl and .parquet (also .gz), or hub:NAME for a data set of the Hugging Face hub, streamed.
+    .py, .jsonl, .json.gz and .parquet (also .gz and .zst), .bin of tokens, hub:NAME for a data set of the Hugging Face
+    hub, streamed, or a folder of `mod prepare`; each with a weight after it to mix several, as in a:0.7 b:0.3.
     In .jsonl, records of "messages" are conversations, cut with the tokenizer's chat template."""
     text_column: str = "text"
-    """Field or column that holds the text in .jsonl, .parquet and hub data."""
+    """Field or column that holds the text in .jsonl, .parquet and hub data; dots lead into others, as in meta.text."""
     split: str = "train"
     """Split of a hub data set."""
     max_characters: Positive | None = None
@@ -47,6 +49,8 @@ class DataOptions:
     """Entries of the tokenizer that is trained; by default 4096."""
     sequence_length: Annotated[int, Ge(2)] = 256
     """Tokens per sequence."""
+    packing: Packing = "cut"
+    """How documents become sequences: cut one after another, or packed by best fit so that few of them are cut."""
     validation_fraction: Fraction = 0.04
     """Share of the documents that is held out; which ones is decided by their content."""
     cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "mixture_of_depths")

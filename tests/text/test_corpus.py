@@ -5,15 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from models import SENTENCE, options, read, sentence_tokenizer, write_files
+import torch
+from models import SENTENCE, options, read, sentence_tokenizer, write_files, write_numbers
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 
 from mixture_of_depths.files import seal
-from mixture_of_depths.text.corpus import load_prepared, prepare
+from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text import corpus as corpus_module
+from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.corpus import Corpus, load_prepared, prepare
 from mixture_of_depths.text.documents import split_documents
 from mixture_of_depths.text.pieces import tokenized
+from mixture_of_depths.text.preparation import prepare_shards
 from mixture_of_depths.text.tokenizer import END_OF_TEXT, start_of_text, train_tokenizer
 
 
@@ -194,3 +200,112 @@ def test_a_tokenizer_that_normalises_has_its_own_cache_entry(tmp_path: Path) -> 
         corpus = prepare(options(tmp_path, str(tmp_path / "*.txt"), tokenizer=str(tmp_path / name)))
         counts.append(corpus.facts.train_tokens)
     assert counts[1] > counts[0]
+
+
+def prepared_numbers(tmp_path: Path, name: str, numbers: range, **changes: Any) -> Path:
+    """A folder of prepared text: the multiples of some numbers."""
+    folder = tmp_path / f"text-{name}"
+    folder.mkdir()
+    write_numbers(folder, numbers)
+    prepare_shards(options(tmp_path, str(folder), **changes), tmp_path / name, processes=1)
+    return tmp_path / name
+
+
+def from_shards(tmp_path: Path, *data: str, **changes: Any) -> Corpus:
+    sources = {"data": data, "sequence_length": 16, "cache_dir": tmp_path / "cache", **changes}
+    return prepare(DataOptions(**sources))
+
+
+def test_a_prepared_folder_trains_as_the_text_that_it_was_made_of(tmp_path: Path) -> None:
+    folder = prepared_numbers(tmp_path, "a", range(40))
+    corpus = from_shards(tmp_path, str(folder))
+    direct = prepare(options(tmp_path, str(tmp_path / "text-a")))
+    tokens = np.concatenate([row["input_ids"] for row in corpus.train])
+    assert tokens.tolist() == [token for row in direct.train["input_ids"] for token in row]
+    assert corpus.validation["input_ids"][:] == direct.validation["input_ids"][:]
+    assert replace(corpus.facts, cut=None) == direct.facts
+    assert corpus.facts.cut is not None
+    assert corpus.facts.cut.dropped_tokens == direct.facts.train_tokens % 16
+    assert "documents cut, " in str(corpus.facts)
+    assert corpus.sources == ()
+    assert from_shards(tmp_path, str(folder)).key == corpus.key
+    assert from_shards(tmp_path, str(folder), sequence_length=8).key != corpus.key
+    # Elsewhere it is the same text.
+    folder.rename(tmp_path / "b")
+    assert from_shards(tmp_path, str(tmp_path / "b")).key == corpus.key
+    assert load_prepared(corpus.options, corpus.key).facts == corpus.facts
+
+
+def test_weighted_sources_are_one_text_with_a_tokenizer_and_each_its_held_out_part(tmp_path: Path) -> None:
+    for name, numbers in (("a", range(40)), ("b", range(100, 120))):
+        (tmp_path / name).mkdir()
+        write_numbers(tmp_path / name, numbers)
+    opts = options(tmp_path, f"{tmp_path}/a:0.25", f"{tmp_path}/b:0.75")
+    corpus = prepare(opts)
+    assert corpus.weights == [0.25, 0.75]
+    assert [source.name for source in corpus.sources] == [f"{tmp_path}/a", f"{tmp_path}/b"]
+    held_out = [len(source.validation) for source in corpus.sources]
+    whole = [row for source in corpus.sources for row in source.validation["input_ids"][:]]
+    assert all(row in whole for row in corpus.validation["input_ids"][:])
+    rows, of_a, of_b = (part["input_ids"][:] for part in (corpus.validation, *(s.validation for s in corpus.sources)))
+    first = round(len(rows) * 0.25 / 2) * 2
+    assert (rows[:first], rows[first:]) == (of_a[:first], of_b[: len(rows) - first])
+    assert min(held_out) > 2
+    assert prepare(opts).key == corpus.key
+    assert prepare(replace(opts, data=(f"{tmp_path}/a:0.5", f"{tmp_path}/b:0.5"))).key != corpus.key
+    # Where the text is gone, what was prepared of it is still there.
+    (tmp_path / "a" / "0.txt").unlink()
+    assert load_prepared(opts, corpus.key).facts == corpus.facts
+
+
+def test_prepared_folders_are_joined_by_size_and_must_have_one_tokenizer(tmp_path: Path) -> None:
+    first = prepared_numbers(tmp_path, "a", range(40))
+    tokenizer = str(first / "tokenizer")
+    second = prepared_numbers(tmp_path, "b", range(100, 120), tokenizer=tokenizer)
+    corpus = from_shards(tmp_path, str(first), str(second))
+    assert corpus.weights is None
+    assert len(corpus.train) == sum(len(from_shards(tmp_path, str(folder)).train) for folder in (first, second))
+    assert [source.name for source in corpus.sources] == [str(first), str(second)]
+    third = prepared_numbers(tmp_path, "c", range(100, 120))
+    with pytest.raises(
+        ValueError, match=r"data=.*c was prepared with another tokenizer; prepare all|another tokenizer, "
+    ):
+        from_shards(tmp_path, str(first), str(third))
+    with pytest.raises(ValueError, match=r"validation_fraction=0.5 has no use with data=.*a, which is prepared"):
+        from_shards(tmp_path, str(first), validation_fraction=0.5)
+    with pytest.raises(ValueError, match="sequence_length=100000 is longer than every shard of the training text"):
+        from_shards(tmp_path, str(first), sequence_length=100_000)
+    with pytest.raises(ValueError, match="holds prepared text, which only training reads"):
+        read(options(tmp_path, str(first)))
+
+
+def test_text_that_is_more_than_is_held_in_memory_goes_to_shards_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path)
+    opts = options(tmp_path, str(tmp_path / "*.txt"))
+    in_memory = prepare(opts)
+    monkeypatch.setattr(corpus_module, "IN_MEMORY", 1000)
+    sharded = prepare(opts)
+    assert replace(sharded.facts, cut=None) == in_memory.facts
+    assert list(opts.cache_dir.glob("shards-*/prepared.json"))
+    (tmp_path / "000.txt").write_text("other " + SENTENCE * 20)
+    changed = prepare(opts)
+    assert changed.key != sharded.key
+    assert len(list(opts.cache_dir.glob("shards-*"))) == 2
+
+
+def test_packed_sequences_have_whole_documents_and_of_cut_ones_a_beginning_at_the_end(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    corpus = prepare(options(tmp_path, str(tmp_path / "*.txt"), packing="best_fit", sequence_length=100))
+    again = prepare(options(tmp_path, str(tmp_path / "*.txt"), packing="best_fit", sequence_length=100))
+    assert again.key == corpus.key
+    assert corpus.facts.cut is not None
+    assert corpus.facts.cut.longer == corpus.facts.train_documents
+    ends = np.array([row["input_ids"][:-1] == corpus.end_of_text for row in corpus.train])
+    batch = next(batches(corpus.train, range(len(corpus.train)), corpus.end_of_text, 1000, torch.device("cpu")))
+    assert batch["input_ids"].shape == (len(corpus.train), 100)
+    assert ((batch["position_ids"][:, 1:] == 0).numpy() == ends).all()
+    assert ends.any()
+    plain = prepare(options(tmp_path, str(tmp_path / "*.txt"), sequence_length=100))
+    assert len(corpus.train) == len(plain.train)

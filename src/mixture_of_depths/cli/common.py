@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
 Source = Annotated[str, tyro.conf.Positional]
+Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda[:N]|mps")]
 
 

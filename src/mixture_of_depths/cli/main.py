@@ -16,7 +16,7 @@ from mixture_of_depths.cli.evaluation import calibrate, evaluate
 from mixture_of_depths.cli.inspect import inspect
 from mixture_of_depths.cli.sampling import answer, bench, generate
 from mixture_of_depths.cli.serving import playground, serve
-from mixture_of_depths.cli.training import demo, retrofit, train
+from mixture_of_depths.cli.training import demo, prepare, retrofit, train
 
 # How PyTorch says so, on an accelerator and on the CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
@@ -28,7 +28,7 @@ def commands() -> SubcommandApp:
     for command in (isoflop.plan, isoflop.run, isoflop.measure, isoflop.fit, isoflop.plot):
         study.command(command)
     app = SubcommandApp()
-    for command in (train, evaluate, calibrate, retrofit, answer, generate, bench, inspect, playground, serve):
+    for command in (prepare, train, evaluate, calibrate, retrofit, answer, generate, bench, inspect, playground, serve):
         app.command(command)
     app.command(study, name="isoflop", help="Plan, run, measure, fit and plot an isoFLOP study.")
     app.command(demo)

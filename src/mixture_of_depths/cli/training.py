@@ -1,11 +1,11 @@
-"""The commands that train: train, retrofit and demo."""
+"""The commands that train, and that prepare text for it: prepare, train, retrofit and demo."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
-from mixture_of_depths.cli.common import Device, Source, Unchecked, quiet_libraries
+from mixture_of_depths.cli.common import Device, Source, Texts, Unchecked, quiet_libraries
 from mixture_of_depths.options import DataOptions, ModelOptions, RetrofitOptions, TrainOptions
 
 
@@ -27,6 +27,48 @@ class Tuning(TrainOptions):
     """FLOPs change while the capacity falls: the option of a length in them is left out."""
 
     max_flops: tyro.conf.Suppress[float | None] = None
+
+
+def prepare(
+    data: Texts,
+    out: Path,
+    text_column: str = "text",
+    split: str = "train",
+    max_characters: int | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    validation_fraction: float = 0.04,
+    processes: int | None = None,
+) -> None:
+    """Prepare text of any size for mod train: tokens in files that are mapped into memory. Killed, it goes on.
+
+    Args:
+        data: Text: files, folders or globs of .txt, .md, .py, .jsonl, .json.gz and .parquet (also .gz and .zst), .bin
+            of tokens, hub:NAME or "builtin".
+        out: Folder for the prepared text, to be given to mod train as --data.
+        text_column: Field or column that holds the text of records; dots lead into others, as in meta.text.
+        split: Split of a hub data set.
+        max_characters: Stop reading after this many characters; one process then does it all.
+        tokenizer: Folder of a tokenizer to use; by default a byte-level BPE is trained on a sample of the text.
+        vocab_size: Entries of the tokenizer that is trained; by default 4096.
+        validation_fraction: Share of the documents that is held out; which ones is decided by their content.
+        processes: How many processes work on it; by default one a core.
+    """
+    from rich.console import Console
+
+    from mixture_of_depths.text.preparation import prepare_shards
+
+    quiet_libraries()
+    text = DataOptions(
+        data=data,
+        text_column=text_column,
+        split=split,
+        max_characters=max_characters,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+    )
+    print(prepare_shards(text, out, processes=processes, console=Console(stderr=True)))
 
 
 def train(
@@ -65,7 +107,7 @@ def train(
         require_compiler("compile", place)
     meet(place)
     console = Console(quiet=not is_main())
-    corpus = load_prepared(data, *from_main(lambda: prepare_cache(data)))
+    corpus = load_prepared(data, *from_main(lambda: prepare_cache(data, console=console)))
     console.print(str(corpus.facts))
     config = model_config(model, corpus.tokenizer, data.sequence_length)
     length = horizon(training, config, data.sequence_length)

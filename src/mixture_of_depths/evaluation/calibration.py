@@ -22,6 +22,7 @@ from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import LayerRouting, Router
 from mixture_of_depths.options import CausalRouter
 from mixture_of_depths.text.batches import batches, spread
+from mixture_of_depths.text.packing import Lazy, Sequences
 
 MAX_SEQUENCES = 128
 
@@ -52,7 +53,7 @@ def using_causal_router(model: MoDForCausalLM, causal_router: CausalRouter) -> I
 @torch.no_grad()
 def calibrate(
     model: Adapted,
-    sequences: datasets.Dataset | Iterable[Mapping[str, Tensor]],
+    sequences: Sequences | Iterable[Mapping[str, Tensor]],
     end_of_text: int | None = None,
     batch_size: int = 16,
 ) -> None:
@@ -66,7 +67,7 @@ def calibrate(
     Args:
         model: the model, under peft's adapters or not; it is left in the mode it came in. Of what peft trains in the
             place of the model's own, the copy that is active moves.
-        sequences: text that was not trained on. A data set of packed sequences, with the column `input_ids`; or batches
+        sequences: text that was not trained on. Packed sequences, a data set with the column `input_ids`; or batches
             as the model is called with, of `input_ids` and, if they have them, `attention_mask` and `position_ids`, all
             of shape [B, T]: padding then does not count. `MAX_SEQUENCES` rows serve at most, of a data set spread
             evenly, of batches the first.
@@ -146,13 +147,13 @@ def _constants(base: MoDForCausalLM) -> Iterator[Tensor]:
 
 def _batches(
     device: torch.device,
-    sequences: datasets.Dataset | Iterable[Mapping[str, Tensor]],
+    sequences: Sequences | Iterable[Mapping[str, Tensor]],
     end_of_text: int | None,
     batch_size: int,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of at most `MAX_SEQUENCES` rows together, whose hidden states are all held between two blocks."""
     names = ("input_ids", "attention_mask", "position_ids")
-    if isinstance(sequences, datasets.Dataset):
+    if isinstance(sequences, datasets.Dataset | Lazy):
         if end_of_text is None:
             raise ValueError("end_of_text=None: give the token that ends a document of a data set, or -1 for none")
         sequences = spread(sequences, MAX_SEQUENCES)

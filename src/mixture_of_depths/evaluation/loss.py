@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from rich.console import Console
@@ -19,6 +18,7 @@ from mixture_of_depths.evaluation.calibration import using_causal_router
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.packing import Sequences
 
 # Tokens of a forward pass: with a vocabulary of 49,152, their logits are 0.8 GB.
 TOKENS = 4096
@@ -82,7 +82,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: Adapted,
-    sequences: datasets.Dataset,
+    sequences: Sequences,
     end_of_text: int,
     bytes_per_token: float,
     max_sequences: int | None = None,

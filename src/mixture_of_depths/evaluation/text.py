@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.files import is_whole
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.corpus import Corpus, cut_documents, load_prepared, prepare
+from mixture_of_depths.text.corpus import Corpus, load_prepared, prepare
 from mixture_of_depths.text.documents import Skipped, read_all
+from mixture_of_depths.text.sequences import cut_documents
 from mixture_of_depths.text.tokenizer import load_tokenizer
 
 

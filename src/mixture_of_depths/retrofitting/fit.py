@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.packing import Sequences
 
 # Weights decay towards zero by this share of their inputs' mean square: a router's, and a map's.
 ROUTER_RIDGE = 0.01
@@ -54,9 +54,7 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_blocks(
-    dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, rank: int = 0, bf16: bool = False
-) -> Fit:
+def fit_blocks(dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, rank: int = 0, bf16: bool = False) -> Fit:
     """Fits the maps and routers of all blocks; see the file's description.
 
     Args:
@@ -150,7 +148,7 @@ def router_weights(moments_DD: Tensor, products_D: Tensor) -> Tensor:
 
 @torch.no_grad()
 def missed_shares(
-    dense: MoDForCausalLM, fit: Fit, sequences: datasets.Dataset, end_of_text: int, bf16: bool = False
+    dense: MoDForCausalLM, fit: Fit, sequences: Sequences, end_of_text: int, bf16: bool = False
 ) -> Tensor:
     """How much of what all tokens would miss by skipping is missed at each of `CAPACITIES` capacities; [L, C].
 
@@ -185,7 +183,7 @@ def _layers(model: MoDForCausalLM) -> list[DecoderLayer]:
 
 
 def _passes(
-    dense: MoDForCausalLM, sequences: datasets.Dataset, end_of_text: int, bf16: bool
+    dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, bf16: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Of each sequence, and each block, the tokens before it and what it adds to them, each of shape [N, D]."""
     seen: list[tuple[Tensor, Tensor]] = []

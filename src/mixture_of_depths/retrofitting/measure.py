@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import datasets
 import numpy as np
 import torch
 from rich.console import Console
@@ -21,6 +20,7 @@ from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.retrofitting.fit import CAPACITIES, Fit, missed_shares
 from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.packing import Sequences
 
 # The capacity at which the rise of the loss is measured.
 MEASURED_CAPACITY = 0.5
@@ -112,7 +112,7 @@ def measure_importance(
     dense: MoDForCausalLM,
     fit: Fit | None,
     kind: dict[str, Any],
-    sequences: datasets.Dataset,
+    sequences: Sequences,
     end_of_text: int,
     bf16: bool = False,
     measured: Sequence[BlockImportance] = (),

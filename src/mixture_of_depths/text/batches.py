@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixture_of_depths.text.packing import Sequences
+
 
 def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Dataset:
     """Cuts a row of tokens into sequences; the rest that does not fill a sequence is dropped.
@@ -52,7 +54,7 @@ class Collator:
 
 
 def batches(
-    sequences: datasets.Dataset, chosen: Sequence[int], end_of_text: int, batch_size: int, device: torch.device
+    sequences: Sequences, chosen: Sequence[int], end_of_text: int, batch_size: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The sequences `chosen`, stacked `batch_size` at a time, on a device."""
     collate = Collator(end_of_text)
@@ -61,7 +63,7 @@ def batches(
         yield {name: value.to(device) for name, value in collate(cast(list[dict[str, Any]], rows)).items()}
 
 
-def spread(sequences: datasets.Dataset, count: int) -> datasets.Dataset:
+def spread(sequences: Sequences, count: int) -> Sequences:
     """`count` sequences spread evenly, or all where there are fewer."""
     return sequences.select(
         [len(sequences) * i // count for i in range(count)] if count < len(sequences) else range(len(sequences))

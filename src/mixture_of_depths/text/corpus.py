@@ -1,35 +1,60 @@
-"""A corpus: text read, split, tokenised and packed, kept in a cache under a name made from its content."""
+"""A corpus: text ready to be trained on, of any size.
+
+Text that fits into memory is prepared at once, into a cache, under a name made from what it says: the same text has the
+same name on every machine, which the runs of a study compare. Larger text, text that is tokenised already and text from
+weighted sources lies in shards, whose names come from their files' sizes, times and pieces: nobody reads 100 GB to
+learn that they are the same.
+"""
 
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
-import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mixture_of_depths.fields import refuse_without_use, validate_fields
-from mixture_of_depths.files import is_whole, locked, seal, sync_folder
+from mixture_of_depths.files import is_whole, locked, read_json, seal, sync_folder
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.batches import document_positions, pack, with_positions
-from mixture_of_depths.text.conversations import Conversation, positions_in_sequences, rendered, tokens_of
+from mixture_of_depths.text.batches import pack
+from mixture_of_depths.text.conversations import Conversation
 from mixture_of_depths.text.documents import Skipped, digest, read_all, split_conversations, split_documents
-from mixture_of_depths.text.sources import HUB, NAMES, hub_name
-from mixture_of_depths.text.tokenizer import end_of_text, load_tokenizer, start_of_text, tokenize, train_tokenizer
+from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequences
+from mixture_of_depths.text.preparation import TOKENIZER, check_text, name_of, prepare_shards, shared_tokenizer
+from mixture_of_depths.text.sequences import by_kind, cut_documents
+from mixture_of_depths.text.shards import Prepared, Side, open_prepared
+from mixture_of_depths.text.sources import NAMES, find_files, hub_name, is_prepared, is_tokens, unweighted, weighted
+from mixture_of_depths.text.tokenizer import (
+    VOCABULARY,
+    end_of_text,
+    load_tokenizer,
+    start_of_text,
+    train_tokenizer,
+)
 
 # Raised when the prepared form changes, so that older cache entries are not read.
 CACHE_VERSION = 1
-# Entries of a tokenizer that is trained, where the options name no number.
-VOCABULARY = 4096
+# Bytes or characters of text that are prepared in memory, which takes some ten times as much.
+IN_MEMORY = 1 << 28
+# Tokens of held-out text in shards that are evaluated on, spread evenly over all of it.
+EVALUATED = 1 << 22
+# Which shards a cache entry stands for.
+SHARDS = "shards.json"
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What the prepared text consists of."""
+    """What the prepared text consists of.
+
+    `cut` tells of documents in the sequences, where that is known. `mixed_bytes_per_token` are those of several
+    sources' held-out text, in the proportion of their weights.
+    """
 
     train_documents: int
     validation_documents: int
@@ -38,56 +63,85 @@ class CorpusFacts:
     validation_bytes: int
     split: str
     skipped: Skipped = field(default_factory=Skipped)
+    cut: Cut | None = None
+    mixed_bytes_per_token: float | None = None
 
     def __str__(self) -> str:
+        cut = "" if self.cut is None else f"; {self.cut}"
         return (
             f"{self.train_documents} documents, {self.train_tokens:,} tokens to train on; held out "
-            f"{self.validation_documents} ({self.split}), {self.validation_tokens:,} tokens; skipped: {self.skipped}"
+            f"{self.validation_documents} ({self.split}), {self.validation_tokens:,} tokens; skipped: "
+            f"{self.skipped}{cut}"
         )
 
     @property
     def validation_bytes_per_token(self) -> float:
-        return self.validation_bytes / self.validation_tokens
+        return self.mixed_bytes_per_token or self.validation_bytes / self.validation_tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several sources: its name and weight, and its held-out text; no weight where they are mixed by size."""
+
+    name: str
+    weight: float | None
+    validation: datasets.Dataset
+    bytes_per_token: float
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised text, packed into sequences of one length; each data set has the column `input_ids`.
+    """Tokenised text in sequences of one length; of each, `input_ids` are the tokens.
 
-    `key` names its content: text, split, tokenizer and length of the sequences.
+    `key` names its content: text, split, tokenizer and length of the sequences. `sources` tell the held-out text of
+    several apart, and are empty for one; of their sequences in `train` each has its `weight`.
     """
 
-    train: datasets.Dataset
+    train: Sequences
     validation: datasets.Dataset
     tokenizer: PreTrainedTokenizerBase
     facts: CorpusFacts
     options: DataOptions
     key: str
+    sources: tuple[Source, ...] = ()
 
     @property
     def end_of_text(self) -> int:
         """The token after every document."""
         return end_of_text(self.tokenizer)
 
+    @property
+    def weights(self) -> list[float] | None:
+        """The sources' shares of the sequences that are trained on; None where they are one text."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return weights or None
 
-def prepare(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> Corpus:
-    """Reads, splits, tokenises and packs text, or takes the result from the cache.
+
+def prepare(
+    options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None, console: Console | None = None
+) -> Corpus:
+    """Reads, splits, tokenises and packs text, or takes the result from the cache or a folder of prepared text.
 
     Args:
         options: the text, and how it is cut.
         tokenizer: one to use in the place of that which the options name.
+        console: where progress is shown.
 
     Raises:
         ValueError: when there is no text, a path or column is missing, or the text is shorter than one sequence.
     """
-    corpus = load_prepared(options, *prepare_cache(options, tokenizer))
+    corpus = load_prepared(options, *prepare_cache(options, tokenizer, console))
     # The cache's copy cuts text alike, but a chat template may differ.
     return corpus if tokenizer is None else replace(corpus, tokenizer=tokenizer)
 
 
-def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[str, Skipped]:
+def prepare_cache(
+    options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None, console: Console | None = None
+) -> tuple[str, Skipped | None]:
     """Puts prepared text into the cache if it is not there; returns its key, and what was left out; see `prepare`."""
-    _check(options, tokenizer)
+    check_text(options, tokenizer)
+    if _is_for_shards(options):
+        return _prepare_sharded(options, tokenizer, console), None
     skipped = Skipped()
     documents = list(read_all(options, skipped))
     if not documents:
@@ -101,14 +155,9 @@ def prepare_cache(options: DataOptions, tokenizer: PreTrainedTokenizerFast | Non
             f"data={' '.join(options.data)} holds conversations, and a tokenizer that is trained has no chat template "
             "to make text of them; give a tokenizer that has one"
         )
-    folder = options.cache_dir / _cache_key(options, documents, own_tokenizer)
-    if not is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f".{folder.name}.lock")):
-            # Another process may have written it meanwhile.
-            if not is_whole(folder):
-                _write_cache(folder, options, documents, own_tokenizer, skipped)
-    return folder.name, skipped
+    key = _cache_key(options, documents, own_tokenizer)
+    _put(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
+    return key, skipped
 
 
 def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None) -> Corpus:
@@ -120,6 +169,8 @@ def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None
         skipped: what was left out, where this text was read from others than the files that the entry was made of.
     """
     folder = options.cache_dir / key
+    if (folder / SHARDS).exists():
+        return _load_sharded(options, key, read_json(folder / SHARDS))
     facts = json.loads((folder / "facts.json").read_text())
     return Corpus(
         datasets.Dataset.load_from_disk(str(folder / "train")),
@@ -131,66 +182,18 @@ def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None
     )
 
 
-class Cut(NamedTuple):
-    """Documents cut into sequences.
-
-    Attributes:
-        sequences: with the column `input_ids`; with conversations among them, see `cut_documents`.
-        tokens: number of tokens, those of the rest that fills no sequence, too.
-        bytes: their text in UTF-8.
-    """
-
-    sequences: datasets.Dataset
-    tokens: int
-    bytes: int
-
-
-def by_kind(documents: list[str | Conversation]) -> tuple[list[str], list[Conversation]]:
-    """The texts, and the conversations."""
-    texts = [document for document in documents if isinstance(document, str)]
-    return texts, [document for document in documents if isinstance(document, Conversation)]
-
-
-def cut_documents(
-    documents: list[str | Conversation], tokenizer: PreTrainedTokenizerBase, sequence_length: int, name: str
-) -> Cut:
-    """Texts and conversations as sequences of tokens, each kind by itself, texts first.
-
-    With conversations among them, sequences have `position_ids`, since the end of a turn is no end of a conversation,
-    and `is_conversation`.
-
-    Raises:
-        ValueError: when one of the kinds is shorter than a sequence, or the tokenizer has no chat template.
-    """
-    texts, conversations = by_kind(documents)
-    cuts: list[Cut] = []
-    if texts or not conversations:
-        tokens = tokenize(texts, tokenizer)
-        sequences = pack(tokens, sequence_length, name)
-        if conversations:
-            ids = torch.tensor(np.array(sequences["input_ids"]))
-            sequences = with_positions(sequences, document_positions(ids, end_of_text(tokenizer)).numpy(), False)
-        cuts.append(Cut(sequences, len(tokens), sum(len(text.encode("utf-8")) for text in texts)))
-    if conversations:
-        chats = rendered([conversation.messages for conversation in conversations], tokenizer)
-        rows = tokens_of(chats, tokenizer)
-        tokens = np.array([token for row in rows for token in row], dtype=np.int32)
-        sequences = pack(tokens, sequence_length, f"{name} conversations'")
-        positions_ST = positions_in_sequences([len(row) for row in rows], sequence_length)
-        sequences = with_positions(sequences, positions_ST, True)
-        cuts.append(Cut(sequences, len(tokens), sum(len(chat.encode("utf-8")) for chat in chats)))
-    whole = cuts[0].sequences if len(cuts) == 1 else datasets.concatenate_datasets([cut.sequences for cut in cuts])
-    return Cut(whole, sum(cut.tokens for cut in cuts), sum(cut.bytes for cut in cuts))
-
-
-def _check(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    validate_fields(options)
-    if not any(hub_name(source) is not None for source in options.data):
-        refuse_without_use(options, f"without a data set of the hub, {HUB}NAME, in data", "split")
-    if tokenizer is None and options.tokenizer is not None:
-        refuse_without_use(options, f"with tokenizer={options.tokenizer}, which is not trained", "vocab_size")
-    elif options.vocab_size is not None and options.vocab_size < 257:
-        raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+def _is_for_shards(options: DataOptions) -> bool:
+    """Whether the text is more than is held in memory, or of a kind that lies in shards."""
+    if options.packing != "cut" or weighted(options.data) or any(map(is_prepared, options.data)):
+        return True
+    files = [path for source in options.data if hub_name(source) is None for path in find_files(source)]
+    if any(map(is_tokens, files)):
+        return True
+    if options.max_characters is not None:
+        return options.max_characters > IN_MEMORY
+    # How much a data set of the hub is, is told by reading it.
+    streamed = any(hub_name(source) is not None for source in options.data)
+    return streamed or sum(path.stat().st_size for path in files) > IN_MEMORY
 
 
 def _entries(options: DataOptions) -> int:
@@ -211,6 +214,36 @@ def _cache_key(
     for text in documents:
         name.update(digest(text))
     return name.hexdigest()[:32]
+
+
+def _put(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has an entry of the cache written if it is not whole there, once of several processes that ask for it."""
+    if is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        # Another process may have written it meanwhile.
+        if not is_whole(folder):
+            with _written_whole(folder) as aside:
+                write(aside)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, aside, which is then sealed and gets its name.
+
+    So a run that is stopped leaves no half entry behind; what a killed one left aside makes way.
+    """
+    aside = folder.with_name(f".preparing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        seal(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_cache(
@@ -236,18 +269,140 @@ def _write_cache(
         split=split,
         skipped=skipped,
     )
-    # Written aside and renamed, so that a run that is stopped leaves no half entry behind; what a killed one left aside
-    # makes way.
-    aside = folder.with_name(f".preparing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        to_train.sequences.save_to_disk(str(aside / "train"))
-        held_out.sequences.save_to_disk(str(aside / "validation"))
-        tokenizer.save_pretrained(str(aside / "tokenizer"))
-        (aside / "facts.json").write_text(json.dumps(asdict(facts)))
-        seal(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    to_train.sequences.save_to_disk(str(folder / "train"))
+    held_out.sequences.save_to_disk(str(folder / "validation"))
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    (folder / "facts.json").write_text(json.dumps(asdict(facts)))
+
+
+def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, console: Console | None) -> str:
+    """Has all sources in shards, and an entry of the cache say where they are; returns its key."""
+    shares = {share.source: share.weight for share in weighted(options.data)}
+    sources = [unweighted(source) for source in options.data]
+    groups = [(source,) for source in sources] if shares or any(map(is_prepared, sources)) else [tuple(sources)]
+    own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
+    prepared_before = [source for source in sources if is_prepared(source)]
+    if own is None and prepared_before:
+        own = load_tokenizer(str(Path(prepared_before[0]) / TOKENIZER))
+    elif own is None and len(groups) > 1:
+        own = shared_tokenizer(replace(options, data=tuple(sources)), options.cache_dir, console)
+    described: list[dict[str, Any]] = []
+    for group in groups:
+        text = replace(options, data=group)
+        if is_prepared(group[0]):
+            folder = Path(group[0])
+            prepared = open_prepared(folder)
+            _check_tokenizer(folder, own)
+        else:
+            folder = options.cache_dir / f"shards-{name_of(text, own)}"
+            prepared = prepare_shards(text, folder, own, console=console)
+        # Packed here, where only one of several processes is at work.
+        ShardSequences(folder, prepared, "train", options.sequence_length, options.packing)
+        name = " ".join(group)
+        described.append(
+            {"name": name, "weight": shares.get(name), "folder": str(folder.resolve()), "key": prepared.key}
+        )
+    facts = [(source["weight"], source["key"]) for source in described]
+    name = json.dumps([CACHE_VERSION, options.sequence_length, options.packing, facts])
+    key = hashlib.sha256(name.encode()).hexdigest()[:32]
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / SHARDS).write_text(json.dumps(described))
+
+    folder = options.cache_dir / key
+    if is_whole(folder) and read_json(folder / SHARDS) != described:
+        # The same text lies elsewhere now.
+        shutil.rmtree(folder)
+    _put(folder, write)
+    return key
+
+
+def _check_tokenizer(folder: Path, own: PreTrainedTokenizerFast | None) -> None:
+    """Raises ValueError when a folder was prepared with another tokenizer than is asked for."""
+    theirs = load_tokenizer(str(folder / TOKENIZER))
+    if own is not None and (
+        own.backend_tokenizer.to_str() != theirs.backend_tokenizer.to_str()
+        or start_of_text(own) != start_of_text(theirs)
+        or end_of_text(own) != end_of_text(theirs)
+    ):
+        raise ValueError(
+            f"data={folder} was prepared with another tokenizer, {folder / TOKENIZER}; prepare all text with one, as "
+            "tokenizer"
+        )
+
+
+def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]]) -> Corpus:
+    """The text of the shards that an entry of the cache stands for."""
+    length = options.sequence_length
+    train: list[ShardSequences] = []
+    sources: list[Source] = []
+    all_of_it: list[Prepared] = []
+    for source in described:
+        folder = Path(source["folder"])
+        prepared = open_prepared(folder)
+        sequences = ShardSequences(folder, prepared, "train", length, options.packing)
+        held_out = ShardSequences(folder, prepared, "validation", length, "cut")
+        checked: list[tuple[str, Side, ShardSequences]] = [
+            ("training", "train", sequences),
+            ("validation", "validation", held_out),
+        ]
+        for name, side, some in checked:
+            if len(some) == 0:
+                raise ValueError(
+                    f"sequence_length={length} is longer than every shard of the {name} text of {source['name']}, "
+                    f"which has {prepared.total(side, 'tokens'):,} tokens; give more text or a shorter sequence_length"
+                )
+        train.append(sequences)
+        all_of_it.append(prepared)
+        size = prepared.total("validation", "bytes") / prepared.total("validation", "tokens")
+        sources.append(Source(source["name"], source["weight"], _some(held_out, length), size))
+    totals = {
+        f"{side}_{what}": sum(prepared.total(side, what) for prepared in all_of_it)
+        for side in ("train", "validation")
+        for what in ("documents", "tokens", "bytes")
+    }
+    del totals["train_bytes"]
+    weights = [source.weight or len(sequences) for source, sequences in zip(sources, train, strict=True)]
+    sizes = [weight * source.bytes_per_token for weight, source in zip(weights, sources, strict=True)]
+    cuts = [sequences.cut for sequences in train]
+    names = ("not_utf8", "empty", "not_json", "no_text")
+    facts = CorpusFacts(
+        **totals,
+        split="documents" if all(prepared.split == "documents" for prepared in all_of_it) else "tails",
+        skipped=Skipped(*(sum(getattr(prepared.skipped, name) for prepared in all_of_it) for name in names)),
+        cut=Cut(*(sum(getattr(cut, name) for cut in cuts) for name in ("documents", "longer", "dropped_tokens"))),
+        mixed_bytes_per_token=sum(sizes) / sum(weights) if len(sources) > 1 else None,
+    )
+    folder = Path(described[0]["folder"])
+    several = len(sources) > 1
+    return Corpus(
+        Joined(train) if several else train[0],
+        _mixed(sources, weights) if several else sources[0].validation,
+        load_tokenizer(str(folder / TOKENIZER)),
+        facts,
+        options,
+        key,
+        tuple(sources) if several else (),
+    )
+
+
+def _some(sequences: ShardSequences, length: int) -> datasets.Dataset:
+    """As many sequences as are evaluated on, spread evenly, in memory."""
+    count = min(len(sequences), max(2, EVALUATED // length))
+    rows = [sequences[len(sequences) * number // count]["input_ids"] for number in range(count)]
+    return pack(np.concatenate(rows).astype(np.int32), length, "validation")
+
+
+def _mixed(sources: list[Source], weights: list[float]) -> datasets.Dataset:
+    """Held-out sequences of all sources in the proportion of their weights."""
+    total = min(len(source.validation) / weight for source, weight in zip(sources, weights, strict=True))
+    total = min(total, max(len(source.validation) for source in sources) / sum(weights))
+    # Even numbers: every second one of all is then every second one of each, for what calibrates and what evaluates.
+    counts = [
+        min(len(source.validation), max(2, int(total * weight) // 2 * 2))
+        for source, weight in zip(sources, weights, strict=True)
+    ]
+    return datasets.concatenate_datasets(
+        [source.validation.select(range(count)) for source, count in zip(sources, counts, strict=True)]
+    )

@@ -1,0 +1,248 @@
+"""Sequences of one length out of shards: cut one after another, or packed so that few documents are cut."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mixture_of_depths.files import read_json, sync_folder, write_aside
+from mixture_of_depths.options import Packing
+from mixture_of_depths.text.shards import ENDS, Prepared, Shard, Side, aside
+
+
+class Sequences(Protocol):
+    """Rows with the column `input_ids`: a data set of the library, or text on the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def select(self, indices: Iterable[int], /) -> Any:
+        """Some of them, by their numbers."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of documents in sequences of one length.
+
+    Attributes:
+        documents: how many are cut by the end of a sequence.
+        longer: how many of them are longer than a sequence.
+        dropped_tokens: tokens at the ends of shards, which fill no sequence.
+    """
+
+    documents: int
+    longer: int
+    dropped_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents cut, {self.longer:,} of them longer than a sequence; "
+            f"{self.dropped_tokens:,} tokens left over"
+        )
+
+
+def cut_of(folder: Path, shard: Shard, length: int) -> tuple[int, Cut]:
+    """How many sequences a shard gives that is cut every `length` tokens, and what that does to its documents."""
+    ends = np.fromfile(folder / f"{shard.name}.ends", ENDS).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1]])
+    # Its last token stands in another sequence than its first.
+    is_cut = starts // length != (ends - 1) // length
+    return shard.tokens // length, Cut(int(is_cut.sum()), int((ends - starts > length).sum()), shard.tokens % length)
+
+
+def best_fit(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, Cut]:
+    """Packs documents into whole sequences, and cuts as few of them as that takes.
+
+    Longer documents are cut to sequences first. What is left of them and the others go, the longest first, each where
+    the least room is left after it. Then the emptiest sequences are taken apart, and fill the others.
+
+    Args:
+        ends: after which tokens the documents end.
+        length: of a sequence.
+
+    Returns:
+        The pieces of all sequences, as rows of a first token and a length; the number of the piece after each
+        sequence's last; and what was cut.
+    """
+    starts = np.concatenate([[0], ends[:-1]])
+    sizes = ends - starts
+    whole: list[list[tuple[int, int]]] = []
+    rest: list[tuple[int, int]] = []
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        for place in range(start, start + size - length + 1, length):
+            whole.append([(place, length)])
+        if size % length:
+            rest.append((start + size - size % length, size % length))
+    rest.sort(key=lambda piece: -piece[1])
+    # Of each room the sequences that have it left; a binary search over rooms that any has finds the tightest.
+    by_room: list[list[list[tuple[int, int]]]] = [[] for _ in range(length + 1)]
+    rooms: list[int] = []
+    for piece in rest:
+        size = piece[1]
+        number = bisect_right(rooms, size - 1)
+        if number < len(rooms):
+            room = rooms[number]
+            bin_ = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[number]
+        else:
+            room, bin_ = length, []
+        bin_.append(piece)
+        left = room - size
+        if not by_room[left] and left:
+            rooms.insert(bisect_right(rooms, left), left)
+        by_room[left].append(bin_)
+    full = [*whole, *by_room[0]]
+    # Those with the least room first.
+    open_bins = [(room, bin_) for room in range(1, length + 1) for bin_ in by_room[room]]
+    loose: list[tuple[int, int]] = []
+    first, last = 0, len(open_bins) - 1
+    while first <= last:
+        room, bin_ = open_bins[first]
+        while room and (loose or first < last):
+            if not loose:
+                loose = open_bins[last][1]
+                last -= 1
+            place, size = loose.pop()
+            taken = min(room, size)
+            bin_.append((place, taken))
+            room -= taken
+            if taken < size:
+                loose.append((place + taken, size - taken))
+        if room:
+            break
+        full.append(bin_)
+        first += 1
+    pieces = np.array([piece for bin_ in full for piece in bin_], dtype=np.int64).reshape(-1, 2)
+    stops = np.cumsum([len(bin_) for bin_ in full], dtype=np.int64)
+    documents = np.searchsorted(ends, pieces[:, 0], side="right")
+    in_one = np.zeros(len(ends), dtype=bool)
+    in_one[documents[pieces[:, 1] == sizes[documents]]] = True
+    return pieces, stops, Cut(int((~in_one).sum()), int((sizes > length).sum()), int(sizes.sum() - pieces[:, 1].sum()))
+
+
+class Lazy(ABC):
+    """Sequences that are read when they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, number: int, /) -> dict[str, Any]: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def select(self, indices: Iterable[int], /) -> "Selected":
+        """Some of them, by their numbers."""
+        return Selected(self, indices)
+
+
+class ShardSequences(Lazy):
+    """The sequences of one side of prepared text; nothing of them is in memory but what is being read.
+
+    Each is a dictionary with `input_ids`. In all of them a document begins at the beginning or after an end of text:
+    what a packed sequence has of a document that is cut stands last in it, or is its end.
+    """
+
+    def __init__(self, folder: Path, prepared: Prepared, side: Side, length: int, packing: Packing) -> None:
+        self.folder, self.length, self.packing = folder, length, packing
+        self.dtype = np.dtype(prepared.dtype)
+        self.shards = prepared.shards[side]
+        counts, cuts = [], []
+        for shard in self.shards:
+            count, cut = cut_of(folder, shard, length) if packing == "cut" else self._packed(shard)
+            counts.append(count)
+            cuts.append(cut)
+        self.cut = Cut(*(sum(getattr(cut, name) for cut in cuts) for name in ("documents", "longer", "dropped_tokens")))
+        self.firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).tolist()
+        self._mapped: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        place = bisect_right(self.firsts, number) - 1
+        shard, row = self.shards[place], number - self.firsts[place]
+        tokens = self._map(f"{shard.name}.bin", self.dtype)
+        if self.packing == "cut":
+            return {"input_ids": tokens[row * self.length : (row + 1) * self.length].astype(np.int64)}
+        stops = self._map(f"{self._layout(shard)}.stops", np.dtype("<i8"))
+        pieces = self._map(f"{self._layout(shard)}.pieces", np.dtype("<i8")).reshape(-1, 2)
+        chosen = pieces[stops[row - 1] if row else 0 : stops[row]].tolist()
+        parts = [tokens[start : start + size].astype(np.int64) for start, size in chosen]
+        return {"input_ids": np.concatenate(parts)}
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        if name not in self._mapped:
+            self._mapped[name] = np.memmap(self.folder / name, dtype, "r")
+        return self._mapped[name]
+
+    def _layout(self, shard: Shard) -> str:
+        return f"packed-{self.length}-{shard.name}"
+
+    def _packed(self, shard: Shard) -> tuple[int, Cut]:
+        """Packs a shard, once: where its sequences lie is kept beside it."""
+        record = self.folder / f"{self._layout(shard)}.json"
+        if record.exists():
+            described = read_json(record)
+            if described.get("sha256") == shard.sha256:
+                return described["sequences"], Cut(**described["cut"])
+        ends = np.fromfile(self.folder / f"{shard.name}.ends", ENDS).astype(np.int64)
+        pieces, stops, cut = best_fit(ends, self.length)
+        for suffix, numbers in (("pieces", pieces), ("stops", stops)):
+            path = self.folder / f"{self._layout(shard)}.{suffix}"
+            with aside(path).open("wb") as file:
+                file.write(numbers.astype("<i8").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            aside(path).replace(path)
+        sync_folder(self.folder)
+        write_aside(record, json.dumps({"sha256": shard.sha256, "sequences": len(stops), "cut": asdict(cut)}))
+        return len(stops), cut
+
+
+class Selected(Lazy):
+    """Some sequences of others, by their numbers."""
+
+    def __init__(self, sequences: Sequences, indices: Iterable[int]) -> None:
+        self.sequences = sequences
+        self.indices: Sequence[int] = indices if isinstance(indices, range) else list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        return self.sequences[self.indices[number]]
+
+    def select(self, indices: Iterable[int], /) -> "Selected":
+        """Some of these, by their numbers among them."""
+        return Selected(self.sequences, [self.indices[number] for number in indices])
+
+
+class Joined(Lazy):
+    """The sequences of several sources, one source after another."""
+
+    def __init__(self, parts: Sequence[Sequences]) -> None:
+        self.parts = list(parts)
+        self.firsts: list[int] = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        place = bisect_right(self.firsts, number) - 1
+        return self.parts[place][number - self.firsts[place]]

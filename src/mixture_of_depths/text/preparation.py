@@ -1,0 +1,316 @@
+"""Text of any size on its way into a folder of shards: what is there of it, what it is made from, its tokenizer."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from mixture_of_depths.fields import refuse_without_use, validate_fields
+from mixture_of_depths.files import locked, read_json, sync_folder, write_aside
+from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text.documents import Skipped, cut_tail, digest, is_held_out
+from mixture_of_depths.text.plan import Plan, holds_tokens, plan_of, read_piece
+from mixture_of_depths.text.shards import (
+    SIDES,
+    VERSION,
+    Prepared,
+    Shard,
+    Side,
+    changed_file,
+    key_of,
+    open_prepared,
+    parts_of,
+    with_samples,
+)
+from mixture_of_depths.text.sources import PREPARED, FileFacts, hub_name, is_prepared, unweighted, weighted
+from mixture_of_depths.text.tokenizer import VOCABULARY, end_of_text, load_tokenizer, start_of_text, train_tokenizer
+from mixture_of_depths.text.tokens import Vocabulary
+from mixture_of_depths.text.work import Split, Work, carry_out
+
+PLAN = "plan.json"
+LOCK = ".lock"
+TOKENIZER = "tokenizer"
+# Characters a tokenizer is trained on, taken evenly from the pieces of a text: more teach it next to nothing.
+TOKENIZER_SAMPLE = 1 << 26
+SAMPLED_PIECES = 64
+
+
+def check_text(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Raises ValueError for options that are out of their range, or have no use beside others."""
+    validate_fields(options)
+    sources = [unweighted(source) for source in options.data]
+    if not any(hub_name(source) is not None for source in sources):
+        refuse_without_use(options, "without a data set of the hub, hub:NAME, in data", "split")
+    if sources and all(map(is_prepared, sources)):
+        where = f"with data={' '.join(sources)}, which is prepared"
+        refuse_without_use(options, where, "text_column", "max_characters", "vocab_size", "validation_fraction")
+    if tokenizer is None and options.tokenizer is not None:
+        refuse_without_use(options, f"with tokenizer={options.tokenizer}, which is not trained", "vocab_size")
+    elif options.vocab_size is not None and options.vocab_size < 257:
+        raise ValueError(f"vocab_size={options.vocab_size} must be at least 257: every byte and the end of text")
+
+
+def prepare_shards(
+    options: DataOptions,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    processes: int | None = None,
+    console: Console | None = None,
+) -> Prepared:
+    """Prepares text of any size in a folder, or takes what is there of it and goes on.
+
+    What is written depends on text, options and tokenizer alone: not on the processes, and not on how often it was
+    stopped or killed. From a script this is called under `if __name__ == "__main__":`, as further processes need.
+
+    Args:
+        options: the text; its `sequence_length` has no part in this.
+        folder: where it is put.
+        tokenizer: one to use in the place of that which the options name.
+        processes: how many work on it; by default one a core.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: for text that is not there or is none, or a folder that holds something else.
+        OSError: when the disk is full; the same call goes on then.
+    """
+    console = console or Console(quiet=True)
+    check_text(options, tokenizer)
+    if weighted(options.data):
+        raise ValueError(
+            f"data={' '.join(options.data)} has weights, which are those of a run: prepare each source by itself, with "
+            "one tokenizer, and give the weights to mod train"
+        )
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={folder} is a file; name a folder")
+    own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
+    if holds_tokens(options.data):
+        if own is None:
+            raise ValueError(
+                f"data={' '.join(options.data)} holds tokens; name the folder of their tokenizer, as tokenizer"
+            )
+        if options.max_characters is not None:
+            raise ValueError(f"max_characters={options.max_characters} has no use with tokens; leave it out")
+    plan = plan_of(options, vocabulary_of(own) if own else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, wait=False) as ours:
+        if not ours:
+            raise ValueError(f"out={folder} is being prepared by another process; wait for it, or name another folder")
+        try:
+            return _prepare(options, folder, own, plan, processes or os.cpu_count() or 1, console)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                error.errno,
+                f"out={folder}: the disk is full ({error.strerror}); make room, and the same command goes on",
+            ) from error
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+    """What the reading of tokens needs to know of a tokenizer."""
+    first = start_of_text(tokenizer)
+    return Vocabulary(max(tokenizer.get_vocab().values()), end_of_text(tokenizer), first[0] if first else None)
+
+
+def _prepare(
+    options: DataOptions,
+    folder: Path,
+    own: PreTrainedTokenizerFast | None,
+    plan: Plan,
+    processes: int,
+    console: Console,
+) -> Prepared:
+    files = [asdict(file) for file in plan.files]
+    described = json.loads(json.dumps({"options": _described(options, own), "files": files}))
+    if (folder / PREPARED).exists():
+        prepared = open_prepared(folder)
+        _check_same(folder, prepared.made_from, described)
+        _tidy(folder)
+        return prepared
+    split: Split = "documents"
+    if (folder / PLAN).exists():
+        begun = read_json(folder / PLAN)
+        _check_same(folder, begun["made_from"], described)
+        split = begun["split"]
+    else:
+        if any(path.name not in (LOCK, f"{PLAN}.part") for path in folder.iterdir()):
+            raise ValueError(f"out={folder} is not empty, and holds no prepared text; name another folder")
+        _write_plan(folder, described, split)
+    _tidy(folder, all_of_it=False)
+    prepared = _fill(options, folder, own, plan, split, processes, console, described)
+    if prepared is None:
+        # Nothing of one side: few documents, or one alone.
+        console.print("the documents are too few to hold some of them out: the tails of all are held out instead")
+        _clear(folder)
+        split = "tails"
+        _write_plan(folder, described, split)
+        prepared = _fill(options, folder, own, plan, split, processes, console, described)
+    assert prepared is not None
+    write_aside(folder / PREPARED, json.dumps(asdict(prepared), indent=1))
+    _tidy(folder)
+    return open_prepared(folder)
+
+
+def _described(options: DataOptions, own: PreTrainedTokenizerFast | None) -> dict[str, Any]:
+    """What of the options decides what is written."""
+    kept = ("data", "text_column", "split", "max_characters", "vocab_size", "validation_fraction")
+    described = {name: getattr(options, name) for name in kept}
+    return {**described, "tokenizer": None if own is None else digest(own.backend_tokenizer.to_str()).hex()[:32]}
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError when a folder was begun with other options, or a file has changed since."""
+    for name, value in now["options"].items():
+        if before["options"].get(name) != value:
+            raise ValueError(
+                f"{name}={value} differs from {before['options'].get(name)}, with which out={folder} was prepared; "
+                "give the same options, or name another folder"
+            )
+    old, new = ([FileFacts(**file) for file in side["files"]] for side in (before, now))
+    if (path := changed_file(old, new)) is not None:
+        raise ValueError(f"{path} has changed since out={folder} was prepared from it; name another folder")
+
+
+def _write_plan(folder: Path, described: dict[str, Any], split: Split) -> None:
+    write_aside(folder / PLAN, json.dumps({"made_from": described, "split": split}))
+
+
+def _tidy(folder: Path, all_of_it: bool = True) -> None:
+    """Removes what a killed process left half written, and with `all_of_it` the records of what is finished."""
+    for path in [*folder.glob(".*.part"), *folder.glob("*.json.part")]:
+        path.unlink()
+    for path in [*folder.glob("part-*.json"), folder / PLAN] if all_of_it else []:
+        path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes all that was prepared; the plan last, without which the rest is nobody's."""
+    for pattern in ("part-*.json", *(f"{side}-*" for side in SIDES)):
+        for path in folder.glob(pattern):
+            path.unlink()
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    _tidy(folder)
+
+
+def _fill(
+    options: DataOptions,
+    folder: Path,
+    own: PreTrainedTokenizerFast | None,
+    plan: Plan,
+    split: Split,
+    processes: int,
+    console: Console,
+    described: dict[str, Any],
+) -> Prepared | None:
+    """Trains the tokenizer and writes all shards; None where one side of the split stays empty."""
+    tokenizer, sample = _tokenizer(options, folder, own, plan, split, console)
+    if own is None and sample[0] == 0 and split == "documents":
+        return None
+    vocabulary = vocabulary_of(tokenizer)
+    backend = tokenizer.backend_tokenizer.to_str()
+    work = Work(folder, options, plan, split, backend, start_of_text(tokenizer), vocabulary)
+    carry_out(work, processes, console)
+    shards: dict[Side, list[Shard]] = {side: [] for side in SIDES}
+    skipped = Skipped()
+    for number in range(len(plan.pieces)):
+        parts = parts_of(folder, number)
+        for part in parts:
+            for side, shard in part.shards.items():
+                shards[side].append(shard)
+        for each in fields(Skipped):
+            setattr(skipped, each.name, getattr(skipped, each.name) + getattr(parts[-1].skipped, each.name))
+    if not any(shards.values()):
+        _clear(folder)
+        raise ValueError(f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files")
+    if not all(shards.values()) and split == "documents":
+        return None
+    shards = {side: with_samples(folder, shards[side]) for side in SIDES}
+    return Prepared(
+        version=VERSION,
+        key=key_of(json.dumps([backend, start_of_text(tokenizer)]), vocabulary.end_of_text, shards),
+        dtype=cast(Any, work.dtype.str),
+        last_token=vocabulary.last,
+        end_of_text=vocabulary.end_of_text,
+        split=split,
+        tokenizer_sample=sample,
+        skipped=skipped,
+        made_from=described,
+        shards=shards,
+    )
+
+
+def _tokenizer(
+    options: DataOptions,
+    folder: Path,
+    own: PreTrainedTokenizerFast | None,
+    plan: Plan,
+    split: Split,
+    console: Console,
+) -> tuple[PreTrainedTokenizerFast, tuple[int, int]]:
+    """The tokenizer of the folder, made if it is not there, and the documents and bytes it was trained on."""
+    record = folder / TOKENIZER / "sample.json"
+    if record.exists():
+        documents, size = read_json(record)
+        return load_tokenizer(str(folder / TOKENIZER)), (documents, size)
+    counted = [0, 0]
+
+    def sample() -> Iterator[str]:
+        for text in _sample(options, plan, split):
+            counted[0] += 1
+            counted[1] += len(text.encode("utf-8"))
+            yield text
+
+    if own is None:
+        console.print(f"training a tokenizer on up to {TOKENIZER_SAMPLE / 1e6:.0f} million characters of the text")
+    tokenizer = own or train_tokenizer(sample(), options.vocab_size or VOCABULARY)
+    half = folder / ".tokenizer"
+    shutil.rmtree(half, ignore_errors=True)
+    tokenizer.save_pretrained(str(half))
+    (half / record.name).write_text(json.dumps(counted))
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    half.rename(folder / TOKENIZER)
+    sync_folder(folder)
+    return load_tokenizer(str(folder / TOKENIZER)), (counted[0], counted[1])
+
+
+def _sample(options: DataOptions, plan: Plan, split: Split) -> Iterator[str]:
+    """What a tokenizer is trained on: the beginnings of pieces spread evenly, without what is held out."""
+    count = min(SAMPLED_PIECES, len(plan.pieces))
+    nothing = Vocabulary(0, 0, None)
+    for number in range(count):
+        remaining = TOKENIZER_SAMPLE // count
+        for text in read_piece(plan, len(plan.pieces) * number // count, options, nothing, Skipped()):
+            assert isinstance(text, str)
+            if split == "tails":
+                text = text[: cut_tail(len(text), options.validation_fraction)]
+            elif is_held_out(digest(text), options.validation_fraction):
+                continue
+            yield text[:remaining]
+            remaining -= len(text)
+            if remaining <= 0:
+                break
+
+
+def name_of(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> str:
+    """A name for the text of `options`, from sizes, times and pieces of its files."""
+    plan = plan_of(options, vocabulary_of(tokenizer) if tokenizer else None)
+    described = {"options": _described(options, tokenizer), "files": [asdict(file) for file in plan.files]}
+    return digest(json.dumps([VERSION, described])).hex()[:32]
+
+
+def shared_tokenizer(options: DataOptions, cache: Path, console: Console | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a sample of all sources of `options`, kept in the cache."""
+    folder = cache / f"tokenizer-{name_of(options, None)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK):
+        plan = plan_of(options, None)
+        return _tokenizer(options, folder, None, plan, "documents", console or Console(quiet=True))[0]
