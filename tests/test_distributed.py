@@ -90,9 +90,17 @@ def sequences(out: Path, processes: int) -> dict[int, list[list[list[int]]]]:
 def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, tmp_path: Path) -> None:
     # Predictors are sharded, thresholds are not, and calibration moves both.
     steps = ("--max-steps", "4", "--eval-every", "2")
-    one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
-    launch(tmp_path, 2, job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP))
-    launch(tmp_path, 1, job(text, one, *steps))
+    one, ddp, fsdp, shards, alone = (tmp_path / name for name in ("one", "ddp", "fsdp", "shards", "alone"))
+    packing = ("--packing", "best_fit")
+    jobs = [job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP), job(text, shards, *steps, *packing)]
+    launch(tmp_path, 2, *jobs)
+    launch(tmp_path, 1, job(text, one, *steps), job(text, alone, *steps, *packing))
+    # Shards give each process a part of the batch, too.
+    assert largest_difference(alone, shards) < 1e-5
+    expected_rows = sequences(alone, 1)
+    for step, parts in sequences(shards, 2).items():
+        assert [len(rows) for rows in parts] == [4, 4]
+        assert sorted(row for rows in parts for row in rows) == sorted(expected_rows[step][0])
     whole = sequences(one, 1)
     for several in (ddp, fsdp):
         assert statuses(several, 2) == ["0", "0"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import options, write_numbers
 from rich.console import Console
 from runs import QUIET, config_for, records
 from safetensors.torch import load_file
@@ -19,9 +20,9 @@ from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.sampling.stream import require_known_layers
 from mixture_of_depths.text.batches import halves
-from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.corpus import Corpus, prepare
 from mixture_of_depths.training import run as run_module
-from mixture_of_depths.training.run import train
+from mixture_of_depths.training.run import in_order, train
 
 
 class Stop(TrainerCallback):
@@ -279,3 +280,66 @@ def test_one_process_can_train_many_compiled_models(corpus: Corpus, tmp_path: Pa
         opts = TrainOptions(max_steps=1, batch_size=4, compile=True)
         with torch._dynamo.config.patch(recompile_limit=2):
             assert train(config, corpus, opts, tmp_path / str(width), console=QUIET)[1].finished
+
+
+def sharded(tmp_path: Path, *weights: float, **changes: Any) -> Corpus:
+    """Text of two sources, in shards, with weights or as one."""
+    for name, numbers in (("a", range(40)), ("b", range(100, 120))):
+        (tmp_path / name).mkdir()
+        write_numbers(tmp_path / name, numbers)
+    ends = [f":{weight}" for weight in weights] or ["", ""]
+    data = [f"{tmp_path}/{name}{end}" for name, end in zip("ab", ends, strict=True)]
+    return prepare(options(tmp_path, *data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("weights", "packing", "accumulation"),
+    [
+        pytest.param((), "best_fit", 2, marks=pytest.mark.slow),
+        pytest.param((0.3, 0.7), "cut", 1, marks=pytest.mark.slow),
+        ((0.5, 0.5), "best_fit", 1),
+    ],
+)
+def test_a_run_on_shards_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, ...], packing: str, accumulation: int
+) -> None:
+    corpus = sharded(tmp_path, *weights, packing=packing)
+    config = config_for(corpus)
+    opts = TrainOptions(max_steps=9, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=4)
+    _, whole = train(config, corpus, opts, tmp_path / "whole", console=QUIET)
+    original = run_module.StopOnSignal
+    monkeypatch.setattr(run_module, "StopOnSignal", lambda: _with(original(), Stop(6, signal.SIGTERM)))
+    train(config, corpus, opts, tmp_path / "parts", console=QUIET)
+    monkeypatch.setattr(run_module, "StopOnSignal", original)
+    torch.manual_seed(999)
+    _, resumed = train(config, corpus, opts, tmp_path / "parts", resume=True, console=QUIET)
+    assert resumed.evaluation == whole.evaluation
+    assert resumed.evaluation_by_source == whole.evaluation_by_source
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_every_source_has_its_own_line_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = sharded(tmp_path, 0.3, 0.7)
+    _, result = train(config_for(corpus), corpus, OPTIONS, tmp_path / "run", console=Console(width=300))
+    names = [f"{tmp_path}/{name}" for name in "ab"]
+    assert list(result.evaluation_by_source) == names
+    assert result.evaluation_by_source[names[0]] != result.evaluation_by_source[names[1]]
+    (evaluation, *_) = [record for record in records(tmp_path / "run") if "eval_loss" in record]
+    said = capsys.readouterr().out
+    for name in names:
+        assert evaluation[f"eval_loss_causal/{name}"] > 0
+        assert f"{name}: {evaluation[f'eval_loss_causal/{name}']:.4f} causal" in said
+    described = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(described["evaluation_by_source"]) == names
+
+
+def test_the_order_of_shards_is_that_of_the_run_and_no_list_of_its_sequences(tmp_path: Path) -> None:
+    corpus = sharded(tmp_path, 0.3, 0.7)
+    order = in_order(corpus, TrainOptions(max_steps=1000, batch_size=4), 1000)
+    assert len(order) == 4000
+    again = in_order(corpus, TrainOptions(max_steps=1000, batch_size=4), 1000)
+    assert [order[place]["sequence"] for place in range(3900, 4000)] == [
+        again[place]["sequence"] for place in range(3900, 4000)
+    ]

@@ -74,6 +74,12 @@ class Recorder(TrainerCallback):
                 f"  step {state.global_step}: validation loss {record['eval_loss_causal']:.4f} causal, "
                 f"{record['eval_loss_top_k']:.4f} top-k"
             )
+            for name in (name for name in record if name.startswith("eval_loss_causal/")):
+                source = name.removeprefix("eval_loss_causal/")
+                self.progress.console.print(
+                    f"    {source}: {record[name]:.4f} causal, {record[f'eval_loss_top_k/{source}']:.4f} top-k",
+                    markup=False,
+                )
         if is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -34,12 +34,13 @@ from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.order import Order
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
 from mixture_of_depths.training.checkpoint import load_weights, set_own_seed, whole_weights
 from mixture_of_depths.training.folder import check_folder, only_run, open_folder
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_memory, check_options, trainer_arguments
-from mixture_of_depths.training.trainer import MoDTrainer, NumberedCollator, evaluate_held_out
+from mixture_of_depths.training.trainer import MoDTrainer, NumberedCollator, evaluate_held_out, evaluate_source
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class TrainResult:
         calibrated: whether half of the held-out text set the causal routers or the experts.
         evaluation: figures on the held-out text, when finished; on the half that calibrates no model, or with
             `calibrate=False`, or of a single sequence, on all of it.
+        evaluation_by_source: as `evaluation`, of each of several sources by its name, the configured router alone.
     """
 
     finished: bool
@@ -87,13 +89,18 @@ class TrainResult:
     train_seconds: float
     calibrated: bool
     evaluation: Evaluation | None
+    evaluation_by_source: dict[str, Evaluation] = field(default_factory=dict)
 
 
 def split_held_out(corpus: Corpus, options: TrainOptions) -> tuple[datasets.Dataset | None, datasets.Dataset]:
     """What calibrates, None for nothing, and what evaluates: the same for every model, so that they compare."""
-    if not options.calibrate or len(corpus.validation) < 2:
-        return None, corpus.validation
-    return halves(corpus.validation)
+    return _calibrating_and_not(corpus.validation, options)
+
+
+def _calibrating_and_not(
+    held_out: datasets.Dataset, options: TrainOptions
+) -> tuple[datasets.Dataset | None, datasets.Dataset]:
+    return halves(held_out) if options.calibrate and len(held_out) > 1 else (None, held_out)
 
 
 def train(
@@ -185,6 +192,7 @@ def _train(
 
     finished = steps >= length.steps
     calibrated, evaluation = False, None
+    by_source: dict[str, Evaluation] = {}
     if finished:
         model = tuning.finish(model)
         calibration, others = split_held_out(corpus, options)
@@ -203,6 +211,9 @@ def _train(
                 corpus.tokenizer.save_pretrained(str(folder))
                 training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
         evaluation = evaluate_held_out(model, others, corpus, options)
+        for source in corpus.sources:
+            _, sequences = _calibrating_and_not(source.validation, options)
+            by_source[source.name] = evaluate_source(model, source, sequences, corpus, options)
         _say_what_enters(evaluation, model.config, calibrated, console)
     result = TrainResult(
         finished=finished,
@@ -213,6 +224,7 @@ def _train(
         train_seconds=recorder.train_seconds,
         calibrated=calibrated,
         evaluation=evaluation,
+        evaluation_by_source=by_source,
     )
     with failing_together():
         if finished and is_main():
@@ -231,6 +243,15 @@ def _say_what_enters(evaluation: Evaluation, config: MoDConfig, calibrated: bool
         console.print(
             "the auxiliary loss leaves no constant to calibrate: the threshold was, and `mod calibrate` lets it decide"
         )
+
+
+def in_order(corpus: Corpus, options: TrainOptions, steps: int) -> datasets.Dataset | Order:
+    """A run's sequences with their numbers: in an order of their own, or for the library to shuffle."""
+    if isinstance(corpus.train, datasets.Dataset):
+        # Whole batches only: every step then costs the same, and the horizon is exact.
+        whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
+        return corpus.train.select(range(len(whole))).add_column("sequence", cast(Any, whole))
+    return Order(corpus.train, corpus.weights, options.seed, steps * options.batch_size)
 
 
 def _run(
@@ -254,15 +275,13 @@ def _run(
         torch.compiler.reset()
         for layer in model.model.layers:
             layer.compile(fullgraph=True, dynamic=False)
-    # Whole batches only: every step then costs the same, and the horizon is exact.
-    whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
     with StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,
             options,
             model=model,
             args=arguments,
-            train_dataset=corpus.train.select(range(len(whole))).add_column("sequence", cast(Any, whole)),
+            train_dataset=cast(Any, in_order(corpus, options, arguments.max_steps)),
             eval_dataset=corpus.validation,
             data_collator=NumberedCollator(corpus.end_of_text),
             # The recorder behind what draws and lowers: that is no part of a step's time.

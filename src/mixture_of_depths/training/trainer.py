@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -23,7 +24,8 @@ from mixture_of_depths.model.flops import training_flops_per_token
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.batches import Collator
-from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.corpus import Corpus, Source
+from mixture_of_depths.text.order import Order
 from mixture_of_depths.training.checkpoint import (
     ASIDE,
     SCHEDULE,
@@ -97,6 +99,11 @@ class MoDTrainer(Trainer):
         """The model's loss, unless the inputs say otherwise without the logits of the whole vocabulary in memory."""
         return super().compute_loss(model, {"skip_logits": True, **inputs}, return_outputs, num_items_in_batch)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """The order of the run itself, where the text brings one; else the library's."""
+        order = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(order) if isinstance(order, Order) else super()._get_train_sampler(train_dataset)
+
     def average_thresholds(self) -> None:
         """Makes the routers' thresholds those of the whole batches.
 
@@ -131,6 +138,12 @@ class MoDTrainer(Trainer):
             "eval_loss_causal": evaluation.loss_causal,
             "eval_bits_per_byte": evaluation.bits_per_byte,
         }
+        for source in self.corpus.sources:
+            of_source = evaluate_source(
+                self.model, source, source.validation, self.corpus, self.run_options, self.run_options.eval_sequences
+            )
+            metrics[f"eval_loss_causal/{source.name}"] = of_source.loss_causal
+            metrics[f"eval_loss_top_k/{source.name}"] = of_source.loss_top_k
         for causal in evaluation.causal_routers.values():
             metrics["eval_causal_accuracy"] = causal.accuracy
             metrics |= {f"eval_share_entering_{layer}": share for layer, share in causal.share_entering.items()}
@@ -254,4 +267,24 @@ def evaluate_held_out(
         max_sequences=max_sequences,
         bf16=options.precision == "bf16",
         all_causal_routers=every_router,
+    )
+
+
+def evaluate_source(
+    model: MoDForCausalLM,
+    source: Source,
+    sequences: datasets.Dataset,
+    corpus: Corpus,
+    options: TrainOptions,
+    max_sequences: int | None = None,
+) -> Evaluation:
+    """Evaluates on sequences of the text that one of several sources holds out."""
+    return evaluate(
+        model,
+        sequences,
+        corpus.end_of_text,
+        source.bytes_per_token,
+        max_sequences=max_sequences,
+        bf16=options.precision == "bf16",
+        all_causal_routers=False,
     )
