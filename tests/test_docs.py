@@ -31,6 +31,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = (
     "docs/index.md",
     "docs/training.md",
+    "docs/text.md",
     "docs/sampling.md",
     "docs/pictures.md",
     "docs/retrofit.md",

@@ -121,3 +121,21 @@ def test_a_folder_with_a_demo_is_refused_with_the_option_that_goes_on(
     (tmp_path / "MoD").mkdir()
     status, _, errors = run(monkeypatch, capsys, "demo", "--out", str(tmp_path))
     assert (status, "holds a demo; name another folder, or go on with it by --resume" in errors) == (2, True)
+
+
+def test_text_is_prepared_trained_on_and_evaluated(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, out = tmp_path / "prepared", tmp_path / "run"
+    write = ["prepare", str(text / "*.txt"), "--out", str(folder), "--vocab-size", "300", "--processes", "1"]
+    status, output, _ = run(monkeypatch, capsys, *write)
+    assert (status, "tokens to train on; held out" in output) == (0, True)
+    sources = ["--data", str(folder), "--sequence-length", "16", "--cache-dir", str(tmp_path / "cache")]
+    status, output, _ = run(monkeypatch, capsys, "train", "--out", str(out), *sources, *TINY, "--max-steps", "2")
+    assert (status, "documents cut" in output) == (0, True)
+    status, output, errors = run(monkeypatch, capsys, "evaluate", str(out), "--max-sequences", "4")
+    assert status == 0, errors
+    assert json.loads(output)["text"] == "held out in training"
+    again = run(monkeypatch, capsys, *write[:-2], "--validation-fraction", "0.5")
+    assert again[0] == 2
+    assert again[2].startswith("error: validation_fraction=0.5 differs from 0.04, with which out=")
