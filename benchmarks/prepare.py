@@ -209,12 +209,14 @@ def main() -> None:
         alone.append(in_fresh_process(encode_batch_speed, *speed))
         record["mb_per_second"], record["encode_batch_mb_per_second"] = size / 1e6 / seconds, sum(alone) / 2
         record["throughput_ratio"] = record["mb_per_second"] / record["encode_batch_mb_per_second"]
+        print(record, file=sys.stderr)
         shutil.rmtree(place / "text")
         out = str(place / "out")
         starts = [in_fresh_process(start_seconds, out, cache) for _ in range(3)]
         record["start_seconds"] = median(starts)
         shards, memory = in_fresh_process(step_times, out, cache, arguments.steps, processes)
         record |= {"step_ms_shards": shards, "step_ms_memory": memory, "step_ratio": shards / memory}
+        print(record, file=sys.stderr)
         shutil.rmtree(place / "out")
         write_text(place / "kill-text", arguments.kill_mb)
         total, exact = kills(place, place / "kill-text", tokenizer, processes, arguments.kills)
