@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
-from mixture_of_depths import MoDForCausalLM, prepare
+from mixture_of_depths import MoDForCausalLM, prepare, prepare_shards
 from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
@@ -237,12 +237,17 @@ def test_the_model_of_the_old_kind_is_still_made_and_loaded(corpus: Corpus, tmp_
     assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
 
 
-def test_texts_and_conversations_are_tuned_on_together_and_told_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_texts_and_conversations_are_tuned_on_together_and_told_apart(in_shards: bool, tmp_path: Path) -> None:
     tokenizer = sentence_tokenizer()
     tokenizer.chat_template = TEMPLATE
     write_numbers(tmp_path)
     write_chats(tmp_path, 60)
-    sources = (str(tmp_path / "*.txt"), str(tmp_path / "chats.jsonl"))
+    texts, chats = str(tmp_path / "*.txt"), str(tmp_path / "chats.jsonl")
+    sources = (texts, chats)
+    if in_shards:
+        prepare_shards(data_options(tmp_path, texts, tokenizer="its own"), tmp_path / "texts", tokenizer, 1)
+        sources = (f"{tmp_path}/texts:0.5", f"{chats}:0.5")
     corpus = prepare(data_options(tmp_path, *sources, tokenizer="its own"), tokenizer)
     dense = dense_for(corpus)
     routing = replace(ROUTING, distillation=0.5)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from models import TEMPLATE, options, sentence_tokenizer, write_chats, write_numbers
 
-from mixture_of_depths import prepare, read_documents
+from mixture_of_depths import prepare, prepare_shards, read_documents
 from mixture_of_depths.evaluation.text import text_to_judge
+from mixture_of_depths.text import corpus as corpus_module
 from mixture_of_depths.text.batches import Collator, kinds
 from mixture_of_depths.text.conversations import conversation_of, positions_in_sequences, rendered
+from mixture_of_depths.text.corpus import load_prepared
 from mixture_of_depths.text.documents import Skipped, read_all
 
 # Every turn ends with the end of text, as instruction models' do.
@@ -66,6 +68,54 @@ def test_texts_and_conversations_are_packed_each_by_itself(tmp_path: Path) -> No
     # Another template makes other text.
     tokenizer.chat_template = TEMPLATE
     assert prepare(options(tmp_path, *sources, tokenizer="its own"), tokenizer).key != mixed.key
+
+
+@pytest.mark.parametrize("kind", ["weighted", "prepared", "large"])
+def test_conversations_stand_beside_shards(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_numbers(tmp_path)
+    write_chats(tmp_path, 30)
+    tokenizer = chat_tokenizer()
+    texts, chats = str(tmp_path / "*.txt"), str(tmp_path / "chats.jsonl")
+    alone = [prepare(options(tmp_path, source, tokenizer="its own"), tokenizer) for source in (texts, chats)]
+    sources = {"weighted": (f"{texts}:0.25", f"{chats}:0.75"), "large": (texts, chats)}
+    if kind == "prepared":
+        # It has the chat template, too.
+        folder = tmp_path / "prepared"
+        prepare_shards(options(tmp_path, texts, tokenizer="its own"), folder, tokenizer, processes=1)
+        corpus = prepare(options(tmp_path, str(folder), chats, vocab_size=None))
+    else:
+        monkeypatch.setattr(corpus_module, "IN_MEMORY", 1000)
+        corpus = prepare(options(tmp_path, *sources[kind], tokenizer="its own"), tokenizer)
+    assert corpus.weights == ([0.25, 0.75] if kind == "weighted" else None)
+    # Shards are cut each by itself, and here there is one.
+    assert [len(corpus.train), corpus.facts.train_tokens, corpus.facts.validation_bytes] == [
+        sum(numbers)
+        for numbers in zip(
+            *([len(one.train), one.facts.train_tokens, one.facts.validation_bytes] for one in alone), strict=True
+        )
+    ]
+    first_chat = len(alone[0].train)
+    assert corpus.train[first_chat]["input_ids"] == alone[1].train[0]["input_ids"]
+    collate = Collator(corpus.end_of_text)
+    both = collate([corpus.train[3], corpus.train[first_chat + 3]])
+    separate = [collate([one.train[3]]) for one in alone]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(both[name], torch.cat([batch[name] for batch in separate]))
+    held_out = kinds(corpus.validation)
+    assert set(held_out) == {"text", "conversations"}
+    assert held_out["conversations"]["position_ids"][0] == alone[1].validation["position_ids"][0]
+    assert [set(kinds(source.validation)) for source in corpus.sources] == [{"text"}, {"conversations"}]
+    assert load_prepared(corpus.options, corpus.key).facts == corpus.facts
+
+
+def test_options_of_shards_have_no_use_with_conversations_alone(tmp_path: Path) -> None:
+    write_chats(tmp_path, 30)
+    opts = options(tmp_path, str(tmp_path / "chats.jsonl"), tokenizer="its own", packing="best_fit")
+    with pytest.raises(ValueError, match=r"packing=best_fit has no use with data=.*chats\.jsonl, conversations alone"):
+        prepare(opts, chat_tokenizer())
+    write_numbers(tmp_path)
+    with pytest.raises(ValueError, match="a tokenizer that is trained has no chat template"):
+        prepare(options(tmp_path, f"{tmp_path}/*.txt:0.5", f"{tmp_path}/chats.jsonl:0.5"))
 
 
 def test_a_model_is_judged_on_conversations(tmp_path: Path) -> None:

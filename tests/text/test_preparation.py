@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import SENTENCE, options, read, sentence_tokenizer, write_files
+from models import SENTENCE, options, read, sentence_tokenizer, write_chats, write_files
 from rich.console import Console
 
 from mixture_of_depths.options import DataOptions
@@ -229,6 +229,17 @@ def rename_shard(path: Path, name: str) -> None:
         ({"data": ("{}/empty.txt",)}, None, r"empty\.txt holds no text \(skipped: 0 not UTF-8, 1 empty"),
         ({"data": ("{}/a.bin",)}, None, r"a\.bin holds tokens; name the folder of their tokenizer"),
         ({"data": ("{}/text", "{}/a.bin")}, None, "names text and tokens"),
+        (
+            {"data": ("{}/text", "{}/chats.jsonl")},
+            None,
+            r"chats\.jsonl holds conversations, which do not go into shards",
+        ),
+        (
+            {"data": ("{}/mixed.jsonl",)},
+            None,
+            r"mixed\.jsonl holds conversations, which do not go into shards; keep them",
+        ),
+        ({"data": ("{}/mixed.jsonl",), "max_characters": 9}, None, r"mixed\.jsonl holds conversations"),
         ({"text_column": "body"}, None, "text_column=body holds text in no line of .*a.jsonl; line 1 has: text"),
     ],
 )
@@ -238,6 +249,8 @@ def test_what_cannot_be_prepared_is_refused(
     opts = text_of(tmp_path)
     (tmp_path / "empty.txt").write_text(" ")
     (tmp_path / "a.bin").write_bytes(b"1234")
+    write_chats(tmp_path, 2)
+    (tmp_path / "mixed.jsonl").write_text('{"text": "a"}\n' + (tmp_path / "chats.jsonl").read_text())
     if "data" in changes:
         changes = {"data": tuple(source.format(tmp_path) for source in changes["data"])}
     with pytest.raises(ValueError, match=message):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mixture_of_depths.text.packing import Sequences
 
+# The column that tells conversations from texts, where there are any.
+IS_CONVERSATION = "is_conversation"
+
 
 def pack(tokens: np.ndarray, sequence_length: int, name: str) -> datasets.Dataset:
     """Cuts a row of tokens into sequences; the rest that does not fill a sequence is dropped.
@@ -39,17 +42,16 @@ def document_positions(input_ids_BT: Tensor, end_of_text: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """Stacks sequences into a batch; positions, the sequences' own if they have any, tell where documents begin."""
+    """Stacks sequences into a batch; positions, a sequence's own if it has any, tell where documents begin."""
 
     end_of_text: int
 
     def __call__(self, sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
-        def stacked(name: str) -> Tensor:
-            return torch.tensor(np.array([sequence[name] for sequence in sequences]), dtype=torch.int64)
-
-        input_ids = stacked("input_ids")
-        own = "position_ids" in sequences[0]
-        position_ids = stacked("position_ids") if own else document_positions(input_ids, self.end_of_text)
+        input_ids = torch.tensor(np.array([sequence["input_ids"] for sequence in sequences]), dtype=torch.int64)
+        position_ids = document_positions(input_ids, self.end_of_text)
+        for row, sequence in enumerate(sequences):
+            if "position_ids" in sequence:
+                position_ids[row] = torch.tensor(sequence["position_ids"])
         return {"input_ids": input_ids, "labels": input_ids.clone(), "position_ids": position_ids}
 
 
@@ -86,18 +88,26 @@ def with_positions(sequences: datasets.Dataset, positions_ST: np.ndarray, is_con
     columns = {
         "input_ids": np.array(sequences["input_ids"]),
         "position_ids": positions_ST,
-        "is_conversation": [is_conversation] * len(sequences),
+        IS_CONVERSATION: [is_conversation] * len(sequences),
     }
     length = positions_ST.shape[1]
     tokens = datasets.List(datasets.Value("int32"), length=length)
-    features = {"input_ids": tokens, "position_ids": tokens, "is_conversation": datasets.Value("bool")}
+    features = {"input_ids": tokens, "position_ids": tokens, IS_CONVERSATION: datasets.Value("bool")}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def as_text(sequences: datasets.Dataset, end_of_text: int) -> datasets.Dataset:
+    """Sequences that stand beside those of conversations: marked as text, unless they say themselves what they are."""
+    if IS_CONVERSATION in sequences.column_names:
+        return sequences
+    input_ids = torch.tensor(np.array(sequences["input_ids"]))
+    return with_positions(sequences, document_positions(input_ids, end_of_text).numpy(), False)
 
 
 def kinds(sequences: datasets.Dataset) -> dict[str, datasets.Dataset]:
     """The sequences by their kind of text, "text" and "conversations", those of which there are none left out."""
-    if "is_conversation" not in sequences.column_names:
+    if IS_CONVERSATION not in sequences.column_names:
         return {"text": sequences}
-    is_conversation = np.array(sequences["is_conversation"])
+    is_conversation = np.array(sequences[IS_CONVERSATION])
     chosen = {"text": np.flatnonzero(~is_conversation), "conversations": np.flatnonzero(is_conversation)}
     return {name: sequences.select(indices) for name, indices in chosen.items() if len(indices)}

@@ -3,7 +3,7 @@
 Text that fits into memory is prepared at once, into a cache, under a name made from what it says: the same text has the
 same name on every machine, which the runs of a study compare. Larger text, text that is tokenised already and text from
 weighted sources lies in shards, whose names come from their files' sizes, times and pieces: nobody reads 100 GB to
-learn that they are the same.
+learn that they are the same. Conversations are always prepared in memory, also beside shards.
 """
 
 import hashlib
@@ -11,24 +11,32 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mixture_of_depths.fields import refuse_without_use
 from mixture_of_depths.files import is_whole, locked, read_json, seal, sync_folder
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.batches import pack
+from mixture_of_depths.text.batches import IS_CONVERSATION, as_text, pack
 from mixture_of_depths.text.conversations import Conversation
-from mixture_of_depths.text.documents import Skipped, digest, read_all, split_conversations, split_documents
+from mixture_of_depths.text.documents import (
+    Skipped,
+    digest,
+    holds_conversations,
+    read_all,
+    split_conversations,
+    split_documents,
+)
 from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequences
 from mixture_of_depths.text.preparation import TOKENIZER, check_text, name_of, prepare_shards, shared_tokenizer
 from mixture_of_depths.text.sequences import by_kind, cut_documents
-from mixture_of_depths.text.shards import Prepared, Side, open_prepared
+from mixture_of_depths.text.shards import Side, open_prepared
 from mixture_of_depths.text.sources import NAMES, find_files, hub_name, is_prepared, is_tokens, unweighted, weighted
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
@@ -142,6 +150,10 @@ def prepare_cache(
     check_text(options, tokenizer)
     if _is_for_shards(options):
         return _prepare_sharded(options, tokenizer, console), None
+    return _prepare_in_memory(options, tokenizer)
+
+
+def _prepare_in_memory(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> tuple[str, Skipped]:
     skipped = Skipped()
     documents = list(read_all(options, skipped))
     if not documents:
@@ -150,14 +162,19 @@ def prepare_cache(
             f"{NAMES}"
         )
     own_tokenizer = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
-    if own_tokenizer is None and any(isinstance(document, Conversation) for document in documents):
+    if any(isinstance(document, Conversation) for document in documents):
+        _check_template(options, own_tokenizer)
+    key = _cache_key(options, documents, own_tokenizer)
+    _put(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
+    return key, skipped
+
+
+def _check_template(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    if tokenizer is None:
         raise ValueError(
             f"data={' '.join(options.data)} holds conversations, and a tokenizer that is trained has no chat template "
             "to make text of them; give a tokenizer that has one"
         )
-    key = _cache_key(options, documents, own_tokenizer)
-    _put(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
-    return key, skipped
 
 
 def load_prepared(options: DataOptions, key: str, skipped: Skipped | None = None) -> Corpus:
@@ -193,7 +210,9 @@ def _is_for_shards(options: DataOptions) -> bool:
         return options.max_characters > IN_MEMORY
     # How much a data set of the hub is, is told by reading it.
     streamed = any(hub_name(source) is not None for source in options.data)
-    return streamed or sum(path.stat().st_size for path in files) > IN_MEMORY
+    if streamed or sum(path.stat().st_size for path in files) <= IN_MEMORY:
+        return streamed
+    return not all(holds_conversations(source, options.text_column) for source in options.data)
 
 
 def _entries(options: DataOptions) -> int:
@@ -279,29 +298,31 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     """Has all sources in shards, and an entry of the cache say where they are; returns its key."""
     shares = {share.source: share.weight for share in weighted(options.data)}
     sources = [unweighted(source) for source in options.data]
-    groups = [(source,) for source in sources] if shares or any(map(is_prepared, sources)) else [tuple(sources)]
+    chats = [source for source in sources if holds_conversations(source, options.text_column)]
+    texts = [source for source in sources if source not in chats]
+    is_apart = bool(shares) or any(map(is_prepared, sources))
+    groups = [(source,) for source in sources] if is_apart else [tuple(some) for some in (texts, chats) if some]
+    if not texts:
+        refuse_without_use(options, f"with data={' '.join(sources)}, conversations alone", "packing")
     own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     prepared_before = [source for source in sources if is_prepared(source)]
     if own is None and prepared_before:
         own = load_tokenizer(str(Path(prepared_before[0]) / TOKENIZER))
+    if chats:
+        _check_template(options, own)
     elif own is None and len(groups) > 1:
         own = shared_tokenizer(replace(options, data=tuple(sources)), options.cache_dir, console)
     described: list[dict[str, Any]] = []
     for group in groups:
-        text = replace(options, data=group)
-        if is_prepared(group[0]):
-            folder = Path(group[0])
-            prepared = open_prepared(folder)
-            _check_tokenizer(folder, own)
+        is_streamed = any(hub_name(source) is not None for source in group)
+        text = replace(options, data=group, split=options.split if is_streamed else DataOptions.split)
+        if group[0] in chats:
+            # In the cache, and not in a folder of its own.
+            folder, key = None, _prepare_in_memory(replace(text, max_characters=None), own)[0]
         else:
-            folder = options.cache_dir / f"shards-{name_of(text, own)}"
-            prepared = prepare_shards(text, folder, own, console=console)
-        # Packed here, where only one of several processes is at work.
-        ShardSequences(folder, prepared, "train", options.sequence_length, options.packing)
+            folder, key = _shards_of(text, own, console)
         name = " ".join(group)
-        described.append(
-            {"name": name, "weight": shares.get(name), "folder": str(folder.resolve()), "key": prepared.key}
-        )
+        described.append({"name": name, "weight": shares.get(name), "folder": folder, "key": key})
     facts = [(source["weight"], source["key"]) for source in described]
     name = json.dumps([CACHE_VERSION, options.sequence_length, options.packing, facts])
     key = hashlib.sha256(name.encode()).hexdigest()[:32]
@@ -318,6 +339,22 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     return key
 
 
+def _shards_of(
+    options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, console: Console | None
+) -> tuple[str, str]:
+    """Where the shards of a text lie, prepared now if they were not before, and their key."""
+    if is_prepared(options.data[0]):
+        folder = Path(options.data[0])
+        prepared = open_prepared(folder)
+        _check_tokenizer(folder, tokenizer)
+    else:
+        folder = options.cache_dir / f"shards-{name_of(options, tokenizer)}"
+        prepared = prepare_shards(options, folder, tokenizer, console=console)
+    # Packed here, where only one of several processes is at work.
+    ShardSequences(folder, prepared, "train", options.sequence_length, options.packing)
+    return str(folder.resolve()), prepared.key
+
+
 def _check_tokenizer(folder: Path, own: PreTrainedTokenizerFast | None) -> None:
     """Raises ValueError when a folder was prepared with another tokenizer than is asked for."""
     theirs = load_tokenizer(str(folder / TOKENIZER))
@@ -332,58 +369,98 @@ def _check_tokenizer(folder: Path, own: PreTrainedTokenizerFast | None) -> None:
         )
 
 
+class _Part(NamedTuple):
+    """One of the sources of a corpus."""
+
+    train: Sequences
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    facts: CorpusFacts
+
+
 def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]]) -> Corpus:
-    """The text of the shards that an entry of the cache stands for."""
-    length = options.sequence_length
-    train: list[ShardSequences] = []
-    sources: list[Source] = []
-    all_of_it: list[Prepared] = []
+    """The text of the sources that an entry of the cache stands for."""
+    parts: list[_Part] = []
     for source in described:
-        folder = Path(source["folder"])
-        prepared = open_prepared(folder)
-        sequences = ShardSequences(folder, prepared, "train", length, options.packing)
-        held_out = ShardSequences(folder, prepared, "validation", length, "cut")
-        checked: list[tuple[str, Side, ShardSequences]] = [
-            ("training", "train", sequences),
-            ("validation", "validation", held_out),
-        ]
-        for name, side, some in checked:
-            if len(some) == 0:
+        if source["folder"] is None:
+            entry = options.cache_dir / source["key"]
+            if not is_whole(entry):
                 raise ValueError(
-                    f"sequence_length={length} is longer than every shard of the {name} text of {source['name']}, "
-                    f"which has {prepared.total(side, 'tokens'):,} tokens; give more text or a shorter sequence_length"
+                    f"data={source['name']} is not whole in the cache, as {entry}; give the command that trained on it "
+                    "again"
                 )
-        train.append(sequences)
-        all_of_it.append(prepared)
-        size = prepared.total("validation", "bytes") / prepared.total("validation", "tokens")
-        sources.append(Source(source["name"], source["weight"], _some(held_out, length), size))
-    totals = {
-        f"{side}_{what}": sum(prepared.total(side, what) for prepared in all_of_it)
-        for side in ("train", "validation")
-        for what in ("documents", "tokens", "bytes")
-    }
-    del totals["train_bytes"]
-    weights = [source.weight or len(sequences) for source, sequences in zip(sources, train, strict=True)]
-    sizes = [weight * source.bytes_per_token for weight, source in zip(weights, sources, strict=True)]
-    cuts = [sequences.cut for sequences in train]
-    names = ("not_utf8", "empty", "not_json", "no_text")
-    facts = CorpusFacts(
-        **totals,
-        split="documents" if all(prepared.split == "documents" for prepared in all_of_it) else "tails",
-        skipped=Skipped(*(sum(getattr(prepared.skipped, name) for prepared in all_of_it) for name in names)),
-        cut=Cut(*(sum(getattr(cut, name) for cut in cuts) for name in ("documents", "longer", "dropped_tokens"))),
-        mixed_bytes_per_token=sum(sizes) / sum(weights) if len(sources) > 1 else None,
-    )
-    folder = Path(described[0]["folder"])
-    several = len(sources) > 1
+            corpus = load_prepared(options, source["key"])
+            parts.append(_Part(corpus.train, corpus.validation, corpus.tokenizer, corpus.facts))
+        else:
+            parts.append(_load_shards(options, Path(source["folder"]), source["name"]))
+    several = len(parts) > 1
+    # The conversations' one has their chat template.
+    in_memory = (part for part, source in zip(parts, described, strict=True) if source["folder"] is None)
+    tokenizer = next(in_memory, parts[0]).tokenizer
+    held_out = [part.validation for part in parts]
+    if any(IS_CONVERSATION in sequences.column_names for sequences in held_out):
+        held_out = [as_text(sequences, end_of_text(tokenizer)) for sequences in held_out]
+    sources = [
+        Source(source["name"], source["weight"], sequences, part.facts.validation_bytes_per_token)
+        for source, sequences, part in zip(described, held_out, parts, strict=True)
+    ]
+    weights = [source.weight or len(part.train) for source, part in zip(sources, parts, strict=True)]
     return Corpus(
-        Joined(train) if several else train[0],
-        _mixed(sources, weights) if several else sources[0].validation,
-        load_tokenizer(str(folder / TOKENIZER)),
-        facts,
+        Joined([part.train for part in parts]) if several else parts[0].train,
+        _mixed(sources, weights) if several else parts[0].validation,
+        tokenizer,
+        _summed([part.facts for part in parts], weights) if several else parts[0].facts,
         options,
         key,
         tuple(sources) if several else (),
+    )
+
+
+def _load_shards(options: DataOptions, folder: Path, source: str) -> _Part:
+    length, prepared = options.sequence_length, open_prepared(folder)
+    train = ShardSequences(folder, prepared, "train", length, options.packing)
+    held_out = ShardSequences(folder, prepared, "validation", length, "cut")
+    checked: list[tuple[str, Side, ShardSequences]] = [
+        ("training", "train", train),
+        ("validation", "validation", held_out),
+    ]
+    for name, side, some in checked:
+        if len(some) == 0:
+            raise ValueError(
+                f"sequence_length={length} is longer than every shard of the {name} text of {source}, "
+                f"which has {prepared.total(side, 'tokens'):,} tokens; give more text or a shorter sequence_length"
+            )
+    facts = CorpusFacts(
+        train_documents=prepared.total("train", "documents"),
+        validation_documents=prepared.total("validation", "documents"),
+        train_tokens=prepared.total("train", "tokens"),
+        validation_tokens=prepared.total("validation", "tokens"),
+        validation_bytes=prepared.total("validation", "bytes"),
+        split=prepared.split,
+        skipped=prepared.skipped,
+        cut=train.cut,
+    )
+    return _Part(train, _some(held_out, length), load_tokenizer(str(folder / TOKENIZER)), facts)
+
+
+def _summed(facts: list[CorpusFacts], weights: list[float]) -> CorpusFacts:
+    """What several sources consist of together; of their bytes the mean by their weights."""
+
+    def total(name: str) -> int:
+        return sum(getattr(of_one, name) for of_one in facts)
+
+    sizes = [weight * of_one.validation_bytes_per_token for weight, of_one in zip(weights, facts, strict=True)]
+    cuts = [of_one.cut for of_one in facts if of_one.cut is not None]
+    return CorpusFacts(
+        train_documents=total("train_documents"),
+        validation_documents=total("validation_documents"),
+        train_tokens=total("train_tokens"),
+        validation_tokens=total("validation_tokens"),
+        validation_bytes=total("validation_bytes"),
+        split="documents" if all(of_one.split == "documents" for of_one in facts) else "tails",
+        skipped=Skipped(*(sum(getattr(of_one.skipped, each.name) for of_one in facts) for each in fields(Skipped))),
+        cut=Cut(*(sum(getattr(cut, each.name) for cut in cuts) for each in fields(Cut))) if cuts else None,
+        mixed_bytes_per_token=sum(sizes) / sum(weights),
     )
 
 

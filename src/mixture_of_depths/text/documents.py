@@ -19,7 +19,7 @@ import pyarrow.parquet as parquet
 
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.conversations import Conversation, conversation_of
-from mixture_of_depths.text.sources import COMPRESSIONS, JSON, find_files, hub_name, is_tokens, kind_of
+from mixture_of_depths.text.sources import COMPRESSIONS, JSON, find_files, hub_name, is_prepared, is_tokens, kind_of
 
 # Bytes of a line of JSON: a document. Longer ones are no text, and would fill the memory.
 LONGEST_LINE = 1 << 30
@@ -117,6 +117,16 @@ def read_file(
         yield from _read_lines(path, column, skipped, span, whole=kind == JSON)
     else:
         yield from _read_text(path, skipped, span, longest)
+
+
+def holds_conversations(source: str, column: str) -> bool:
+    """Whether all files of a source begin with a conversation; those of other kinds than JSON hold none."""
+    if is_prepared(source) or hub_name(source) is not None:
+        return False
+    return all(
+        kind_of(path) in (".jsonl", JSON) and isinstance(next(read_file(path, column, Skipped()), None), Conversation)
+        for path in find_files(source)
+    )
 
 
 class _Decompressed(RawIOBase):

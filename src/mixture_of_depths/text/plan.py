@@ -145,6 +145,14 @@ def _grouped(pieces: Iterator[Piece]) -> Iterator[Piece]:
         yield group
 
 
+def conversations_in(source: str) -> ValueError:
+    """What is wrong with conversations in text for shards."""
+    return ValueError(
+        f"data={source} holds conversations, which do not go into shards; keep them in files without texts, and name "
+        "these as data of mod train or mod retrofit, beside the texts or their prepared folder"
+    )
+
+
 def read_piece(
     plan: Plan, number: int, options: DataOptions, vocabulary: Vocabulary, skipped: Skipped
 ) -> Iterator[str | np.ndarray]:
@@ -159,10 +167,7 @@ def read_piece(
     for document in documents:
         if isinstance(document, Conversation):
             source = " ".join(options.data) if piece.source is None else options.data[piece.source]
-            raise ValueError(
-                f"data={source} holds conversations, which do not go into shards; keep them in files without texts, "
-                "and name these as data of mod train or mod retrofit, beside the texts or their prepared folder"
-            )
+            raise conversations_in(source)
         if isinstance(document, str) and not document.strip():
             skipped.empty += 1
         else:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_depths.fields import refuse_without_use, validate_fields
 from mixture_of_depths.files import locked, read_json, sync_folder, write_aside
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.documents import Skipped, cut_tail, digest, is_held_out
-from mixture_of_depths.text.plan import Plan, holds_tokens, plan_of, read_piece
+from mixture_of_depths.text.documents import Skipped, cut_tail, digest, holds_conversations, is_held_out
+from mixture_of_depths.text.plan import Plan, conversations_in, holds_tokens, plan_of, read_piece
 from mixture_of_depths.text.shards import (
     SIDES,
     VERSION,
@@ -91,6 +91,9 @@ def prepare_shards(
         raise ValueError(f"processes={processes} must be at least 1")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder} is a file; name a folder")
+    for source in options.data:
+        if holds_conversations(source, options.text_column):
+            raise conversations_in(source)
     own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
     if holds_tokens(options.data):
         if own is None:

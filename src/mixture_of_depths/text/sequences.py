@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixture_of_depths.text.batches import document_positions, pack, with_positions
+from mixture_of_depths.text.batches import as_text, pack, with_positions
 from mixture_of_depths.text.conversations import Conversation, positions_in_sequences, rendered, tokens_of
 from mixture_of_depths.text.tokenizer import end_of_text, tokenize
 
@@ -49,8 +48,7 @@ def cut_documents(
         tokens = tokenize(texts, tokenizer)
         sequences = pack(tokens, sequence_length, name)
         if conversations:
-            ids = torch.tensor(np.array(sequences["input_ids"]))
-            sequences = with_positions(sequences, document_positions(ids, end_of_text(tokenizer)).numpy(), False)
+            sequences = as_text(sequences, end_of_text(tokenizer))
         cuts.append(Sequenced(sequences, len(tokens), sum(len(text.encode("utf-8")) for text in texts)))
     if conversations:
         chats = rendered([conversation.messages for conversation in conversations], tokenizer)
