@@ -195,7 +195,7 @@ def test_attention_reads_what_a_row_has_stored_and_no_padding(dtype: torch.dtype
         seen = slice(int(padding_B[row]), int(length_B[row]))
         query = projected_BO[row, : heads * width].float().view(1, key_heads, -1, width)
         own = (stored[row : row + 1, :, length_B[row]].float() for stored in (keys, values))
-        past = (stored[row : row + 1, :, seen] for stored in (keys, values))
+        past = (stored[row : row + 1, :, seen].contiguous() for stored in (keys, values))
         used = torch.ones(1, seen.stop - seen.start, dtype=torch.bool)
         wanted = attend(query, *own, (*past, used), torch.zeros(1, dtype=torch.int64))
         tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
