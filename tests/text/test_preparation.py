@@ -318,7 +318,7 @@ def test_twenty_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> Non
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(6):
-        write_lines(folder / f"{number}.jsonl", 200_000)
+        write_lines(folder / f"{number}.jsonl", 40_000)
     write = [*COMMAND, str(folder), "--vocab-size", "300", "--processes", "2", "--out"]
     began = time.monotonic()
     subprocess.run([*write, str(tmp_path / "whole")], check=True, capture_output=True)
