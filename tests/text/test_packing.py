@@ -1,12 +1,20 @@
-"""Sequences from shards: every token once, and few documents cut where they are packed."""
+"""Sequences from shards: every token once, few documents cut where they are packed, and packed once."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import options, write_numbers
 
-from mixture_of_depths.text.packing import best_fit
+from mixture_of_depths.text import packing as packing_module
+from mixture_of_depths.text.packing import ShardSequences, best_fit
+from mixture_of_depths.text.preparation import prepare_shards
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(2, 16))
@@ -40,3 +48,29 @@ def test_best_fit_cuts_far_fewer_documents_than_cutting_one_after_another() -> N
     cut_plainly = int((starts // 256 != (ends - 1) // 256).sum())
     assert cut.documents - cut.longer < 0.05 * (cut_plainly - cut.longer)
     assert len(stops) == ends[-1] // 256
+
+
+def test_runs_that_begin_at_once_pack_prepared_text_once_and_write_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, packed = tmp_path / "prepared", list[int]()
+    write_numbers(tmp_path)
+    prepared = prepare_shards(options(tmp_path, str(tmp_path / "*.txt")), folder, processes=1)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def slowly(ends: np.ndarray, length: int) -> Any:
+        packed.append(length)
+        time.sleep(0.3)
+        return best_fit(ends, length)
+
+    def rows() -> list[Any]:
+        sequences = ShardSequences(folder, prepared, "train", 16, "best_fit", tmp_path / "cache")
+        return [row["input_ids"].tolist() for row in sequences]
+
+    monkeypatch.setattr(packing_module, "best_fit", slowly)
+    with ThreadPoolExecutor() as pool:
+        first, *others = (run.result() for run in [pool.submit(rows) for _ in range(3)])
+    assert packed == [16]
+    assert first
+    assert others == [first, first]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -351,7 +351,7 @@ def _shards_of(
         folder = options.cache_dir / f"shards-{name_of(options, tokenizer)}"
         prepared = prepare_shards(options, folder, tokenizer, console=console)
     # Packed here, where only one of several processes is at work.
-    ShardSequences(folder, prepared, "train", options.sequence_length, options.packing)
+    ShardSequences(folder, prepared, "train", options.sequence_length, options.packing, options.cache_dir)
     return str(folder.resolve()), prepared.key
 
 
@@ -418,8 +418,8 @@ def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]
 
 def _load_shards(options: DataOptions, folder: Path, source: str) -> _Part:
     length, prepared = options.sequence_length, open_prepared(folder)
-    train = ShardSequences(folder, prepared, "train", length, options.packing)
-    held_out = ShardSequences(folder, prepared, "validation", length, "cut")
+    train = ShardSequences(folder, prepared, "train", length, options.packing, options.cache_dir)
+    held_out = ShardSequences(folder, prepared, "validation", length, "cut", options.cache_dir)
     checked: list[tuple[str, Side, ShardSequences]] = [
         ("training", "train", train),
         ("validation", "validation", held_out),

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixture_of_depths.files import read_json, sync_folder, write_aside
+from mixture_of_depths.files import locked, read_json, sync_folder, write_aside
 from mixture_of_depths.options import Packing
-from mixture_of_depths.text.shards import ENDS, Prepared, Shard, Side, aside
+from mixture_of_depths.text.shards import ENDS, Prepared, Shard, Side
+
+# Of pieces in a shard, and after which of them sequences end.
+PLACES = np.dtype("<i8")
 
 
 class Sequences(Protocol):
@@ -152,10 +155,15 @@ class ShardSequences(Lazy):
 
     Each is a dictionary with `input_ids`. In all of them a document begins at the beginning or after an end of text:
     what a packed sequence has of a document that is cut stands last in it, or is its end.
+
+    Where packed sequences lie in the shards is kept in `cache`, once for all folders that hold the same.
     """
 
-    def __init__(self, folder: Path, prepared: Prepared, side: Side, length: int, packing: Packing) -> None:
+    def __init__(
+        self, folder: Path, prepared: Prepared, side: Side, length: int, packing: Packing, cache: Path
+    ) -> None:
         self.folder, self.length, self.packing = folder, length, packing
+        self.layouts = cache / f"packed-{prepared.key}-{length}"
         self.dtype = np.dtype(prepared.dtype)
         self.shards = prepared.shards[side]
         counts, cuts = [], []
@@ -165,7 +173,7 @@ class ShardSequences(Lazy):
             cuts.append(cut)
         self.cut = Cut(*(sum(getattr(cut, name) for cut in cuts) for name in ("documents", "longer", "dropped_tokens")))
         self.firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).tolist()
-        self._mapped: dict[str, np.ndarray] = {}
+        self._mapped: dict[Path, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.firsts[-1]
@@ -175,42 +183,43 @@ class ShardSequences(Lazy):
             raise IndexError(number)
         place = bisect_right(self.firsts, number) - 1
         shard, row = self.shards[place], number - self.firsts[place]
-        tokens = self._map(f"{shard.name}.bin", self.dtype)
+        tokens = self._map(self.folder / f"{shard.name}.bin", self.dtype)
         if self.packing == "cut":
             return {"input_ids": tokens[row * self.length : (row + 1) * self.length].astype(np.int64)}
-        stops = self._map(f"{self._layout(shard)}.stops", np.dtype("<i8"))
-        pieces = self._map(f"{self._layout(shard)}.pieces", np.dtype("<i8")).reshape(-1, 2)
+        stops = self._map(self.layouts / f"{shard.name}.stops", PLACES)
+        pieces = self._map(self.layouts / f"{shard.name}.pieces", PLACES).reshape(-1, 2)
         chosen = pieces[stops[row - 1] if row else 0 : stops[row]].tolist()
         parts = [tokens[start : start + size].astype(np.int64) for start, size in chosen]
         return {"input_ids": np.concatenate(parts)}
 
-    def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        if name not in self._mapped:
-            self._mapped[name] = np.memmap(self.folder / name, dtype, "r")
-        return self._mapped[name]
-
-    def _layout(self, shard: Shard) -> str:
-        return f"packed-{self.length}-{shard.name}"
+    def _map(self, path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+        if path not in self._mapped:
+            self._mapped[path] = np.memmap(path, dtype, "r")
+        return self._mapped[path]
 
     def _packed(self, shard: Shard) -> tuple[int, Cut]:
-        """Packs a shard, once: where its sequences lie is kept beside it."""
-        record = self.folder / f"{self._layout(shard)}.json"
-        if record.exists():
-            described = read_json(record)
-            if described.get("sha256") == shard.sha256:
-                return described["sequences"], Cut(**described["cut"])
+        """How many sequences a shard gives that is packed, once, and what that does to its documents."""
+        record = self.layouts / f"{shard.name}.json"
+        if not record.exists():
+            self.layouts.mkdir(parents=True, exist_ok=True)
+            with locked(self.layouts / ".lock"):
+                # Another process may have packed it meanwhile.
+                if not record.exists():
+                    self._pack(shard, record)
+        described = read_json(record)
+        return described["sequences"], Cut(**described["cut"])
+
+    def _pack(self, shard: Shard, record: Path) -> None:
         ends = np.fromfile(self.folder / f"{shard.name}.ends", ENDS).astype(np.int64)
         pieces, stops, cut = best_fit(ends, self.length)
         for suffix, numbers in (("pieces", pieces), ("stops", stops)):
-            path = self.folder / f"{self._layout(shard)}.{suffix}"
-            with aside(path).open("wb") as file:
-                file.write(numbers.astype("<i8").tobytes())
+            # Nobody reads them before there is a record.
+            with record.with_suffix(f".{suffix}").open("wb") as file:
+                file.write(numbers.astype(PLACES).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            aside(path).replace(path)
-        sync_folder(self.folder)
-        write_aside(record, json.dumps({"sha256": shard.sha256, "sequences": len(stops), "cut": asdict(cut)}))
-        return len(stops), cut
+        sync_folder(self.layouts)
+        write_aside(record, json.dumps({"sequences": len(stops), "cut": asdict(cut)}))
 
 
 class Selected(Lazy):
