@@ -176,6 +176,20 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk(tmp_path: Path) -> 
         signal.signal(signal.SIGXFSZ, before)
 
 
+def test_a_disk_that_is_full_of_the_tokenizer_is_told_alike_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    opts = text_of(tmp_path)
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+        with pytest.raises(OSError, match=r"out=.*out: the disk is full .*; make room, and the same command goes on"):
+            prepare_shards(opts, tmp_path / "out", processes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "out").glob("part-*"))
+    prepare_shards(opts, tmp_path / "out", processes=1)
+
+
 def test_what_is_there_is_taken_and_a_changed_file_or_option_is_noticed(tmp_path: Path) -> None:
     opts, out = text_of(tmp_path), tmp_path / "out"
     first = prepare_shards(opts, out, processes=1)

@@ -150,7 +150,7 @@ def calibrate(
     from mixture_of_depths.evaluation.calibration import calibrate as run
     from mixture_of_depths.evaluation.loss import evaluate as evaluation
     from mixture_of_depths.text.batches import halves
-    from mixture_of_depths.text.tokenizer import end_of_text
+    from mixture_of_depths.text.tokenizer import end_of_text, save_tokenizer
 
     quiet_libraries()
     place = chosen_device(device)
@@ -179,7 +179,7 @@ def calibrate(
         # Without its mode: the new file's is the umask's.
         shutil.copyfile(checkpoint / "run.json", out / "run.json")
     model.save_pretrained(out)
-    tokenizer.save_pretrained(str(out))
+    save_tokenizer(tokenizer, out)
     print(json.dumps({"before": before.as_dict(), "after": after.as_dict()}, indent=2))
 
 

@@ -42,6 +42,7 @@ from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
     end_of_text,
     load_tokenizer,
+    save_tokenizer,
     start_of_text,
     train_tokenizer,
 )
@@ -290,7 +291,7 @@ def _write_cache(
     )
     to_train.sequences.save_to_disk(str(folder / "train"))
     held_out.sequences.save_to_disk(str(folder / "validation"))
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "facts.json").write_text(json.dumps(asdict(facts)))
 
 

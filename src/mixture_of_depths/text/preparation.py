@@ -30,7 +30,14 @@ from mixture_of_depths.text.shards import (
     with_samples,
 )
 from mixture_of_depths.text.sources import PREPARED, FileFacts, hub_name, is_prepared, unweighted, weighted
-from mixture_of_depths.text.tokenizer import VOCABULARY, end_of_text, load_tokenizer, start_of_text, train_tokenizer
+from mixture_of_depths.text.tokenizer import (
+    VOCABULARY,
+    end_of_text,
+    load_tokenizer,
+    save_tokenizer,
+    start_of_text,
+    train_tokenizer,
+)
 from mixture_of_depths.text.tokens import Vocabulary
 from mixture_of_depths.text.work import Split, Work, carry_out
 
@@ -277,7 +284,7 @@ def _tokenizer(
     tokenizer = own or train_tokenizer(sample(), options.vocab_size or VOCABULARY)
     half = folder / ".tokenizer"
     shutil.rmtree(half, ignore_errors=True)
-    tokenizer.save_pretrained(str(half))
+    save_tokenizer(tokenizer, half)
     (half / record.name).write_text(json.dumps(counted))
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     half.rename(folder / TOKENIZER)

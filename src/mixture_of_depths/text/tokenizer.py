@@ -1,5 +1,6 @@
 """Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,8 @@ VOCABULARY = 4096
 # nothing more.
 LONGEST_WORD = 1000
 WORD_OR_SPACES = re.compile(r"\S+|\s{2,}")
+# How the tokenizers library names what the system refused.
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -76,6 +79,22 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
         raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
     return checked(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a tokenizer into a folder.
+
+    Raises:
+        OSError: when that cannot be written, as to a disk that is full.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        # The tokenizers' writer raises Exception itself.
+        number = SYSTEM_ERROR.search(str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerFast:

@@ -35,6 +35,7 @@ from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.text.order import Order
+from mixture_of_depths.text.tokenizer import save_tokenizer
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
 from mixture_of_depths.training.checkpoint import load_weights, set_own_seed, whole_weights
 from mixture_of_depths.training.folder import check_folder, only_run, open_folder
@@ -208,7 +209,7 @@ def _train(
         with failing_together():
             if is_main():
                 model.save_pretrained(folder, state_dict=weights)
-                corpus.tokenizer.save_pretrained(str(folder))
+                save_tokenizer(corpus.tokenizer, folder)
                 training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
         evaluation = evaluate_held_out(model, others, corpus, options)
         for source in corpus.sources:

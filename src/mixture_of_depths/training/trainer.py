@@ -26,6 +26,7 @@ from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.batches import Collator
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.text.order import Order
+from mixture_of_depths.text.tokenizer import save_tokenizer
 from mixture_of_depths.training.checkpoint import (
     ASIDE,
     SCHEDULE,
@@ -223,7 +224,7 @@ class MoDTrainer(Trainer):
             if is_main():
                 save = self.model.config if is_sharded(self.model) else self.model
                 save.save_pretrained(folder)
-                self.corpus.tokenizer.save_pretrained(folder)
+                save_tokenizer(self.corpus.tokenizer, Path(folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert isinstance(self.model, MoDForCausalLM)
