@@ -1,6 +1,7 @@
 """Text of any size becomes the same shards however it is divided, stopped or killed; what is wrong is said."""
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from models import SENTENCE, options, read, sentence_tokenizer, write_chats, write_files
 from rich.console import Console
@@ -207,6 +210,30 @@ def test_what_is_there_is_taken_and_a_changed_file_or_option_is_noticed(tmp_path
     path.unlink()
     with pytest.raises(ValueError, match=r"has changed since"):
         prepare_shards(opts, out)
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_mistake_that_ends_it_before_any_shard_is_mended_in_the_same_folder(
+    tmp_path: Path, with_tokenizer: bool
+) -> None:
+    out, table, packed = tmp_path / "out", tmp_path / "a.parquet", tmp_path / "a.txt.gz"
+    parquet.write_table(pyarrow.table({"text": [f"{i} {SENTENCE}" for i in range(60)]}), table)
+    whole = gzip.compress("".join(f"{i} {SENTENCE}" for i in range(60)).encode(), mtime=0)
+    packed.write_bytes(whole[:-12])
+    tokenizer: dict[str, Any] = {}
+    if with_tokenizer:
+        sentence_tokenizer().save_pretrained(str(tmp_path / "tokenizer"))
+        tokenizer = {"tokenizer": str(tmp_path / "tokenizer")}
+    opts = options(tmp_path, str(table), **tokenizer)
+    with pytest.raises(ValueError, match="text_column=txet is missing in"):
+        prepare_shards(replace(opts, text_column="txet"), out, processes=1)
+    opts = replace(opts, data=(str(packed), str(table)))
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        prepare_shards(opts, out, processes=1)
+    packed.write_bytes(whole)
+    prepare_shards(opts, out, processes=1)
+    prepare_shards(opts, tmp_path / "at-once", processes=1)
+    assert left_in(out) == left_in(tmp_path / "at-once")
 
 
 @pytest.mark.parametrize(

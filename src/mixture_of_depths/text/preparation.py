@@ -43,7 +43,7 @@ from mixture_of_depths.text.work import Split, Work, carry_out
 
 PLAN = "plan.json"
 LOCK = ".lock"
-TOKENIZER = "tokenizer"
+TOKENIZER, HALF_TOKENIZER = "tokenizer", ".tokenizer"
 # Characters a tokenizer is trained on, taken evenly from the pieces of a text: more teach it next to nothing.
 TOKENIZER_SAMPLE = 1 << 26
 SAMPLED_PIECES = 64
@@ -146,14 +146,9 @@ def _prepare(
         _check_same(folder, prepared.made_from, described)
         _tidy(folder)
         return prepared
-    split: Split = "documents"
-    if (folder / PLAN).exists():
-        begun = read_json(folder / PLAN)
-        _check_same(folder, begun["made_from"], described)
-        split = begun["split"]
-    else:
-        if any(path.name not in (LOCK, f"{PLAN}.part") for path in folder.iterdir()):
-            raise ValueError(f"out={folder} is not empty, and holds no prepared text; name another folder")
+    split = _begun(folder, described)
+    if split is None:
+        split = "documents"
         _write_plan(folder, described, split)
     _tidy(folder, all_of_it=False)
     prepared = _fill(options, folder, own, plan, split, processes, console, described)
@@ -190,6 +185,21 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
         raise ValueError(f"{path} has changed since out={folder} was prepared from it; name another folder")
 
 
+def _begun(folder: Path, described: dict[str, Any]) -> Split | None:
+    """How the text is split that was begun in a folder; None where nothing of it is written yet."""
+    if not (folder / PLAN).exists():
+        if any(path.name not in (LOCK, f"{PLAN}.part") for path in folder.iterdir()):
+            raise ValueError(f"out={folder} is not empty, and holds no prepared text; name another folder")
+        return None
+    plan = read_json(folder / PLAN)
+    if plan["made_from"] != described and not any(folder.glob("part-*.json")):
+        # What ended it may have been a mistake in the options or a broken file, which is mended now.
+        _clear(folder)
+        return None
+    _check_same(folder, plan["made_from"], described)
+    return plan["split"]
+
+
 def _write_plan(folder: Path, described: dict[str, Any], split: Split) -> None:
     write_aside(folder / PLAN, json.dumps({"made_from": described, "split": split}))
 
@@ -207,7 +217,8 @@ def _clear(folder: Path) -> None:
     for pattern in ("part-*.json", *(f"{side}-*" for side in SIDES)):
         for path in folder.glob(pattern):
             path.unlink()
-    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    for name in (TOKENIZER, HALF_TOKENIZER):
+        shutil.rmtree(folder / name, ignore_errors=True)
     _tidy(folder)
 
 
@@ -282,7 +293,7 @@ def _tokenizer(
     if own is None:
         console.print(f"training a tokenizer on up to {TOKENIZER_SAMPLE / 1e6:.0f} million characters of the text")
     tokenizer = own or train_tokenizer(sample(), options.vocab_size or VOCABULARY)
-    half = folder / ".tokenizer"
+    half = folder / HALF_TOKENIZER
     shutil.rmtree(half, ignore_errors=True)
     save_tokenizer(tokenizer, half)
     (half / record.name).write_text(json.dumps(counted))
