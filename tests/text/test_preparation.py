@@ -300,8 +300,10 @@ def test_what_cannot_be_prepared_is_refused(
 
 def test_a_folder_that_holds_something_else_is_refused_and_one_in_use(tmp_path: Path) -> None:
     opts = text_of(tmp_path)
+    before = left_in(tmp_path / "text")
     with pytest.raises(ValueError, match="is not empty, and holds no prepared text"):
         prepare_shards(opts, tmp_path / "text", processes=1)
+    assert left_in(tmp_path / "text") == before
     with pytest.raises(ValueError, match="is a file; name a folder"):
         prepare_shards(opts, tmp_path / "text" / "000.txt")
 

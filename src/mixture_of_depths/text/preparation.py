@@ -98,6 +98,10 @@ def prepare_shards(
         raise ValueError(f"processes={processes} must be at least 1")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder} is a file; name a folder")
+    # Before anything is written there, be it the lock.
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if names - {LOCK, f"{PLAN}.part"} and not names & {PLAN, PREPARED}:
+        raise ValueError(f"out={folder} is not empty, and holds no prepared text; name another folder")
     for source in options.data:
         if holds_conversations(source, options.text_column):
             raise conversations_in(source)
@@ -188,8 +192,6 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 def _begun(folder: Path, described: dict[str, Any]) -> Split | None:
     """How the text is split that was begun in a folder; None where nothing of it is written yet."""
     if not (folder / PLAN).exists():
-        if any(path.name not in (LOCK, f"{PLAN}.part") for path in folder.iterdir()):
-            raise ValueError(f"out={folder} is not empty, and holds no prepared text; name another folder")
         return None
     plan = read_json(folder / PLAN)
     if plan["made_from"] != described and not any(folder.glob("part-*.json")):
