@@ -24,8 +24,14 @@ def test_weights_are_shares_of_their_sum(tmp_path: Path, monkeypatch: pytest.Mon
     ("data", "message"),
     [
         (["a:0.5", "b"], "data=b has no weight, and others have"),
-        (["a:0.0", "b:1.0"], "data=a:0.0 has the weight 0"),
+        *(
+            (data, f"data=a:{weight} has the weight {weight}, which is not a positive number")
+            for weight in ("0.0", "0", "-0.5", "-2", "nan", "inf")
+            for data in ([f"a:{weight}", "b:1.0"], [f"a:{weight}"])
+        ),
         (["a:0.5", "a:0.25"], "data=a is named twice"),
+        (["a:0.5", "./a:0.25"], "data=a is named twice"),
+        (["a/../a:0.5", "b:0.25", "a/:0.25"], "is named twice"),
     ],
 )
 def test_weights_that_are_none_are_refused(data: list[str], message: str) -> None:

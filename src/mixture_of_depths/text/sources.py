@@ -1,6 +1,7 @@
 """What `data` names: files of text or tokens, data sets of the hub, prepared text; each with a weight or none."""
 
 import hashlib
+import math
 import re
 import sysconfig
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ NAMES = f"{' '.join(SUFFIXES)} {JSON} (or these with {' '.join(COMPRESSIONS)})"
 # Written last into a folder of prepared text.
 PREPARED = "prepared.json"
 
-WEIGHT = re.compile(r"(.+):(\d*\.\d+)")
+# A number with a decimal point, or one that is refused as a weight. Other numbers, as 2018, may end a name.
+WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|nan|inf)")
 # Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
 SAMPLE = 1 << 16
 
@@ -45,19 +47,24 @@ def weighted(data: Sequence[str]) -> list[Weighted]:
     """The sources with their shares, where they have weights; none where they have not, and are one text.
 
     Raises:
-        ValueError: when some have a weight and others not, one is 0, or a source is named twice.
+        ValueError: when some have a weight and others not, one is not positive, or a source is named twice.
     """
     sources = [unweighted(source) for source in data]
     if sources == list(data):
         return []
+    places = [Path(source).resolve() for source in sources]
     weights = []
-    for given, source in zip(data, sources, strict=True):
+    for given, source, place in zip(data, sources, places, strict=True):
         if given == source:
             raise ValueError(f"data={given} has no weight, and others have; give every source one, as {given}:0.5")
-        weights.append(float(given[len(source) + 1 :]))
-        if weights[-1] == 0:
-            raise ValueError(f"data={given} has the weight 0; raise it, or leave the source out")
-        if sources.count(source) > 1:
+        weight = given[len(source) + 1 :]
+        weights.append(float(weight))
+        if not 0 < weights[-1] < math.inf:
+            raise ValueError(
+                f"data={given} has the weight {weight}, which is not a positive number; change it, or leave the source "
+                "out"
+            )
+        if places.count(place) > 1:
             raise ValueError(f"data={source} is named twice; add up its weights")
     return [Weighted(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]
 
