@@ -135,6 +135,9 @@ class _Decompressed(RawIOBase):
     def __init__(self, path: Path, file: BinaryIO, compression: str) -> None:
         self.path, self.compression = path, compression
         self.stream = pyarrow.CompressedInputStream(file, compression)
+        # What the library takes for one that holds nothing.
+        if path.stat().st_size == 0:
+            raise self._broken("it has no bytes")
 
     def readable(self) -> bool:
         return True
@@ -143,11 +146,12 @@ class _Decompressed(RawIOBase):
         try:
             block = self.stream.read(len(buffer))
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(
-                f"data={self.path} is not a whole {self.compression} file ({error}); compress it again"
-            ) from error
+            raise self._broken(error) from error
         buffer[: len(block)] = block
         return len(block)
+
+    def _broken(self, why: object) -> ValueError:
+        return ValueError(f"data={self.path} is not a whole {self.compression} file ({why}); compress it again")
 
 
 @contextmanager
