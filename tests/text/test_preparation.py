@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from models import SENTENCE, options, read, sentence_tokenizer, write_chats, wri
 from rich.console import Console
 
 from mixture_of_depths.options import DataOptions
+from mixture_of_depths.text import hub as hub_module
 from mixture_of_depths.text import plan as plan_module
 from mixture_of_depths.text import work as work_module
 from mixture_of_depths.text.documents import split_documents
-from mixture_of_depths.text.preparation import prepare_shards
+from mixture_of_depths.text.preparation import name_of, prepare_shards
 from mixture_of_depths.text.shards import PartWriter, Prepared, Side
 from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
 
@@ -351,6 +353,47 @@ def test_a_limit_of_characters_and_a_hub_data_set_are_prepared_from_their_stream
     assert prepared.total("train", "documents") + prepared.total("validation", "documents") == 80
     limited = prepare_shards(replace(opts, max_characters=1000), tmp_path / "limited", processes=1)
     assert limited.total("train", "bytes") + limited.total("validation", "bytes") == 1000
+
+
+def move_to(hub: Path, commit: str) -> None:
+    """Adds a revision to the hub's cache of a data set, which is then the newest."""
+    snapshot = hub / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir(exist_ok=True)
+    (hub / "refs" / "main").write_text(commit)
+    write_lines(snapshot / "train.jsonl", 20 + len(list((hub / "snapshots").iterdir())))
+
+
+def test_a_new_commit_of_a_hub_data_set_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "hub" / "datasets--me--tiny"
+    move_to(hub, "r1")
+    texts = {"cached": options(tmp_path, str(hub)), "streamed": options(tmp_path, "hub:me/tiny", max_characters=1000)}
+    # What the hub would answer.
+    commit = SimpleNamespace(sha="r1")
+    monkeypatch.setattr(hub_module, "dataset_info", lambda name: {"me/tiny": commit}[name])
+    stream, records = hub_module._stream, [{"text": f"{i} {SENTENCE}"} for i in range(20)]
+    monkeypatch.setattr(hub_module, "_stream", lambda *place: records if place[0] == "me/tiny" else stream(*place))
+    names = {out: name_of(opts, None) for out, opts in texts.items()}
+    first = {out: prepare_shards(opts, tmp_path / out, processes=1) for out, opts in texts.items()}
+    assert {out: prepare_shards(opts, tmp_path / out, processes=1) for out, opts in texts.items()} == first
+    move_to(hub, "r2")
+    commit.sha = "r2"
+    for out, changed in (("cached", r"r1/train\.jsonl"), ("streamed", "hub:me/tiny")):
+        assert name_of(texts[out], None) != names[out]
+        with pytest.raises(ValueError, match=f"{changed} has changed since out=.* was prepared from it"):
+            prepare_shards(texts[out], tmp_path / out, processes=1)
+
+
+def test_a_changed_file_of_a_data_set_s_folder_is_noticed_and_its_history_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    (folder / ".git").mkdir(parents=True)
+    write_lines(folder / "train.jsonl", 20)
+    opts = options(tmp_path, f"hub:{folder}")
+    name = name_of(opts, None)
+    (folder / ".git" / "index").write_text("")
+    assert name_of(opts, None) == name
+    write_lines(folder / "train.jsonl", 21)
+    assert name_of(opts, None) != name
 
 
 COMMAND = [sys.executable, "-m", "mixture_of_depths", "prepare"]

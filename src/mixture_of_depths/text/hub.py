@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+from huggingface_hub import dataset_info
 
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.documents import Skipped, texts_of, value_of
+from mixture_of_depths.text.sources import HUB, FileFacts, file_facts
 
 
 def read_hub(name: str, options: DataOptions, skipped: Skipped, shard: int | None = None) -> Iterator[str]:
@@ -34,6 +36,27 @@ def shards_of_hub(name: str, split: str) -> int:
     place = _place_on_hub(name)
     with _reading_hub(name, split):
         return cast(datasets.IterableDataset, _stream(*place, split)).num_shards
+
+
+def facts_of_hub(name: str, split: str) -> list[FileFacts]:
+    """What tells a data set from a changed one: of the hub its commit, of a folder, as the hub's cache is, its files.
+
+    Raises:
+        ValueError: when the hub cannot be reached.
+    """
+    place, _ = _place_on_hub(name)
+    if Path(place).is_dir():
+        paths = (path for path in sorted(Path(place).rglob("*")) if path.is_file())
+        return [file_facts(path) for path in paths if not _is_hidden(path.relative_to(place))]
+    with _reading_hub(name, split):
+        commit = dataset_info(place).sha
+    assert commit is not None
+    return [FileFacts(f"{HUB}{name}", 0, 0, commit)]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether the datasets library passes a file over, as that of a repository's history."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _place_on_hub(name: str) -> tuple[str, str | None]:

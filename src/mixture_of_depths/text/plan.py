@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """The files of a text, and the pieces it is read in."""
+    """What a text is read from, files and data sets of the hub, and the pieces it is read in."""
 
     files: list[FileFacts]
     pieces: list[Piece]
@@ -80,8 +80,9 @@ def plan_of(options: DataOptions, vocabulary: Vocabulary | None) -> Plan:
     for number, source in enumerate(options.data):
         name = hub_name(source)
         if name is not None:
-            from mixture_of_depths.text.hub import shards_of_hub
+            from mixture_of_depths.text.hub import facts_of_hub, shards_of_hub
 
+            files += facts_of_hub(name, options.split)
             # Which documents the limit leaves is told by reading from the beginning.
             shards = 0 if options.max_characters else shards_of_hub(name, options.split)
             pieces += [Piece(number, shard) for shard in range(shards)]

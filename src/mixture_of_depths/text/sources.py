@@ -155,7 +155,7 @@ def _is_among_others(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What tells a file from a changed one without reading all of it."""
+    """What tells a file from a changed one without reading it all; of a data set of the hub `sample` is its commit."""
 
     path: str
     size: int
