@@ -1,11 +1,14 @@
 """Reading, splitting, tokenising, packing and caching text."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from models import SENTENCE, options, read, sentence_tokenizer, write_files, write_numbers
@@ -293,6 +296,19 @@ def test_text_that_is_more_than_is_held_in_memory_goes_to_shards_in_the_cache(
     changed = prepare(opts)
     assert changed.key != sharded.key
     assert len(list(opts.cache_dir.glob("shards-*"))) == 2
+
+
+def test_compressed_text_goes_to_shards_by_what_it_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{i} {SENTENCE}" for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "c.parquet", compression="zstd")
+    limit = 2 * max(path.stat().st_size for path in (tmp_path / "b.txt.gz", tmp_path / "c.parquet"))
+    assert limit < len(text)
+    monkeypatch.setattr(corpus_module, "IN_MEMORY", limit)
+    for number, name in enumerate(("a.txt", "b.txt.gz", "c.parquet"), start=1):
+        prepare(options(tmp_path, str(tmp_path / name)))
+        assert len(list((tmp_path / "cache").glob("shards-*"))) == number
 
 
 def test_packed_sequences_have_whole_documents_and_of_cut_ones_a_beginning_at_the_end(tmp_path: Path) -> None:

@@ -37,7 +37,16 @@ from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequence
 from mixture_of_depths.text.preparation import TOKENIZER, check_text, name_of, prepare_shards, shared_tokenizer
 from mixture_of_depths.text.sequences import by_kind, cut_documents
 from mixture_of_depths.text.shards import Side, open_prepared
-from mixture_of_depths.text.sources import NAMES, find_files, hub_name, is_prepared, is_tokens, unweighted, weighted
+from mixture_of_depths.text.sources import (
+    NAMES,
+    find_files,
+    hub_name,
+    is_prepared,
+    is_tokens,
+    text_size,
+    unweighted,
+    weighted,
+)
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
     end_of_text,
@@ -211,7 +220,7 @@ def _is_for_shards(options: DataOptions) -> bool:
         return options.max_characters > IN_MEMORY
     # How much a data set of the hub is, is told by reading it.
     streamed = any(hub_name(source) is not None for source in options.data)
-    if streamed or sum(path.stat().st_size for path in files) <= IN_MEMORY:
+    if streamed or sum(map(text_size, files)) <= IN_MEMORY:
         return streamed
     return not all(holds_conversations(source, options.text_column) for source in options.data)
 

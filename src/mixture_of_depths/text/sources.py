@@ -20,6 +20,8 @@ JSON = ".json"
 TOKENS = ".bin"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 NAMES = f"{' '.join(SUFFIXES)} {JSON} (or these with {' '.join(COMPRESSIONS)})"
+# Bytes of text that a byte of a compressed file or of Parquet may stand for: of prose some four, of markup ten or more.
+EXPANSION = 10
 # Written last into a folder of prepared text.
 PREPARED = "prepared.json"
 
@@ -106,6 +108,12 @@ def kind_of(path: Path) -> str | None:
 def is_tokens(path: Path) -> bool:
     """Whether a file is named as one that holds tokens."""
     return path.suffix == TOKENS
+
+
+def text_size(path: Path) -> int:
+    """Bytes of text that a file may hold."""
+    is_compressed = path.suffix in COMPRESSIONS or kind_of(path) == ".parquet"
+    return path.stat().st_size * (EXPANSION if is_compressed else 1)
 
 
 def builtin_files() -> list[Path]:
