@@ -12,9 +12,9 @@ from models import routed_model, some_sequences
 from runs import config_for
 
 from mixture_of_depths import MoDForCausalLM
-from mixture_of_depths.evaluation.loss import evaluate
+from mixture_of_depths.evaluation.loss import CausalEvaluation, Evaluation, ExpertEvaluation, evaluate, mean_of
 from mixture_of_depths.text.batches import document_positions
-from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.corpus import Corpus, Source
 
 
 def test_evaluation_tells_capacities_under_top_k_from_thresholds() -> None:
@@ -26,6 +26,34 @@ def test_evaluation_tells_capacities_under_top_k_from_thresholds() -> None:
     assert found.loss_top_k != found.loss_causal
     assert found.experts["top_k"][0].dropped > 0
     assert found.experts["causal"][0].dropped == 0
+
+
+def test_several_sources_have_the_mean_of_their_figures_by_their_shares() -> None:
+    nothing = some_sequences(1)
+    sources = [Source("a", 3.0, nothing, 4.0, 0.75), Source("b", 1.0, nothing, 2.0, 0.25)]
+    evaluations = [
+        Evaluation(
+            loss_top_k=2 * loss,
+            loss_causal=loss,
+            bits_per_byte=loss / math.log(2) / source.bytes_per_token,
+            causal_routers={"threshold": CausalEvaluation(loss, loss / 4, {1: loss / 8})},
+            experts={"causal": experts},
+            tokens=10,
+        )
+        for source, loss, experts in (
+            (sources[0], 1.0, {0: ExpertEvaluation([0.5, 0.5], 0.0)}),
+            (sources[1], 3.0, {0: ExpertEvaluation([1.0, 0.0], 0.4), 1: ExpertEvaluation([0.25, 0.75], 0.2)}),
+        )
+    ]
+    assert mean_of(evaluations[:1], sources[:1]) is evaluations[0]
+    assert mean_of(evaluations, sources) == Evaluation(
+        loss_top_k=3.0,
+        loss_causal=1.5,
+        bits_per_byte=1.5 / math.log(2) / 3.5,
+        causal_routers={"threshold": CausalEvaluation(1.5, 0.375, {1: 0.1875})},
+        experts={"causal": {0: ExpertEvaluation([0.625, 0.375], 0.1), 1: ExpertEvaluation([0.25, 0.75], 0.2)}},
+        tokens=20,
+    )
 
 
 def test_first_tokens_that_enter_anyway_are_no_disagreement() -> None:

@@ -122,7 +122,7 @@ def test_a_model_is_judged_on_conversations(tmp_path: Path) -> None:
     write_chats(tmp_path, 3)
     judged = text_to_judge(tmp_path, None, chat_tokenizer(), (str(tmp_path / "chats.jsonl"),), None, 16)
     assert set(kinds(judged.sequences)) == {"conversations"}
-    assert judged.bytes_per_token > 1
+    assert judged.sources[0].bytes_per_token > 1
 
 
 def test_records_that_are_no_conversation_are_counted(tmp_path: Path) -> None:

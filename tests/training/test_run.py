@@ -1,6 +1,7 @@
 """The horizon, the records, and that an interrupted run goes on as if nothing had happened."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -327,6 +328,14 @@ def test_every_source_has_its_own_line_in_evaluation(tmp_path: Path, capsys: pyt
     assert list(result.evaluation_by_source) == names
     assert result.evaluation_by_source[names[0]] != result.evaluation_by_source[names[1]]
     (evaluation, *_) = [record for record in records(tmp_path / "run") if "eval_loss" in record]
+    each, shares = result.evaluation_by_source.values(), (0.3, 0.7)
+    loss = sum(share * one.loss_causal for share, one in zip(shares, each, strict=True))
+    size = sum(share * source.bytes_per_token for share, source in zip(shares, corpus.sources, strict=True))
+    assert result.evaluation is not None
+    assert result.evaluation.loss_causal == pytest.approx(loss)
+    assert result.evaluation.bits_per_byte == pytest.approx(loss / math.log(2) / size)
+    of_run = [evaluation[f"eval_loss_causal/{name}"] for name in names]
+    assert evaluation["eval_loss"] == pytest.approx(0.3 * of_run[0] + 0.7 * of_run[1])
     said = capsys.readouterr().out
     for name in names:
         assert evaluation[f"eval_loss_causal/{name}"] > 0

@@ -48,7 +48,7 @@ def evaluate(
         data: Text to evaluate on: files, folders, globs, hub:NAME or "builtin".
         text_column: Field or column that holds the text in .jsonl, .parquet and hub data; by default "text".
         sequence_length: Tokens per sequence; by default as in training.
-        max_sequences: Use this many sequences, evenly spaced, instead of all.
+        max_sequences: Use this many sequences of each source, evenly spaced, instead of all.
         precision: Precision of the matrix products: fp32, or bf16.
         tasks: Tasks or groups of lm-evaluation-harness.
         task_files: Folder of further tasks, as the harness' YAML.
@@ -59,6 +59,7 @@ def evaluate(
 
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.evaluation.loss import evaluate as run
+    from mixture_of_depths.evaluation.loss import mean_of
     from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
     from mixture_of_depths.provenance import provenance
     from mixture_of_depths.text.tokenizer import end_of_text
@@ -92,15 +93,19 @@ def evaluate(
     text = _text_for(checkpoint, tokenizer, data, text_column, sequence_length)
     model.config.check_length(text.sequence_length)
     console = Console(stderr=True)
-    evaluation = run(
-        model,
-        text.sequences,
-        end_of_text(tokenizer),
-        text.bytes_per_token,
-        max_sequences,
-        bf16=bf16,
-        console=console,
-    )
+    each = [
+        run(
+            model,
+            source.validation,
+            end_of_text(tokenizer),
+            source.bytes_per_token,
+            max_sequences,
+            bf16=bf16,
+            console=console,
+        )
+        for source in text.sources
+    ]
+    evaluation = mean_of(each, text.sources)
     for name, loss in (("top-k", evaluation.loss_top_k), ("causal", evaluation.loss_causal)):
         if not loss < MAX_LOSS:
             raise ValueError(
@@ -148,7 +153,8 @@ def calibrate(
 
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.evaluation.calibration import calibrate as run
-    from mixture_of_depths.evaluation.loss import evaluate as evaluation
+    from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
+    from mixture_of_depths.evaluation.text import without_calibrating
     from mixture_of_depths.text.batches import halves
     from mixture_of_depths.text.tokenizer import end_of_text, save_tokenizer
 
@@ -166,14 +172,19 @@ def calibrate(
             f"sequence_length={text.sequence_length} leaves fewer than 2 sequences of the text; give more text as data"
         )
     end = end_of_text(tokenizer)
-    chosen, others = halves(text.sequences)
+    chosen, others = halves(text.sequences)[0], without_calibrating(text.sources)
     bf16 = precision == "bf16"
-    before = evaluation(model, others, end, text.bytes_per_token, bf16=bf16)
+
+    def evaluated() -> Evaluation:
+        each = [evaluate(model, source.validation, end, source.bytes_per_token, bf16=bf16) for source in others]
+        return mean_of(each, others)
+
+    before = evaluated()
     if model.config.causal_router == "auxiliary_loss":
         model.config.causal_router = "threshold"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         run(model, chosen, end)
-    after = evaluation(model, others, end, text.bytes_per_token, bf16=bf16)
+    after = evaluated()
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():
         # Without its mode: the new file's is the umask's.

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from mixture_of_depths.evaluation.calibration import using_causal_router
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
 from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.corpus import Source
 from mixture_of_depths.text.packing import Sequences
 
 # Tokens of a forward pass: with a vocabulary of 49,152, their logits are 0.8 GB.
@@ -142,6 +143,48 @@ def evaluate(
         causal_routers=by_router,
         experts={name: seen.experts for name, seen in passes.items()} if base.config.has_experts else {},
         tokens=causal.tokens,
+    )
+
+
+def mean_of(evaluations: Sequence[Evaluation], sources: Sequence[Source]) -> Evaluation:
+    """The mean of the evaluations of several sources by their shares; that of one is as it is.
+
+    Bits per byte are the mean loss over the mean bytes per token. A block with experts that no token of a source
+    entered has the mean of the others.
+    """
+    first = evaluations[0]
+    if len(evaluations) == 1:
+        return first
+
+    def mean(figures: Iterable[Any]) -> Any:
+        pairs = zip(sources, figures, strict=True)
+        known = [(source.share, np.asarray(figure)) for source, figure in pairs if figure is not None]
+        total = np.asarray(sum(share * figure for share, figure in known))
+        return (total / sum(share for share, _ in known)).tolist()
+
+    def mean_of_router(name: str) -> CausalEvaluation:
+        each = [evaluation.causal_routers[name] for evaluation in evaluations]
+        entering = {block: mean(one.share_entering[block] for one in each) for block in each[0].share_entering}
+        return CausalEvaluation(mean(one.loss for one in each), mean(one.accuracy for one in each), entering)
+
+    def mean_of_experts(routing: Routing, block: int) -> ExpertEvaluation:
+        each = [evaluation.experts[routing].get(block) for evaluation in evaluations]
+        return ExpertEvaluation(mean(one and one.share for one in each), mean(one and one.dropped for one in each))
+
+    loss = mean(evaluation.loss_causal for evaluation in evaluations)
+    return Evaluation(
+        loss_top_k=mean(evaluation.loss_top_k for evaluation in evaluations),
+        loss_causal=loss,
+        bits_per_byte=loss / math.log(2) / mean(source.bytes_per_token for source in sources),
+        causal_routers={name: mean_of_router(name) for name in first.causal_routers},
+        experts={
+            routing: {
+                block: mean_of_experts(routing, block)
+                for block in sorted({block for evaluation in evaluations for block in evaluation.experts[routing]})
+            }
+            for routing in first.experts
+        },
+        tokens=sum(evaluation.tokens for evaluation in evaluations),
     )
 
 

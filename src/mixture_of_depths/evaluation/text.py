@@ -1,6 +1,7 @@
 """The text that a model is judged on: what its training held out, or other text, read for it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths.files import is_whole
 from mixture_of_depths.options import DataOptions
-from mixture_of_depths.text.corpus import Corpus, load_prepared, prepare
+from mixture_of_depths.text.batches import halves
+from mixture_of_depths.text.corpus import Corpus, Source, load_prepared, prepare
 from mixture_of_depths.text.documents import Skipped, read_all
 from mixture_of_depths.text.sequences import cut_documents
 from mixture_of_depths.text.tokenizer import load_tokenizer
@@ -18,12 +20,29 @@ from mixture_of_depths.text.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Judged:
-    """Sequences of tokens of one length, in the column `input_ids`, and what was left out of their text."""
+    """Sequences of tokens of one length, in the column `input_ids`, and what was left out of their text.
+
+    A model is evaluated on those of each source, and calibrated on `sequences` of all.
+    """
 
     sequences: datasets.Dataset
-    bytes_per_token: float
+    sources: tuple[Source, ...]
     sequence_length: int
     skipped: Skipped
+
+
+def held_out_of(corpus: Corpus) -> tuple[Source, ...]:
+    """What each source of a text holds out; one where the text is one."""
+    name, size = " ".join(corpus.options.data), corpus.facts.validation_bytes_per_token
+    return corpus.sources or (Source(name, None, corpus.validation, size, 1.0),)
+
+
+def without_calibrating(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The sequences of each source that do not calibrate; of a source of a single one that."""
+    return tuple(
+        replace(source, validation=halves(source.validation)[1]) if len(source.validation) > 1 else source
+        for source in sources
+    )
 
 
 def text_to_judge(
@@ -59,7 +78,7 @@ def text_to_judge(
         length, facts = corpus.options.sequence_length, corpus.facts
         if sequence_length not in (None, length):
             raise ValueError(f"sequence_length={sequence_length} needs data; the held-out text is cut to {length}")
-        return Judged(corpus.validation, facts.validation_bytes_per_token, length, facts.skipped)
+        return Judged(corpus.validation, held_out_of(corpus), length, facts.skipped)
     if sequence_length is None:
         assert described is not None
         length: int = described["options"]["sequence_length"]
@@ -71,7 +90,8 @@ def text_to_judge(
     if not documents:
         raise ValueError(f"data={' '.join(data)} holds no text (skipped: {skipped})")
     cut = cut_documents(documents, tokenizer, length, "given")
-    return Judged(cut.sequences, cut.bytes / cut.tokens, length, skipped)
+    source = Source(" ".join(data), None, cut.sequences, cut.bytes / cut.tokens, 1.0)
+    return Judged(cut.sequences, (source,), length, skipped)
 
 
 def _held_out(checkpoint: Path, described: dict[str, Any]) -> Corpus:

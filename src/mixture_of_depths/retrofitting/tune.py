@@ -9,6 +9,7 @@ Routers start as a linear fit to how much a token misses that skips, and maps as
 
 import copy
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.evaluation.calibration import calibrate
-from mixture_of_depths.evaluation.loss import Evaluation, evaluate
+from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.model.modeling import MoDCausalLMOutput, MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
@@ -51,7 +52,7 @@ from mixture_of_depths.retrofitting.measure import (
 )
 from mixture_of_depths.retrofitting.record import MEASURED, Measured, has_measured
 from mixture_of_depths.text.batches import kinds, spread
-from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 from mixture_of_depths.training.folder import check_folder, only_run
 from mixture_of_depths.training.horizon import horizon
@@ -385,12 +386,23 @@ def _fitted(
 
 def _compared(dense: MoDForCausalLM, model: MoDForCausalLM, corpus: Corpus, training: TrainOptions) -> dict[str, Any]:
     """Both models on the held-out text that did not calibrate, as fields of `RetrofitResult`."""
-    end, bf16, size = corpus.end_of_text, training.precision == "bf16", corpus.facts.validation_bytes_per_token
+    end, bf16 = corpus.end_of_text, training.precision == "bf16"
     calibration, others = split_held_out(corpus, training)
-    by_kind = kinds(others)
+    by_kind: dict[str, list[Source]] = {}
+    for source in others:
+        for kind, sequences in kinds(source.validation).items():
+            by_kind.setdefault(kind, []).append(replace(source, validation=sequences))
+
+    def evaluated(of: MoDForCausalLM, sources: Sequence[Source]) -> Evaluation:
+        each = [
+            evaluate(of, source.validation, end, source.bytes_per_token, COMPARED_SEQUENCES, bf16=bf16)
+            for source in sources
+        ]
+        return mean_of(each, sources)
+
     evaluations = {
-        name: [evaluate(of, text, end, size, COMPARED_SEQUENCES, bf16=bf16) for of in (dense, model)]
-        for name, text in {"all": others, **(by_kind if len(by_kind) > 1 else {})}.items()
+        name: [evaluated(of, sources) for of in (dense, model)]
+        for name, sources in {"all": others, **(by_kind if len(by_kind) > 1 else {})}.items()
     }
     calibrating = {} if calibration is None else kinds(calibration)
     results = {}

@@ -99,12 +99,16 @@ class CorpusFacts:
 
 @dataclass(frozen=True)
 class Source:
-    """One of several sources: its name and weight, and its held-out text; no weight where they are mixed by size."""
+    """One of several sources: its name and weight, and its held-out text; no weight where they are mixed by size.
+
+    `share` is that of its sequences among all that are trained on.
+    """
 
     name: str
     weight: float | None
     validation: datasets.Dataset
     bytes_per_token: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class Corpus:
     """Tokenised text in sequences of one length; of each, `input_ids` are the tokens.
 
     `key` names its content: text, split, tokenizer and length of the sequences. `sources` tell the held-out text of
-    several apart, and are empty for one; of their sequences in `train` each has its `weight`.
+    several apart, and are empty for one; of their sequences in `train` each has its `weight`. In `validation` they are
+    mixed, to calibrate on; figures are the means of those of each source.
     """
 
     train: Sequences
@@ -410,11 +415,11 @@ def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]
     held_out = [part.validation for part in parts]
     if any(IS_CONVERSATION in sequences.column_names for sequences in held_out):
         held_out = [as_text(sequences, end_of_text(tokenizer)) for sequences in held_out]
+    weights: list[float] = [source["weight"] or len(part.train) for source, part in zip(described, parts, strict=True)]
     sources = [
-        Source(source["name"], source["weight"], sequences, part.facts.validation_bytes_per_token)
-        for source, sequences, part in zip(described, held_out, parts, strict=True)
+        Source(source["name"], source["weight"], sequences, part.facts.validation_bytes_per_token, own / sum(weights))
+        for source, sequences, part, own in zip(described, held_out, parts, weights, strict=True)
     ]
-    weights = [source.weight or len(part.train) for source, part in zip(sources, parts, strict=True)]
     return Corpus(
         Joined([part.train for part in parts]) if several else parts[0].train,
         _mixed(sources, weights) if several else parts[0].validation,
@@ -482,7 +487,7 @@ def _some(sequences: ShardSequences, length: int) -> datasets.Dataset:
 
 
 def _mixed(sources: list[Source], weights: list[float]) -> datasets.Dataset:
-    """Held-out sequences of all sources in the proportion of their weights."""
+    """Held-out sequences of all sources in about the proportion of their weights, of each two if it has them."""
     total = min(len(source.validation) / weight for source, weight in zip(sources, weights, strict=True))
     total = min(total, max(len(source.validation) for source in sources) / sum(weights))
     # Even numbers: every second one of all is then every second one of each, for what calibrates and what evaluates.

@@ -25,6 +25,7 @@ from mixture_of_depths.device import chosen_device
 from mixture_of_depths.distributed import failing_together, from_main, is_main, meet
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation
+from mixture_of_depths.evaluation.text import held_out_of, without_calibrating
 from mixture_of_depths.files import write_aside
 from mixture_of_depths.inspect.curves import training_curve
 from mixture_of_depths.model.configuration import MoDConfig
@@ -33,7 +34,7 @@ from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.batches import halves
-from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.text.order import Order
 from mixture_of_depths.text.tokenizer import save_tokenizer
 from mixture_of_depths.training.callbacks import Board, Recorder, StopOnSignal
@@ -41,7 +42,7 @@ from mixture_of_depths.training.checkpoint import load_weights, set_own_seed, wh
 from mixture_of_depths.training.folder import check_folder, only_run, open_folder
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_memory, check_options, trainer_arguments
-from mixture_of_depths.training.trainer import MoDTrainer, NumberedCollator, evaluate_held_out, evaluate_source
+from mixture_of_depths.training.trainer import MoDTrainer, NumberedCollator, evaluate_held_out
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class TrainResult:
         train_seconds: time spent in training steps, without evaluation and checkpoints; compiling counts.
         calibrated: whether half of the held-out text set the causal routers or the experts.
         evaluation: figures on the held-out text, when finished; on the half that calibrates no model, or with
-            `calibrate=False`, or of a single sequence, on all of it.
-        evaluation_by_source: as `evaluation`, of each of several sources by its name, the configured router alone.
+            `calibrate=False`, or of a single sequence, on all of it; of several sources the mean by their shares.
+        evaluation_by_source: as `evaluation`, of each of several sources by its name.
     """
 
     finished: bool
@@ -93,15 +94,12 @@ class TrainResult:
     evaluation_by_source: dict[str, Evaluation] = field(default_factory=dict)
 
 
-def split_held_out(corpus: Corpus, options: TrainOptions) -> tuple[datasets.Dataset | None, datasets.Dataset]:
+def split_held_out(corpus: Corpus, options: TrainOptions) -> tuple[datasets.Dataset | None, tuple[Source, ...]]:
     """What calibrates, None for nothing, and what evaluates: the same for every model, so that they compare."""
-    return _calibrating_and_not(corpus.validation, options)
-
-
-def _calibrating_and_not(
-    held_out: datasets.Dataset, options: TrainOptions
-) -> tuple[datasets.Dataset | None, datasets.Dataset]:
-    return halves(held_out) if options.calibrate and len(held_out) > 1 else (None, held_out)
+    sources = held_out_of(corpus)
+    if not options.calibrate or len(corpus.validation) < 2:
+        return None, sources
+    return halves(corpus.validation)[0], without_calibrating(sources)
 
 
 def train(
@@ -211,10 +209,8 @@ def _train(
                 model.save_pretrained(folder, state_dict=weights)
                 save_tokenizer(corpus.tokenizer, folder)
                 training_curve({"loss": folder / "metrics.jsonl"}, folder / "curve.png")
-        evaluation = evaluate_held_out(model, others, corpus, options)
-        for source in corpus.sources:
-            _, sequences = _calibrating_and_not(source.validation, options)
-            by_source[source.name] = evaluate_source(model, source, sequences, corpus, options)
+        evaluation, each = evaluate_held_out(model, others, corpus, options)
+        by_source = {source.name: of_source for source, of_source in zip(corpus.sources, each, strict=False)}
         _say_what_enters(evaluation, model.config, calibrated, console)
     result = TrainResult(
         finished=finished,

@@ -3,10 +3,10 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from safetensors import SafetensorError
@@ -18,7 +18,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixture_of_depths.distributed import average_, failing_together, is_main
-from mixture_of_depths.evaluation.loss import Evaluation, evaluate
+from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
+from mixture_of_depths.evaluation.text import held_out_of
 from mixture_of_depths.files import read_json, seal, sync_folder
 from mixture_of_depths.model.flops import training_flops_per_token
 from mixture_of_depths.model.modeling import MoDForCausalLM
@@ -125,9 +126,9 @@ class MoDTrainer(Trainer):
         """Evaluates under top-k and causal routing; returns and logs the figures."""
         assert isinstance(self.model, MoDForCausalLM)
         self.average_thresholds()
-        evaluation = evaluate_held_out(
+        evaluation, each = evaluate_held_out(
             self.model,
-            self.corpus.validation,
+            held_out_of(self.corpus),
             self.corpus,
             self.run_options,
             self.run_options.eval_sequences,
@@ -139,10 +140,8 @@ class MoDTrainer(Trainer):
             "eval_loss_causal": evaluation.loss_causal,
             "eval_bits_per_byte": evaluation.bits_per_byte,
         }
-        for source in self.corpus.sources:
-            of_source = evaluate_source(
-                self.model, source, source.validation, self.corpus, self.run_options, self.run_options.eval_sequences
-            )
+        # A single text has no further names.
+        for source, of_source in zip(self.corpus.sources, each, strict=False):
             metrics[f"eval_loss_causal/{source.name}"] = of_source.loss_causal
             metrics[f"eval_loss_top_k/{source.name}"] = of_source.loss_top_k
         for causal in evaluation.causal_routers.values():
@@ -253,39 +252,23 @@ class MoDTrainer(Trainer):
 
 def evaluate_held_out(
     model: MoDForCausalLM,
-    sequences: datasets.Dataset,
+    sources: Sequence[Source],
     corpus: Corpus,
     options: TrainOptions,
     max_sequences: int | None = None,
     every_router: bool = True,
-) -> Evaluation:
-    """Evaluates on sequences of the text that is held out, in the run's precision."""
-    return evaluate(
-        model,
-        sequences,
-        corpus.end_of_text,
-        corpus.facts.validation_bytes_per_token,
-        max_sequences=max_sequences,
-        bf16=options.precision == "bf16",
-        all_causal_routers=every_router,
-    )
-
-
-def evaluate_source(
-    model: MoDForCausalLM,
-    source: Source,
-    sequences: datasets.Dataset,
-    corpus: Corpus,
-    options: TrainOptions,
-    max_sequences: int | None = None,
-) -> Evaluation:
-    """Evaluates on sequences of the text that one of several sources holds out."""
-    return evaluate(
-        model,
-        sequences,
-        corpus.end_of_text,
-        source.bytes_per_token,
-        max_sequences=max_sequences,
-        bf16=options.precision == "bf16",
-        all_causal_routers=False,
-    )
+) -> tuple[Evaluation, list[Evaluation]]:
+    """Evaluates on the text that sources hold out, in the run's precision: the mean by their shares, and each."""
+    each = [
+        evaluate(
+            model,
+            source.validation,
+            corpus.end_of_text,
+            source.bytes_per_token,
+            max_sequences=max_sequences,
+            bf16=options.precision == "bf16",
+            all_causal_routers=every_router,
+        )
+        for source in sources
+    ]
+    return mean_of(each, sources), each
