@@ -1,6 +1,7 @@
 """Files of tokens give their documents; what contradicts itself, or the tokenizer, is refused."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,27 @@ def test_an_index_that_contradicts_its_tokens_is_refused(
     path.with_suffix(".idx").write_bytes(index[:20])
     with pytest.raises(ValueError, match="has not the header of Megatron's index"):
         documents_of(path, SMALL)
+
+
+def test_an_index_is_read_in_slices_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [[1 + number % 8] for number in range(50_000)]
+    path = write_megatron(tmp_path, documents)
+    monkeypatch.setattr(tokens_module, "SLICE", 1000)
+    tracemalloc.start()
+    try:
+        file = open_tokens(path, SMALL)
+        read = [document.tolist() for document in read_token_documents(file, SMALL, 999, 1002)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read == documents[999:1002]
+    assert peak < 8 * len(documents) / 2
+    index = bytearray(path.with_suffix(".idx").read_bytes())
+    # The lengths of two sequences at either side of a slice's border.
+    index[34 + 4 * 999 : 34 + 4 * 1001] = struct.pack("<ii", 2, 0)
+    path.with_suffix(".idx").write_bytes(index)
+    with pytest.raises(ValueError, match="do not belong together"):
+        open_tokens(path, SMALL)
 
 
 def test_a_negative_token_is_refused(tmp_path: Path) -> None:

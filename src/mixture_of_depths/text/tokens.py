@@ -1,6 +1,7 @@
 """Readers of files that hold tokens already: nanoGPT's and llm.c's `.bin`, and Megatron's `.bin` beside its `.idx`."""
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ MEGATRON_HEADER = len(MEGATRON) + 8 + 1 + 8 + 8
 MEGATRON_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 # Tokens of a document; a longer one is cut, for it is held in memory.
 LONGEST_DOCUMENT = 1 << 24
+# Numbers of an index that are in memory at once.
+SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,27 @@ class Vocabulary:
     last: int
     end_of_text: int
     start_of_text: int | None
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where Megatron's documents begin, and the last ends, looked up in its index, which is mapped into memory.
+
+    Of each document `firsts` holds the first sequence, of each sequence `pointers` the first byte; a token has
+    `itemsize` of them.
+    """
+
+    firsts: np.ndarray
+    pointers: np.ndarray
+    itemsize: int
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __getitem__(self, document: int, /) -> int:
+        first = self.firsts[document]
+        return self.count if first == len(self.pointers) else int(self.pointers[first]) // self.itemsize
 
 
 @dataclass(frozen=True)
@@ -38,7 +62,7 @@ class TokenFile:
     dtype: np.dtype[Any]
     offset: int
     count: int
-    starts: np.ndarray | None = None
+    starts: Starts | None = None
 
     def tokens(self) -> np.ndarray:
         """All of them, mapped into memory."""
@@ -92,15 +116,22 @@ def _megatron(path: Path, size: int) -> TokenFile:
     dtype = np.dtype(MEGATRON_KINDS[kind])
     lengths = np.memmap(index, "<i4", "r", MEGATRON_HEADER, (sequences,))
     pointers = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 4 * sequences, (sequences,))
-    firsts = np.fromfile(index, "<i8", documents, offset=MEGATRON_HEADER + 12 * sequences)
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    whole = np.array_equal(pointers, ends[:-1] * dtype.itemsize) and ends[-1] * dtype.itemsize == size
-    ordered = firsts[0] == 0 and firsts[-1] == sequences and bool((np.diff(firsts) >= 0).all())
-    if not whole or not ordered or lengths.min(initial=0) < 0 or size == 0:
+    firsts = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 12 * sequences, (documents,))
+    count, whole = 0, True
+    for begin in range(0, sequences, SLICE):
+        some = lengths[begin : begin + SLICE]
+        ends = count + np.cumsum(some, dtype=np.int64)
+        whole &= bool((pointers[begin : begin + SLICE] == (ends - some) * dtype.itemsize).all() and some.min() >= 0)
+        count = int(ends[-1])
+    ordered = firsts[0] == 0 and firsts[-1] == sequences
+    for begin in range(0, documents, SLICE):
+        # With the first of the next slice.
+        ordered &= bool((np.diff(firsts[begin : begin + SLICE + 1]) >= 0).all())
+    if not whole or not ordered or count * dtype.itemsize != size or size == 0:
         raise ValueError(
             f"data={path} and {index.name} do not belong together: lengths, places and {size:,} bytes differ"
         )
-    return TokenFile(path, dtype, 0, int(ends[-1]), ends[firsts])
+    return TokenFile(path, dtype, 0, count, Starts(firsts, pointers, dtype.itemsize, count))
 
 
 def read_token_documents(file: TokenFile, vocabulary: Vocabulary, begin: int, end: int) -> Iterator[np.ndarray]:
@@ -131,8 +162,8 @@ def _next_start(file: TokenFile, tokens: np.ndarray, vocabulary: Vocabulary, pla
     """Where the first document after `place` begins, or is cut: at every `LONGEST_DOCUMENT` tokens of the file."""
     furthest = min((place // LONGEST_DOCUMENT + 1) * LONGEST_DOCUMENT, file.count)
     if file.starts is not None:
-        number = int(np.searchsorted(file.starts, place, side="right"))
-        return min(furthest, int(file.starts[number])) if number < len(file.starts) else furthest
+        number = bisect_right(file.starts, place)
+        return min(furthest, file.starts[number]) if number < len(file.starts) else furthest
     for start in range(place, furthest, 1 << 16):
         block = tokens[start : min(start + (1 << 16) + 1, furthest)]
         is_start = block[:-1] == vocabulary.end_of_text
