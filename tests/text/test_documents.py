@@ -65,6 +65,20 @@ def test_a_dataset_folder_is_streamed_through_the_datasets_library(tmp_path: Pat
     assert documents == ["text 0", "text 1", "tex"]
 
 
+def test_of_a_long_text_no_more_is_read_than_a_limit_of_characters_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_TEXT", 1000, raising=False)
+    monkeypatch.setattr(documents_module, "WINDOW", 100)
+    text = "".join(f"line {i}\n" for i in range(1000))
+    # What would be noticed if it were read.
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    documents, skipped = read(options(tmp_path, str(tmp_path / "a.txt"), max_characters=2500))
+    assert "".join(documents) == text[:2500]
+    assert max(map(len, documents)) < 1100
+    assert skipped == Skipped()
+
+
 def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe not utf-8")
     (tmp_path / "b.txt").write_text("  \n")

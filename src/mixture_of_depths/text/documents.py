@@ -25,6 +25,8 @@ from mixture_of_depths.text.sources import COMPRESSIONS, JSON, find_files, hub_n
 LONGEST_LINE = 1 << 30
 # Bytes in which a place to cut a text is looked for.
 WINDOW = 1 << 20
+# Bytes in which a file that is one text is cut into documents where only the beginning of all text is read.
+LONGEST_TEXT = 1 << 26
 # Rows of a Parquet file that are decoded together.
 ROWS = 512
 
@@ -89,8 +91,9 @@ def _read_source(source: str, options: DataOptions, skipped: Skipped) -> Iterato
 
         yield from read_hub(name, options, skipped)
         return
+    longest = None if options.max_characters is None else LONGEST_TEXT
     for path in find_files(source):
-        yield from read_file(path, options.text_column, skipped)
+        yield from read_file(path, options.text_column, skipped, longest=longest)
 
 
 def read_file(
@@ -179,7 +182,7 @@ def _read_text(path: Path, skipped: Skipped, span: Span, longest: int | None) ->
     with _opened(path) as file:
         if longest is None:
             contents: Iterable[bytes] = [file.read()]
-        elif path.suffix in COMPRESSIONS:
+        elif span == WHOLE:
             contents = _blocks(file, longest)
         else:
             begin, end = snap(file, span.begin), None if span.end is None else snap(file, span.end)
