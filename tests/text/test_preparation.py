@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,19 @@ from rich.console import Console
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text import hub as hub_module
 from mixture_of_depths.text import plan as plan_module
+from mixture_of_depths.text import preparation as preparation_module
 from mixture_of_depths.text import work as work_module
-from mixture_of_depths.text.documents import split_documents
-from mixture_of_depths.text.preparation import name_of, prepare_shards
+from mixture_of_depths.text.documents import digest, is_held_out, split_documents
+from mixture_of_depths.text.preparation import name_of, prepare_shards, shared_tokenizer
 from mixture_of_depths.text.shards import PartWriter, Prepared, Side
 from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
+
+
+def write_words(path: Path, word: str, is_out: bool = False) -> Path:
+    """One document, a word again and again; one that its content holds out, or one that it does not."""
+    texts = (f"{i} " + f"{word} " * 200 for i in count())
+    path.write_text(next(text for text in texts if is_held_out(digest(text), 0.2) == is_out))
+    return path
 
 
 def write_lines(path: Path, count: int = 200) -> None:
@@ -308,6 +317,22 @@ def test_a_folder_that_holds_something_else_is_refused_and_one_in_use(tmp_path: 
     assert left_in(tmp_path / "text") == before
     with pytest.raises(ValueError, match="is a file; name a folder"):
         prepare_shards(opts, tmp_path / "text" / "000.txt")
+
+
+def test_the_tokenizer_sees_a_small_source_behind_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "PIECE", 4000)
+    monkeypatch.setattr(preparation_module, "SAMPLED_PIECES", 2)
+    write_lines(tmp_path / "a.jsonl")
+    word = str(write_words(tmp_path / "b.txt", "zyzzyva"))
+    prepare_shards(options(tmp_path, str(tmp_path / "a.jsonl"), word), tmp_path / "out", processes=1)
+    assert "Ġzyzzyva" in load_tokenizer(str(tmp_path / "out" / "tokenizer")).get_vocab()
+
+
+def test_a_shared_tokenizer_sees_every_source_behind_a_limit_or_of_one_document_held_out(tmp_path: Path) -> None:
+    first = write_words(tmp_path / "a.txt", "the router")
+    second = write_words(tmp_path / "b.txt", "zyzzyva", is_out=True)
+    opts = options(tmp_path, str(first), str(second), max_characters=1000)
+    assert {"Ġrouter", "Ġzyzzyva"} <= set(shared_tokenizer(opts, tmp_path / "cache").get_vocab())
 
 
 def test_of_one_document_the_tail_is_held_out(tmp_path: Path) -> None:

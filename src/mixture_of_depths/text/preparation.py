@@ -4,8 +4,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -235,7 +236,7 @@ def _fill(
     described: dict[str, Any],
 ) -> Prepared | None:
     """Trains the tokenizer and writes all shards; None where one side of the split stays empty."""
-    tokenizer, sample = _tokenizer(options, folder, own, plan, split, console)
+    tokenizer, sample = _tokenizer(options, folder, own, _sample(options, plan, split), console)
     if own is None and sample[0] == 0 and split == "documents":
         return None
     vocabulary = vocabulary_of(tokenizer)
@@ -275,8 +276,7 @@ def _tokenizer(
     options: DataOptions,
     folder: Path,
     own: PreTrainedTokenizerFast | None,
-    plan: Plan,
-    split: Split,
+    sample: Iterable[str],
     console: Console,
 ) -> tuple[PreTrainedTokenizerFast, tuple[int, int]]:
     """The tokenizer of the folder, made if it is not there, and the documents and bytes it was trained on."""
@@ -286,15 +286,15 @@ def _tokenizer(
         return load_tokenizer(str(folder / TOKENIZER)), (documents, size)
     counted = [0, 0]
 
-    def sample() -> Iterator[str]:
-        for text in _sample(options, plan, split):
+    def counting() -> Iterator[str]:
+        for text in sample:
             counted[0] += 1
             counted[1] += len(text.encode("utf-8"))
             yield text
 
     if own is None:
         console.print(f"training a tokenizer on up to {TOKENIZER_SAMPLE / 1e6:.0f} million characters of the text")
-    tokenizer = own or train_tokenizer(sample(), options.vocab_size or VOCABULARY)
+    tokenizer = own or train_tokenizer(counting(), options.vocab_size or VOCABULARY)
     half = folder / HALF_TOKENIZER
     shutil.rmtree(half, ignore_errors=True)
     save_tokenizer(tokenizer, half)
@@ -305,13 +305,18 @@ def _tokenizer(
     return load_tokenizer(str(folder / TOKENIZER)), (counted[0], counted[1])
 
 
-def _sample(options: DataOptions, plan: Plan, split: Split) -> Iterator[str]:
-    """What a tokenizer is trained on: the beginnings of pieces spread evenly, without what is held out."""
+def _sample(options: DataOptions, plan: Plan, split: Split, characters: int = TOKENIZER_SAMPLE) -> Iterator[str]:
+    """What a tokenizer is trained on, without what is held out.
+
+    The beginnings of pieces spread evenly, and of the first piece of each source, however small.
+    """
     count = min(SAMPLED_PIECES, len(plan.pieces))
+    firsts = {piece.source: number for number, piece in reversed(list(enumerate(plan.pieces)))}
+    chosen = sorted({*firsts.values(), *(len(plan.pieces) * number // count for number in range(count))})
     nothing = Vocabulary(0, 0, None)
-    for number in range(count):
-        remaining = TOKENIZER_SAMPLE // count
-        for text in read_piece(plan, len(plan.pieces) * number // count, options, nothing, Skipped()):
+    for number in chosen:
+        remaining = characters // len(chosen)
+        for text in read_piece(plan, number, options, nothing, Skipped()):
             assert isinstance(text, str)
             if split == "tails":
                 text = text[: cut_tail(len(text), options.validation_fraction)]
@@ -331,9 +336,18 @@ def name_of(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 
 def shared_tokenizer(options: DataOptions, cache: Path, console: Console | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on a sample of all sources of `options`, kept in the cache."""
+    """A tokenizer trained on equal samples of the sources of `options`, each split by itself, kept in the cache."""
+
+    def sample() -> Iterator[str]:
+        for source in options.data:
+            text = replace(options, data=(source,))
+            plan, characters = plan_of(text, None), TOKENIZER_SAMPLE // len(options.data)
+            by_documents = _sample(text, plan, "documents", characters)
+            first = next(by_documents, None)
+            # All that it has is held out: few documents, of which the tails will be instead.
+            yield from _sample(text, plan, "tails", characters) if first is None else chain([first], by_documents)
+
     folder = cache / f"tokenizer-{name_of(options, None)}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        plan = plan_of(options, None)
-        return _tokenizer(options, folder, None, plan, "documents", console or Console(quiet=True))[0]
+        return _tokenizer(options, folder, None, sample(), console or Console(quiet=True))[0]
