@@ -72,7 +72,7 @@ def test_the_list_names_every_command_that_computes() -> None:
     named = {(words[1] if words[0] == "isoflop" else words[0]) for words in COMPUTING}
     group = {"plan", "run", "measure", "fit", "plot"}
     every = {*commands()._subcommands, *group} - {"isoflop"}
-    assert every - named == {"fit", "plot"}
+    assert every - named == {"fit", "plot", "prepare"}
 
 
 @pytest.mark.parametrize("words", COMPUTING, ids=lambda words: " ".join(words[:2]))
