@@ -1,5 +1,6 @@
 """Products of the fast step on a CPU: right values in every shape, and the fastest way by measurement."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def test_every_way_gives_the_same_product(dtype: torch.dtype, rows: int) -> None
         torch.testing.assert_close(way(weight, x), x @ weight.float().t(), rtol=2**-7, atol=1)
 
 
-def test_ways_are_measured_once_and_kept_for_the_next_process() -> None:
+def test_ways_are_measured_once_and_kept_for_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "STEADY", float("inf"))
     shapes = [(1, torch.float32, 24, 48), (3, torch.int8, 24, 48)]
     speeds = measured(shapes)
     assert {shape: list(ways) for shape, ways in speeds.items()} == {shape: ways_for(shape) for shape in shapes}
@@ -141,12 +143,20 @@ def test_the_way_with_the_highest_speed_is_taken(monkeypatch: pytest.MonkeyPatch
         1: {"native": 3.0, "linear": 2.0, "transposed": 1.0},
         4: {"native": 3.0, "linear": 2.0, "transposed": 9.0},
     }
-    monkeypatch.setattr(native, "measure", lambda shape: speeds[shape[0]])
+    monkeypatch.setattr(native, "measure", lambda shape: (speeds[shape[0]], True))
     choose_fastest(shapes)
     assert [FASTEST[shape] for shape in shapes] == ["native", "transposed"]
 
 
-def test_measurements_of_a_damaged_file_are_refused_by_its_name() -> None:
+def test_what_was_measured_beside_other_work_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, speeds = [(rows, torch.float32, 24, 48) for rows in (1, 4)], {"native": 3.0, "linear": 2.0}
+    monkeypatch.setattr(native, "measure", lambda shape: (speeds, shape[0] == 1))
+    assert measured(shapes) == dict.fromkeys(shapes, speeds)
+    assert list(json.loads(cache_file().read_text())) == ["1 torch.float32 24 48"]
+
+
+def test_measurements_of_a_damaged_file_are_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "STEADY", float("inf"))
     measured([(1, torch.float32, 24, 48)])
     cache_file().write_text("{")
     with pytest.raises(ValueError, match=cache_file().name):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ SOURCE = Path(__file__).with_name("native.cpp")
 NATIVE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 # Weights that are read in turn: more than a processor's cache holds, but not endlessly many small ones.
 COLD_BYTES, MOST_WEIGHTS = 64e6, 200
-TURNS = 6
+TURNS = 5
+# How much longer than the fastest turn the middle one may take.
+STEADY = 1.5
 # By how much the library must be faster.
 CLEARLY = 1.1
 # The fastest way for each shape that was measured.
@@ -118,25 +121,27 @@ def ways_for(shape: Shape) -> list[str]:
     return own if own and shape[1] == torch.int8 else [*own, "linear", "transposed"]
 
 
-def measure(shape: Shape) -> dict[str, float]:
-    """The speed of each way at which weights are read that no cache holds, in GB/s.
+def measure(shape: Shape) -> tuple[dict[str, float], bool]:
+    """The speed of each way at which weights are read that no cache holds, in GB/s, and whether it was steady.
 
-    Ways take turns, and of each its fastest turn counts, which other work on the machine slows down least.
+    Ways take turns, and of each its fastest turn counts, which other work on the machine slows down least. Where turns
+    differ much, there was such work.
     """
     rows, dtype, outputs, inputs = shape
     count = min(MOST_WEIGHTS, round(COLD_BYTES / (outputs * inputs * dtype.itemsize)) + 1)
     weight_NOI = torch.ones(count, outputs, inputs, dtype=dtype)
     x_RI = torch.ones(rows, inputs)
-    least = dict.fromkeys(ways_for(shape), float("inf"))
-    for _ in range(TURNS):
-        for way, seconds in least.items():
-            # One that was far off once is out of the question.
-            if seconds == float("inf") or seconds < 2 * min(least.values()):
-                start = time.perf_counter()
-                for weight_OI in weight_NOI.unbind():
-                    WAYS[way](weight_OI, x_RI)
-                least[way] = min(seconds, time.perf_counter() - start)
-    return {way: round(weight_NOI.nbytes / seconds / 1e9, 2) for way, seconds in least.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways_for(shape)}
+    # The first turn only warms up.
+    for turn in range(TURNS + 1):
+        for way, times in seconds.items():
+            start = time.perf_counter()
+            for weight_OI in weight_NOI.unbind():
+                WAYS[way](weight_OI, x_RI)
+            if turn > 0:
+                times.append(time.perf_counter() - start)
+    is_steady = all(median(times) < STEADY * min(times) for times in seconds.values())
+    return {way: round(weight_NOI.nbytes / min(times) / 1e9, 2) for way, times in seconds.items()}, is_steady
 
 
 def cache_file() -> Path:
@@ -147,7 +152,7 @@ def cache_file() -> Path:
 
 
 def measured(shapes: Iterable[Shape]) -> dict[Shape, dict[str, float]]:
-    """The speeds for each shape: those that are kept, and new ones for the others, which are kept then."""
+    """The speeds for each shape: those that are kept, and new ones for the others, which are kept where steady."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     names = {shape: " ".join(map(str, shape)) for shape in shapes}
@@ -157,10 +162,12 @@ def measured(shapes: Iterable[Shape]) -> dict[Shape, dict[str, float]]:
         missing = [shape for shape, name in names.items() if name not in kept]
         if any("native" in ways_for(shape) for shape in missing):
             require_native()
-        if missing:
-            kept |= {names[shape]: measure(shape) for shape in missing}
-            write_aside(path, json.dumps(kept, indent=1))
-    return {shape: kept[name] for shape, name in names.items()}
+        new = {names[shape]: measure(shape) for shape in missing}
+        steady = {name: speeds for name, (speeds, is_steady) in new.items() if is_steady}
+        if steady:
+            write_aside(path, json.dumps(kept | steady, indent=1))
+    every = kept | {name: speeds for name, (speeds, _) in new.items()}
+    return {shape: every[name] for shape, name in names.items()}
 
 
 def choose_fastest(shapes: Iterable[Shape]) -> None:
