@@ -176,6 +176,8 @@ def choose_fastest(shapes: Iterable[Shape]) -> None:
     The library's must be clearly faster than our own, which reads weights of the same rows in one call.
     """
     unknown = [shape for shape in shapes if shape not in FASTEST]
+    if not unknown:
+        return
     for shape, speeds in measured(unknown).items():
         FASTEST[shape] = max(speeds, key=lambda way: speeds[way] * (CLEARLY if way == "native" else 1))
     if "native" in FASTEST.values():

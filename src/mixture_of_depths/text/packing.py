@@ -150,6 +150,18 @@ class Lazy(ABC):
         return Selected(self, indices)
 
 
+def part_of(firsts: list[int], number: int) -> tuple[int, int]:
+    """Which part holds a number, and its place there; `firsts` has the first number of each part, and their total.
+
+    Raises:
+        IndexError: for a number that none holds.
+    """
+    if not 0 <= number < firsts[-1]:
+        raise IndexError(number)
+    part = bisect_right(firsts, number) - 1
+    return part, number - firsts[part]
+
+
 class ShardSequences(Lazy):
     """The sequences of one side of prepared text; nothing of them is in memory but what is being read.
 
@@ -179,10 +191,8 @@ class ShardSequences(Lazy):
         return self.firsts[-1]
 
     def __getitem__(self, number: int, /) -> dict[str, Any]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        place = bisect_right(self.firsts, number) - 1
-        shard, row = self.shards[place], number - self.firsts[place]
+        place, row = part_of(self.firsts, number)
+        shard = self.shards[place]
         tokens = self._map(self.folder / f"{shard.name}.bin", self.dtype)
         if self.packing == "cut":
             return {"input_ids": tokens[row * self.length : (row + 1) * self.length].astype(np.int64)}
@@ -251,7 +261,5 @@ class Joined(Lazy):
         return self.firsts[-1]
 
     def __getitem__(self, number: int, /) -> dict[str, Any]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        place = bisect_right(self.firsts, number) - 1
-        return self.parts[place][number - self.firsts[place]]
+        place, within = part_of(self.firsts, number)
+        return self.parts[place][within]
