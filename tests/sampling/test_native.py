@@ -1,7 +1,6 @@
 """Products of the fast step on a CPU: right values in every shape, and the fastest way by measurement."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,9 @@ TYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _nothing_measured(nothing_chosen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "compiler_cache", lambda: tmp_path)
     native.require_native()
-    kept = dict(FASTEST)
-    FASTEST.clear()
-    yield
-    FASTEST.clear()
-    FASTEST.update(kept)
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.sampling import step
+from mixture_of_depths.sampling.native import FASTEST, require_native
 from mixture_of_depths.sampling.step import (
     GROWTH,
     apply_mlp,
@@ -19,8 +20,11 @@ from mixture_of_depths.sampling.step import (
     matvec,
     normalised,
     prefill,
+    product_shapes,
     row_counts,
 )
+
+pytestmark = pytest.mark.usefixtures("nothing_chosen")
 
 
 def test_a_routed_block_has_room_for_what_entered_and_grows() -> None:
@@ -74,11 +78,15 @@ def test_the_step_as_a_compiled_one_has_it_gives_the_logits_of_the_model_whateve
             assert torch.equal(state.layers[layer_idx].entered_B, whole.routing[layer_idx].entered[:, place])
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(is_compiled: bool) -> None:
+def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(is_compiled: bool, own: bool) -> None:
     of = traced if is_compiled else lambda function: function
     model = MoDForCausalLM(MoDConfig(hidden_size=64, num_hidden_layers=1, initializer_range=0.15, routed_layers=[]))
     layer, bf16 = model.bfloat16().model.layers[0], torch.bfloat16
+    if own:
+        require_native()
+        FASTEST.update(dict.fromkeys(product_shapes(model, 1), "native"))
     hidden_TD = torch.randn(64, 64, dtype=bf16)
     normed_TD = layer.input_layernorm(hidden_TD)
     assert torch.equal(normed_TD.float(), of(normalised)(layer.input_layernorm, hidden_TD.float()))
@@ -92,7 +100,7 @@ def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(
     query, keys, values = (torch.randn(1, 4, 32, 16, dtype=bf16) for _ in range(3))
     attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True)[0, :, -1].flatten()
     last = [tensor[:, :, -1].float() for tensor in (query, keys, values)]
-    stored = keys[:, :, :-1], values[:, :, :-1], torch.ones(1, 31, dtype=torch.bool)
+    stored = keys[:, :, :-1].contiguous(), values[:, :, :-1].contiguous(), torch.ones(1, 31, dtype=torch.bool)
     of_step = of(attend)(last[0][:, :, None], last[1], last[2], stored, torch.zeros(1, dtype=torch.int64))
     # Here they always do.
     assert (of_step.bfloat16()[0] == attended).float().mean() > 0.9
