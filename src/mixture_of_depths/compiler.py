@@ -2,13 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 
@@ -40,9 +41,22 @@ def any_length(tensor: Tensor, dim: int) -> None:
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
 
 
-def load_native(source: str) -> None:
-    """Compiles C++ source for this processor, or takes it from the disk, and loads it; its operators are there then."""
-    CppCodeCache.load(source)
+def load_native(source: str) -> Any:
+    """Compiles C++ source for this processor, or takes it from the disk, and loads it.
+
+    Returns:
+        The library, for ctypes; its operators are PyTorch's then.
+
+    Raises:
+        ValueError: when the compiler fails.
+    """
+    try:
+        return CppCodeCache.load(source)
+    except CppCompileError as error:
+        compiler = get_cpp_compiler()
+        raise ValueError(
+            f"the C++ compiler {compiler} failed; set CXX to another one, such as g++:\n{error}"
+        ) from error
 
 
 def compiler_cache() -> Path:

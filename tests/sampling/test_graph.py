@@ -16,37 +16,15 @@ from typing import Any
 import pytest
 import torch
 from gpus import interpreted
-from models import greedy, left_padded, with_parts
+from models import greedy, left_padded
+from steps import CASES, TWO, logits_of_both, model_of
 
 from mixture_of_depths import MoDForCausalLM, quantize
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling import stream as stream_module
-from mixture_of_depths.sampling.step import decode_step, grow, prefill
-from mixture_of_depths.sampling.stream import fast_step, is_graph, stream
+from mixture_of_depths.sampling.stream import is_graph, stream
 
 pytestmark = interpreted
-
-# Sizes of which none is a power of two, and blocks of every kind.
-ODD: dict[str, Any] = {
-    "hidden_size": 24,
-    "head_dim": 6,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "routed_layers": [0, 2, 3],
-}
-PARTS = ["block", "block_keep_keys", "mlp"]
-
-
-def model_of(parts: Any = PARTS, bypass_rank: int = 3, **changes: Any) -> MoDForCausalLM:
-    fields = {**ODD, "causal_router": "threshold", **changes}
-    model = with_parts(parts, bypass_rank, **fields).float().eval()
-    for name, weight in model.named_parameters():
-        # No two are alike, and none does nothing.
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    return model
 
 
 def graph_step(*arguments: Any) -> Any:
@@ -55,61 +33,12 @@ def graph_step(*arguments: Any) -> Any:
     return GraphStep(*arguments)
 
 
-def logits_of_both(
-    model: MoDForCausalLM, batch: int, length: int, new: int, ended: dict[int, int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of random tokens by the step and by the eager step, and which rows entered, which is the same.
-
-    Args:
-        model: the model.
-        batch, length, new: number of rows, of tokens of the prompts, and of those after them.
-        ended: of rows that end, the number of tokens after which they do.
-    """
-    input_ids, mask = left_padded(batch, length)
-    step = graph_step(model, input_ids, mask, new)
-    logits_BV, state = prefill(model, input_ids, mask, new)
-    assert torch.equal(step.logits_BV, logits_BV)
-    of_step, of_eager, entered = [], [], []
-    for number in range(new):
-        grow(state)
-        token_B = torch.randint(0, 31, (batch,))
-        active_B = torch.tensor([number < (ended or {}).get(row, new) for row in range(batch)])
-        with torch.no_grad():
-            of_eager.append(decode_step(model, token_B, active_B, state))
-        of_step.append(step(token_B, None if bool(active_B.all()) else active_B).clone())
-        entered.append(step.entered())
-        assert torch.equal(entered[-1], torch.stack([layer.entered_B for layer in state.layers]))
-    return torch.stack(of_step), torch.stack(of_eager), torch.stack(entered)
-
-
-TWO: dict[str, Any] = {"num_hidden_layers": 2, "routed_layers": [0, 1]}
-
-
-@pytest.mark.parametrize(
-    ("batch", "changes"),
-    [
-        (1, {}),
-        (3, {"causal_router": "predictor", "router_activation": "tanh"}),
-        (18, {**TWO, "parts": ["mlp", "block"], "bypass_rank": 0}),
-        (
-            2,
-            {
-                **TWO,
-                "parts": "block",
-                "router_type": "random",
-                "router_activation": "none",
-                "attention_bias": True,
-                "capacity": 0.5,
-            },
-        ),
-        (2, {**TWO, "parts": ["block", "block_keep_keys"], "causal_router": "auxiliary_loss", "query_key_norm": True}),
-        (2, {**TWO, "parts": "mlp", "router_norm": True, "router_activation": "straight_through"}),
-        (1, {**TWO, "parts": "block", "first_token_enters": True, "tie_word_embeddings": True}),
-    ],
-)
+@pytest.mark.parametrize(("batch", "changes"), CASES)
 def test_logits_and_decisions_are_those_of_the_eager_step(batch: int, changes: dict[str, Any]) -> None:
     model = model_of(**changes)
-    of_step, of_eager, entered = logits_of_both(model, batch, 6, 2 if batch < 18 else 1, {1: 1} if batch > 1 else None)
+    of_step, of_eager, entered = logits_of_both(
+        graph_step, model, batch, 6, 2 if batch < 18 else 1, {1: 1} if batch > 1 else None
+    )
     torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
     assert bool(entered[:, model.config.routed_layers].any())
 
@@ -121,7 +50,7 @@ def test_every_kind_of_rope_turns_as_in_the_eager_step(rope_type: str) -> None:
         numbers |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     parameters = {"rope_type": rope_type, **numbers}
     model = model_of("block", 0, num_hidden_layers=2, routed_layers=[1], rope_parameters=parameters)
-    of_step, of_eager, _ = logits_of_both(model, 1, 6, 1)
+    of_step, of_eager, _ = logits_of_both(graph_step, model, 1, 6, 1)
     torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
 
 
@@ -130,7 +59,7 @@ def test_in_half_precision_decisions_are_equal_and_logits_within_a_few_roundings
     dtype: torch.dtype, batch: int
 ) -> None:
     model = torch.nn.Module.to(model_of(initializer_range=0.3), dtype)
-    of_step, of_eager, _ = logits_of_both(model, batch, 6, batch)
+    of_step, of_eager, _ = logits_of_both(graph_step, model, batch, 6, batch)
     # A rounding of the largest number is 1/256 of it in bf16, and four blocks round some ten times each.
     rounding = torch.finfo(dtype).eps / 2
     assert (of_step - of_eager).abs().max() <= 16 * rounding * of_eager.abs().max()
@@ -151,7 +80,7 @@ def test_attention_over_many_slots_is_read_in_parts() -> None:
     from mixture_of_depths.sampling.graph import parts_of
 
     assert parts_of(step.layers[0].keys.shape[2], 1, 2) == 4
-    of_step, of_eager, _ = logits_of_both(model, 1, 200, 1)
+    of_step, of_eager, _ = logits_of_both(graph_step, model, 1, 200, 1)
     torch.testing.assert_close(of_step, of_eager, atol=2e-5, rtol=1e-5)
 
 
@@ -200,12 +129,10 @@ def test_the_stream_by_it_gives_the_tokens_of_generate(monkeypatch: pytest.Monke
         assert torch.equal(entered, whole.routing[layer].entered[:, 6:-1])
 
 
-def test_experts_weights_of_8_bits_and_the_cpu_keep_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_weights_of_8_bits_and_the_cpu_take_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, experts, rounded, double = model_of(), model_of(num_experts=3), model_of(), model_of().double()
     quantize(rounded)
     assert not is_graph(plain)
-    input_ids = torch.ones(1, 2, dtype=torch.int64)
-    assert type(fast_step(plain, input_ids, torch.ones_like(input_ids), 2)).__name__ == "CompiledStep"
     monkeypatch.setattr(MoDForCausalLM, "device", torch.device("cuda"))
     assert [is_graph(model) for model in (plain, experts, rounded, double)] == [True, False, False, False]
 

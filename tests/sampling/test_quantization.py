@@ -62,3 +62,12 @@ def test_a_quantised_model_samples_as_its_own_full_forward_says(experts: dict[st
     tokens = torch.stack(list(stream(model, prompt, options=SamplingOptions(max_new_tokens=30, temperature=0))), dim=1)
     logits = model(torch.cat([prompt, tokens], dim=1), use_cache=False).logits
     assert torch.equal(logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_with_rounded_weights_are_rounded_only_once(dtype: torch.dtype) -> None:
+    layer, x = Int8Linear(nn.Linear(40, 24)), torch.randn(5, 40, dtype=dtype)
+    exact = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).t() + layer.bias.double()
+    assert layer(x).dtype == dtype
+    # Half of the last bit that the type has, and of float32 what some sums lose.
+    assert bool(((layer(x) - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-5).all())

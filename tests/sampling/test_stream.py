@@ -42,7 +42,7 @@ def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: lis
 
 @pytest.mark.parametrize(("batch", "lengths"), [(1, (9, 4090)), (3, (9,))])
 def test_the_compiled_step_gives_the_same_tokens_and_compiles_once_for_texts_that_grow_beyond_4096_tokens(
-    batch: int, lengths: tuple[int, ...]
+    batch: int, lengths: tuple[int, ...], compiled_step: None
 ) -> None:
     torch._dynamo.reset()
     fields: dict[str, Any] = {"query_key_norm": True, "attention_bias": True, "max_position_embeddings": 5000}
@@ -202,7 +202,7 @@ def test_generate_and_the_stream_give_the_tokens_of_the_full_causal_forward(part
     ],
 )
 def test_the_compiled_step_of_routed_parts_gives_the_same_tokens(
-    parts: list[str], batch: int, changes: dict[str, Any]
+    parts: list[str], batch: int, changes: dict[str, Any], compiled_step: None
 ) -> None:
     torch._dynamo.reset()
     fields = {"causal_router": "threshold", "num_hidden_layers": len(parts), "routed_layers": [*range(len(parts))]}
@@ -213,7 +213,7 @@ def test_the_compiled_step_of_routed_parts_gives_the_same_tokens(
     assert torch.equal(tokens, greedy(model, input_ids, mask, 70))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_who_watches_sees_which_rows_enter_and_that_an_ended_one_enters_no_routed_block(compiled: bool) -> None:
     model = tiny(routed_layers=[1], causal_router="threshold").float().eval()
     model.model.layers[1].router.threshold.fill_(-1e9)
@@ -280,3 +280,22 @@ def test_the_fast_step_knows_every_layer_that_a_model_may_have(changes: dict[str
     require_known_layers(model)
     quantize(model)
     require_known_layers(model)
+
+
+def test_a_process_may_have_many_compiled_steps(monkeypatch: pytest.MonkeyPatch, compiled_step: None) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(stream_module, "choose_fastest", lambda shapes: None)
+    compile_graph = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **fields: compile_graph(function, backend="eager", fullgraph=True, dynamic=False),
+    )
+    model = tiny(routed_layers=[], num_hidden_layers=1).float().eval()
+    for batch in range(1, 12):
+        list(
+            stream(
+                model, torch.ones(batch, 3, dtype=torch.int64), options=SamplingOptions(max_new_tokens=2), compiled=True
+            )
+        )
+    torch._dynamo.reset()

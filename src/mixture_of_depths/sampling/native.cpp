@@ -9,9 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -174,6 +176,7 @@ void multiply(const std::vector<Tensor>& weights, const Tensor& x, std::vector<T
 // Of weights [O, I] of one type and x [R, I] in float32, all contiguous: products [R, O] in float32.
 std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
   std::vector<Tensor> results;
+  STD_TORCH_CHECK(!weights.empty(), "there must be a weight");
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2 && weight.size(1) == x.size(1), "weights must be of shape [O, I]");
     STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights must be of one type");
@@ -198,11 +201,41 @@ std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
 
 inline float rounded(float value, float) { return value; }
 inline float rounded(float value, BFloat16) {
+  if (value != value) return value;
   uint32_t word;
   std::memcpy(&word, &value, sizeof(word));
   word = (word + 0x7fff + ((word >> 16) & 1)) & 0xffff0000u;
   std::memcpy(&value, &word, sizeof(word));
   return value;
+}
+
+// e to the power of x, within 2 units in the last place; what float32 cannot hold as a normal number is cut.
+inline Floats exponential(Floats x) {
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  // Adding this leaves no room for digits behind the point.
+  const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats sum = Floats{} + 1.9875691500e-4f;
+  for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = sum * rest + factor;
+  sum = sum * rest * rest + rest + 1.0f;
+  return sum * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
+}
+
+// Changes `count` numbers in place by a function of LANES of them.
+template <typename Function>
+inline void each(float* values, int64_t count, Function function) {
+  int64_t first = 0;
+  for (; first + LANES <= count; first += LANES) {
+    StoredFloats* place = reinterpret_cast<StoredFloats*>(values + first);
+    *place = function(Floats(*place));
+  }
+  if (first == count) return;
+  Floats last = {};
+  std::memcpy(&last, values + first, (count - first) * sizeof(float));
+  last = function(last);
+  std::memcpy(values + first, &last, (count - first) * sizeof(float));
 }
 
 // Sums of STEPS * LANES * PARTS elements of the values, times the shares of `slots` slots.
@@ -221,13 +254,16 @@ void weighted(const W* values, const float* shares, float* sums, int64_t slots, 
       for (int64_t i = 0; i < PARTS; i++) sums[step * STEP + word * PARTS + i] = totals[step][i][word];
 }
 
-// Attention of one query of one head to the slots that are used, and to the token's own key and value.
+// Attention of one query of one head to the slots that are used, or to all where none is named, and to the token's own
+// key and value.
 template <typename W>
 void attend_head(const float* query, const float* key, const float* value, const W* keys, const W* values,
                  const bool* used, int64_t slots, int64_t width, float* output) {
   constexpr int64_t STEP = LANES * (4 / sizeof(W));
-  while (slots > 0 && !used[slots - 1]) slots--;
-  for (; slots > 0 && !used[0]; slots--, used++, keys += width, values += width) {
+  if (used) {
+    while (slots > 0 && !used[slots - 1]) slots--;
+    for (; slots > 0 && !used[0]; slots--, used++, keys += width, values += width) {
+    }
   }
   std::vector<float> shares(slots), laid(width);
   lay_out<W>(laid.data(), query, 1, width);
@@ -240,13 +276,14 @@ void attend_head(const float* query, const float* key, const float* value, const
   for (int64_t i = 0; i < width; i++) own += query[i] * key[i];
   float largest = own;
   for (slot = 0; slot < slots; slot++)
-    if (used[slot] && shares[slot] > largest) largest = shares[slot];
+    if ((!used || used[slot]) && shares[slot] > largest) largest = shares[slot];
+  each(shares.data(), slots, [&](Floats score) { return exponential(score - largest); });
   float total = std::exp(own - largest);
   own = rounded(total, W());
   for (slot = 0; slot < slots; slot++) {
-    const float share = used[slot] ? std::exp(shares[slot] - largest) : 0;
-    total += share;
-    shares[slot] = rounded(share, W());
+    if (used && !used[slot]) shares[slot] = 0;
+    total += shares[slot];
+    shares[slot] = rounded(shares[slot], W());
   }
   int64_t first = 0;
   for (; first + 4 * STEP <= width; first += 4 * STEP)

@@ -27,8 +27,10 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_OI = (self.weight.float() * self.scale[:, None]).to(x.dtype)
-        return F.linear(x, weight_OI, None if self.bias is None else self.bias.to(x.dtype))
+        # In float32, as a step multiplies: rounded to bf16 first, weights would be others than those it decodes with.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        products = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)
+        return (products if self.bias is None else products + self.bias.to(dtype)).to(x.dtype)
 
 
 class Int8GroupedLinear(nn.Module):
@@ -40,8 +42,9 @@ class Int8GroupedLinear(nn.Module):
         self.weight, self.scale = nn.Buffer(weight_EOI), nn.Buffer(scale_EO)
 
     def forward(self, rows_MI: Tensor, ends_E: Tensor) -> Tensor:
-        weight_EOI = (self.weight.float() * self.scale[..., None]).to(rows_MI.dtype)
-        return grouped_mm(rows_MI, weight_EOI, ends_E)
+        dtype = torch.promote_types(rows_MI.dtype, torch.float32)
+        weight_EOI = self.weight.to(dtype) * self.scale[..., None].to(dtype)
+        return grouped_mm(rows_MI.to(dtype), weight_EOI, ends_E).to(rows_MI.dtype)
 
 
 def quantize(model: nn.Module) -> None:

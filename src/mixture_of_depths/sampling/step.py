@@ -112,7 +112,7 @@ def product(weight_OD: Tensor, x_BD: Tensor, way: str | None = None) -> Tensor:
     """
     rows = x_BD.shape[0]
     if way is not None or (rows > 1 and weight_OD.dtype != torch.int8) or rows > 4:
-        return WAYS["linear" if way is None else way](weight_OD, x_BD)
+        return WAYS["linear" if way is None else way]([weight_OD], x_BD)[0]
     # Reductions over equal parts of the weight become one loop that reads them side by side, for all rows at once.
     streams = 1 if weight_OD.shape[0] % STREAMS else STREAMS if rows <= 2 else STREAMS // 2
     parts = [part.float() for part in weight_OD.unflatten(0, (streams, -1)).unbind()]

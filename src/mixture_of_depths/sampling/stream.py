@@ -4,6 +4,7 @@ Shapes: B batch, T tokens given, S tokens known, L blocks, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from mixture_of_depths.model.routing import Bypass, PreciseLinear, Predictor, Ro
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.draw import TokenChoice
 from mixture_of_depths.sampling.native import choose_fastest
+from mixture_of_depths.sampling.own_step import OwnStep, is_own
 from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear
 from mixture_of_depths.sampling.step import decode_step, grow, prefill, product_shapes
 
@@ -66,6 +68,8 @@ def end_tokens(model: MoDForCausalLM) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else ends
 
 
+# Graphs of the compiled step that a process may have.
+MOST_GRAPHS = 1000
 COMPILER_OPTIONS: dict[str, Any] = {
     # Moved ahead of the attention that reads the cache, the writes to it could not happen in place.
     "reorder_for_locality": False,
@@ -137,10 +141,18 @@ class CompiledStep:
             self.room = grow(self.state)
         self.room -= 1
         # Nothing but the buffers' lengths changes between steps, and the checks would take a tenth of one.
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=self.number > 0):
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=self.number > 0), self._many_graphs():
             logits_BV = self.step(self.model, token_B, self.all_B if going_B is None else going_B, self.state)
         self.number += 1
         return logits_BV
+
+    def _many_graphs(self) -> AbstractContextManager[object]:
+        """Lets a process have a graph for each model and number of rows: the compiler stops at 8 by itself."""
+        if self.number > 0:
+            return nullcontext()
+        # A part of the module only once it is loaded.
+        config: Any = torch.compiler.config
+        return config.patch(recompile_limit=MOST_GRAPHS)
 
     def entered(self) -> Tensor:
         """Which rows' last token entered each block; of shape [L, B]."""
@@ -190,13 +202,15 @@ def require_known_layers(model: MoDForCausalLM) -> None:
 
 def fast_step(
     model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int
-) -> "CompiledStep | GraphStep":
+) -> "CompiledStep | OwnStep | GraphStep":
     """The prompts through the model, and the fast step for `room` tokens that follow.
 
     Raises:
         ValueError: for layers that it does not know.
     """
     require_known_layers(model)
+    if is_own(model, input_ids.shape[0]):
+        return OwnStep(model, input_ids, attention_mask, room)
     if not is_graph(model):
         return CompiledStep(model, input_ids, attention_mask, room)
     # Needs Triton, which PyTorch brings for GPUs only.
@@ -229,8 +243,9 @@ def stream(
         seeds: one seed a row; by default the options' and those after it.
         active_B (torch.Tensor | None): True for rows that go on; of shape [B], on the CPU. It is only read: its owner
             may end a row by writing False between two tokens.
-        compiled: whether to sample by the fast step: compiled, which needs a C++ compiler on the CPU, or a CUDA graph
-            (see `is_graph`, and docs/sampling.md for the time). Otherwise every token is a pass of the model.
+        compiled: whether to sample by the fast step: one call to C++ on the CPU (`is_own`), a CUDA graph (`is_graph`),
+            or a compiled one; docs/sampling.md has the time. On the CPU it needs a C++ compiler. Otherwise every token
+            is a pass of the model.
         watch: is shown which rows entered each block, of shape [L, B], after every step, which has read the token
             yielded before it.
 
