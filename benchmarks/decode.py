@@ -13,7 +13,8 @@ one JSON line.
 `tokens_per_s` counts decoding on every side, without prefill and compilation. `hf` and `hf_static` are `generate()`
 with its dynamic and its static cache; on the CPU it compiles neither. `llamacpp` is a server with as many slots as
 prompts. `mod_over_*` are ratios of those speeds, `roof_fraction` is the bytes a step must read over its time and over
-the bandwidth measured in the same turns, `prefill_ratio` the time of a causal pass over 1,024 tokens, dense over
+the bandwidth measured in the same turns, `products_fraction` what the dense side's products take alone, at the speed by
+which they are chosen, over its step, `prefill_ratio` the time of a causal pass over 1,024 tokens, dense over
 Mixture-of-Depths, and `entered` the share of random tokens that enters a routed block.
 """
 
@@ -46,8 +47,11 @@ from mixture_of_depths.sampling.bench import (
     prefill_seconds,
     read_gigabytes_per_second,
 )
+from mixture_of_depths.sampling.native import measured, shape_of
+from mixture_of_depths.sampling.own_step import weights_of
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
+OTHERS = ["hf", "llamacpp"]
 SHAPES: dict[str, dict[str, Any]] = {
     "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
@@ -161,7 +165,13 @@ class LlamaCpp:
 
 
 def measure(
-    ours: dict[str, MoDForCausalLM], precision: str, batch_size: int, repeats: int, threads: int, folder: Path
+    ours: dict[str, MoDForCausalLM],
+    precision: str,
+    batch_size: int,
+    repeats: int,
+    threads: int,
+    others: list[str],
+    folder: Path,
 ) -> dict[str, Any]:
     texts = [random_tokens(VOCABULARY, batch_size, PROMPT + NEW, seed) for seed in range(repeats + 1)]
     entered = [
@@ -174,10 +184,13 @@ def measure(
         for side, model in models.items()
     }
     server = None
-    if precision != "int8":
+    # The others have no weights like ours of 8 bits.
+    others = [] if precision == "int8" else others
+    if "hf" in others:
         peer = llama(models["dense"])
         sides["hf"] = lambda prompts, _: generate_speed(peer, prompts, NEW)
         sides["hf_static"] = lambda prompts, _: generate_speed(peer, prompts, NEW, cache_implementation="static")
+    if "llamacpp" in others:
         server = LlamaCpp(models["dense"], batch_size, threads, folder)
         sides["llamacpp"] = lambda prompts, _: server.speed(prompts)
     speeds: dict[str, list[float]] = {side: [] for side in sides}
@@ -206,11 +219,15 @@ def measure(
         read = decode_bytes(model.config, PROMPT + NEW // 2, batch_size, 1)
         needed = read.weights * BYTES[precision] + read.cache * max(BYTES[precision], 2)
         roofs[side] = round(needed * middle[side] / batch_size / 1e9 / bandwidth, 3)
+    weights = weights_of(models["dense"])
+    measured_speeds = measured({shape_of(batch_size, weight) for weight in weights})
+    own_seconds = sum(w.nbytes / 1e9 / max(measured_speeds[shape_of(batch_size, w)].values()) for w in weights)
     kept = {side: sum(cache_of(model, tokens) for tokens in texts[1:]) for side, model in models.items()}
     return {
         "tokens_per_s": {side: round(value, 1) for side, value in middle.items()},
         **{f"mod_over_{side}": round(middle["mod"] / value, 3) for side, value in middle.items() if side != "mod"},
         "roof_fraction": roofs,
+        "products_fraction": round(own_seconds * middle["dense"] / batch_size, 3),
         "read_gb_per_s": round(bandwidth, 1),
         "cache_bytes_ratio": round(kept["mod"] / kept["dense"], 4),
         "prefill_ratio": round(median(prefills["dense"]) / median(prefills["mod"]), 3),
@@ -224,6 +241,13 @@ def main() -> None:
     parser.add_argument("--precisions", choices=list(BYTES), nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--others",
+        choices=OTHERS,
+        nargs="*",
+        default=OTHERS,
+        help="beside our two sides; hf is slow in bf16 without units",
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -235,7 +259,15 @@ def main() -> None:
             calibrate(ours["mod"], PROMPT, NEW)
             for batch_size in arguments.batch_sizes:
                 for precision in arguments.precisions:
-                    figures = measure(ours, precision, batch_size, arguments.repeats, arguments.threads, Path(folder))
+                    figures = measure(
+                        ours,
+                        precision,
+                        batch_size,
+                        arguments.repeats,
+                        arguments.threads,
+                        arguments.others,
+                        Path(folder),
+                    )
                     record[f"{name} {precision} batch {batch_size}"] = figures
                     print(f"{name} {precision} batch {batch_size}: {json.dumps(figures)}", file=sys.stderr, flush=True)
                     torch.compiler.reset()

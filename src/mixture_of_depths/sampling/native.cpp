@@ -28,6 +28,8 @@ constexpr int64_t LANES = 4, REGISTERS = 32;
 #endif
 // Rows at a time, and outputs at a time of one row.
 constexpr int64_t ROWS = 4, ONE = 4;
+// Outputs of a few rows that are made before those of the next ones.
+constexpr int64_t TOGETHER = 24;
 // Outputs at a time of several rows: their sums are in registers, beside one factor each, an input, and a mask or none.
 template <typename W>
 constexpr int64_t MANY = REGISTERS == 32 ? 4 : sizeof(W) == 4 ? 3 : 2;
@@ -114,14 +116,34 @@ void all_rows(const W* weight, const float* x, float* y, int64_t rows, int64_t i
   if (rows == 1) tile<W, OUT, 1>(weight, x, y, inputs, outputs, apart);
 }
 
-// A thread's share of the outputs of one weight, OUT at a time. Of a few rows these are streams that lie far apart, since
-// memory is read ahead along each; of more they lie side by side, since what they read must stay in the nearest cache.
+// A thread's share of the outputs of one weight, for rows whose inputs do not fit into the nearest cache: some outputs for
+// a few rows, then the same for the next ones.
+template <typename W, int OUT>
+void share_of_many(const W* weight, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs,
+                   int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; block += TOGETHER) {
+    const int64_t end = std::min(block + TOGETHER, last);
+    for (int64_t row = 0; row < rows; row += ROWS) {
+      const int64_t count = std::min(ROWS, rows - row);
+      const float* input = x + row * inputs;
+      float* product = y + row * outputs;
+      int64_t out = block;
+      for (; out + OUT <= end; out += OUT)
+        all_rows<W, OUT>(weight + out * inputs, input, product + out, count, inputs, outputs, 1);
+      for (; out < end; out++) all_rows<W, 1>(weight + out * inputs, input, product + out, count, inputs, outputs, 1);
+    }
+  }
+}
+
+// The same for all numbers of rows. Of a few, OUT outputs at a time are streams that lie far apart, since
+// memory is read ahead along each.
 template <typename W, int OUT>
 void share(const W* weight, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs, int64_t first,
            int64_t last) {
-  const int64_t count = (last - first) / OUT, apart = rows <= ROWS ? count : 1, step = rows <= ROWS ? 1 : OUT;
-  for (int64_t i = 0, out = first; i < count; i++, out += step)
-    all_rows<W, OUT>(weight + out * inputs, x, y + out, rows, inputs, outputs, apart);
+  if (rows > ROWS) return share_of_many<W, OUT>(weight, x, y, rows, inputs, outputs, first, last);
+  const int64_t count = (last - first) / OUT;
+  for (int64_t out = first; out < first + count; out++)
+    all_rows<W, OUT>(weight + out * inputs, x, y + out, rows, inputs, outputs, count);
   for (int64_t out = first + count * OUT; out < last; out++)
     all_rows<W, 1>(weight + out * inputs, x, y + out, rows, inputs, outputs, 1);
 }
