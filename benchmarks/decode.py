@@ -48,7 +48,7 @@ from mixture_of_depths.sampling.bench import (
     read_gigabytes_per_second,
 )
 from mixture_of_depths.sampling.native import measured, shape_of
-from mixture_of_depths.sampling.own_step import weights_of
+from mixture_of_depths.sampling.step import weights_of
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
 OTHERS = ["hf", "llamacpp"]

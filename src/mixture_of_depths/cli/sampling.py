@@ -48,8 +48,8 @@ def generate(
         precision: Precision of the matrix products: fp32, or bf16.
         stream: Print text as it is sampled.
         show_depth: Colour every token by the number of blocks it used.
-        compile: Sample by the fast step, many times faster; it needs a C++ compiler, or Triton on a GPU, and compiles for
-            some seconds the first time.
+        compile: Sample by the fast step, many times faster; it needs a C++ compiler, or Triton on a GPU, and compiles
+            for some seconds the first time.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     import torch
@@ -204,8 +204,8 @@ def answer(
         batch_size: Conversations that are answered together.
         sampling: How tokens are drawn.
         precision: Precision of the matrix products: fp32, or bf16.
-        compile: Sample by the fast step, many times faster; it needs a C++ compiler, or Triton on a GPU, and compiles for
-            some seconds the first time.
+        compile: Sample by the fast step, many times faster; it needs a C++ compiler, or Triton on a GPU, and compiles
+            for some seconds the first time.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
     """
     import torch

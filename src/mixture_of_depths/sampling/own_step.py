@@ -17,7 +17,7 @@ from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.sampling.native import NATIVE_TYPES, is_native_fastest, require_native
 from mixture_of_depths.sampling.quantization import Int8Linear
-from mixture_of_depths.sampling.step import grow, prefill
+from mixture_of_depths.sampling.step import grow, prefill, weights_of
 
 PARTS = {None: 0, "block": 1, "block_keep_keys": 2, "mlp": 3}
 ACTIVATIONS = {"none": 0, "sigmoid": 1, "tanh": 2, "straight_through": 3}
@@ -74,15 +74,6 @@ class CStep(ctypes.Structure):
         ("head", CLinear),
         *((name, c_void_p) for name in ("cos", "sin", "position", "padding")),
         ("layers", POINTER(CLayer)),
-    ]
-
-
-def weights_of(model: MoDForCausalLM) -> list[Tensor]:
-    """The weights of all products of a step but those of routers."""
-    return [
-        layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Int8Linear) and ".router." not in name
     ]
 
 

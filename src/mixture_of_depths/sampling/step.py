@@ -119,13 +119,20 @@ def product(weight_OD: Tensor, x_BD: Tensor, way: str | None = None) -> Tensor:
     return torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
 
 
+def weights_of(model: MoDForCausalLM) -> list[Tensor]:
+    """The weights of all products of a step but those of routers."""
+    return [
+        layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Int8Linear) and ".router." not in name
+    ]
+
+
 def product_shapes(model: MoDForCausalLM, batch_size: int) -> list[Shape]:
     """The shapes of all products of a step: of every number of rows that a routed block is compiled for, or of all."""
-    shapes = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | Int8Linear) and ".router." not in name:
-            shapes += [shape_of(rows, layer.weight) for rows in row_counts(batch_size)]
-    return list(dict.fromkeys(shapes))
+    return list(
+        dict.fromkeys(shape_of(rows, weight) for weight in weights_of(model) for rows in row_counts(batch_size))
+    )
 
 
 def apply_mlp(mlp: MLP | ExpertMLP, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
