@@ -22,6 +22,7 @@ import pyarrow.parquet as parquet
 import pytest
 from models import SENTENCE, options, read, sentence_tokenizer, write_chats, write_files
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text import hub as hub_module
@@ -445,3 +446,28 @@ def test_twenty_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> Non
             subprocess.run([*write, str(out)], check=True, capture_output=True)
             assert left_in(out) == left_in(tmp_path / "whole")
     assert kills >= 15
+
+
+def ends_with(tmp_path: Path, name: str, **special: str) -> str:
+    """A tokenizer's folder; all have one tokenizer.json, and special tokens of their own."""
+    tokenizer = sentence_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|start|>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.convert_tokens_to_ids("<|start|>"))]
+    )
+    tokenizer.save_pretrained(str(tmp_path / name))
+    path = tmp_path / name / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **special}))
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "<|end|>"}, {"bos_token": "<|start|>"}])
+def test_tokenizers_that_end_or_begin_a_text_otherwise_are_told_apart(tmp_path: Path, special: dict[str, str]) -> None:
+    opts = text_of(tmp_path, tokenizer=ends_with(tmp_path, "a"))
+    other = replace(opts, tokenizer=ends_with(tmp_path, "b", **special))
+    first, second = (load_tokenizer(str(each.tokenizer)) for each in (opts, other))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert name_of(opts, first) != name_of(other, second)
+    prepare_shards(opts, tmp_path / "out", processes=1)
+    with pytest.raises(ValueError, match=r"tokenizer=.* differs from .*, with which out=.*out was prepared"):
+        prepare_shards(other, tmp_path / "out", processes=1)

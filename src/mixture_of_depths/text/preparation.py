@@ -34,6 +34,7 @@ from mixture_of_depths.text.sources import PREPARED, FileFacts, hub_name, is_pre
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
     end_of_text,
+    identity,
     load_tokenizer,
     save_tokenizer,
     start_of_text,
@@ -174,7 +175,7 @@ def _described(options: DataOptions, own: PreTrainedTokenizerFast | None) -> dic
     """What of the options decides what is written."""
     kept = ("data", "text_column", "split", "max_characters", "vocab_size", "validation_fraction")
     described = {name: getattr(options, name) for name in kept}
-    return {**described, "tokenizer": None if own is None else digest(own.backend_tokenizer.to_str()).hex()[:32]}
+    return {**described, "tokenizer": None if own is None else digest(identity(own)).hex()[:32]}
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
