@@ -37,6 +37,7 @@ from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequence
 from mixture_of_depths.text.preparation import (
     TOKENIZER,
     check_text,
+    check_tokens,
     name_of,
     prepare_shards,
     shared_tokenizer,
@@ -328,6 +329,9 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     prepared_before = [source for source in sources if is_prepared(source)]
     if own is None and prepared_before:
         own = load_tokenizer(str(Path(prepared_before[0]) / TOKENIZER))
+    for group in groups:
+        if group[0] not in (*chats, *prepared_before):
+            check_tokens(replace(options, data=group), own)
     if chats:
         _check_template(options, own)
     elif own is None and len(groups) > 1:

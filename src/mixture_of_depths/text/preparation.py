@@ -108,13 +108,7 @@ def prepare_shards(
         if holds_conversations(source, options.text_column):
             raise conversations_in(source)
     own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
-    if holds_tokens(options.data):
-        if own is None:
-            raise ValueError(
-                f"data={' '.join(options.data)} holds tokens; name the folder of their tokenizer, as tokenizer"
-            )
-        if options.max_characters is not None:
-            raise ValueError(f"max_characters={options.max_characters} has no use with tokens; leave it out")
+    check_tokens(options, own)
     plan = plan_of(options, vocabulary_of(own) if own else None)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, wait=False) as ours:
@@ -129,6 +123,18 @@ def prepare_shards(
                 error.errno,
                 f"out={folder}: the disk is full ({error.strerror}); make room, and the same command goes on",
             ) from error
+
+
+def check_tokens(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Raises ValueError for tokens beside text, or without the tokenizer that made them."""
+    if not holds_tokens(options.data):
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"data={' '.join(options.data)} holds tokens; name the folder of their tokenizer, as tokenizer"
+        )
+    if options.max_characters is not None:
+        raise ValueError(f"max_characters={options.max_characters} has no use with tokens; leave it out")
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
