@@ -2,11 +2,12 @@
 
 import hashlib
 import math
+import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 from mixture_of_depths.options import BUILTIN
@@ -27,6 +28,8 @@ PREPARED = "prepared.json"
 
 # A number with a decimal point, or one that is refused as a weight. Other numbers, as 2018, may end a name.
 WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|nan|inf)")
+# The part of a glob that stands for a folder and all folders in it, and what stands before.
+DEEP = re.compile(r"(^|.*?/)\*\*(?:/+|$)", re.DOTALL)
 # Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
 SAMPLE = 1 << 16
 
@@ -145,7 +148,7 @@ def find_files(source: str) -> list[Path]:
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.is_file() and _is_among_others(p))
     elif has_magic(source):
-        there = [Path(p) for p in glob(source, recursive=True)]
+        there = [Path(p) for p in _matches(source)]
         on_purpose = source.endswith(JSON)
         paths = sorted(p for p in there if p.is_file() and (_is_among_others(p) or is_tokens(p) or on_purpose))
     else:
@@ -154,7 +157,30 @@ def find_files(source: str) -> list[Path]:
         raise ValueError(f"data={source} holds no file that ends in {NAMES}")
     if len({is_tokens(p) for p in paths}) > 1:
         raise ValueError(f"data={source} names text and tokens ({TOKENS}); name one kind")
-    return paths
+    # A link to a file that is there anyway is no more text.
+    once: dict[str, Path] = {}
+    for p in paths:
+        once.setdefault(os.path.realpath(p), p)
+    return list(once.values())
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob names; under `**` every folder is entered once, though links lead to it again or into itself."""
+    match = DEEP.match(pattern)
+    if match is None:
+        yield from glob(pattern)
+        return
+    before, after = match[1], pattern[match.end() :] or "*"
+    for root in glob(before) if before else [""]:
+        entered = {os.path.realpath(root)}
+        for place, folders, _ in os.walk(root or ".", followlinks=True):
+            # As everywhere in a glob, hidden ones are not meant.
+            names, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+            for name in names:
+                if (real := os.path.realpath(os.path.join(place, name))) not in entered:
+                    entered.add(real)
+                    folders.append(name)
+            yield from _matches(os.path.join(escape(place), after))
 
 
 def _is_among_others(path: Path) -> bool:
