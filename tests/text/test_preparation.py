@@ -31,7 +31,7 @@ from mixture_of_depths.text import preparation as preparation_module
 from mixture_of_depths.text import work as work_module
 from mixture_of_depths.text.documents import digest, is_held_out, split_documents
 from mixture_of_depths.text.preparation import name_of, prepare_shards, shared_tokenizer
-from mixture_of_depths.text.shards import PartWriter, Prepared, Side
+from mixture_of_depths.text.shards import PartWriter, Prepared, Side, open_prepared
 from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
 
 
@@ -471,3 +471,61 @@ def test_tokenizers_that_end_or_begin_a_text_otherwise_are_told_apart(tmp_path: 
     prepare_shards(opts, tmp_path / "out", processes=1)
     with pytest.raises(ValueError, match=r"tokenizer=.* differs from .*, with which out=.*out was prepared"):
         prepare_shards(other, tmp_path / "out", processes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in ("plan.json", "prepared.json") for content in ("{}", "null", "[1]", "{", "7")),
+        *(("plan.json", json.dumps({"made_from": of, "split": "tails"})) for of in ({}, {"options": [], "files": {}})),
+    ],
+)
+def test_a_folder_with_records_of_something_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    (out / "train-of-thought.txt").write_text("a thesis")
+    before = left_in(out)
+    with pytest.raises(ValueError, match=rf"out/{name} is damaged: .*; move .*out away or name another folder, and"):
+        prepare_shards(opts, out, processes=1)
+    assert left_in(out) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["shards"], {"validation": []}),
+        (["made_from"], []),
+        (["made_from", "options"], None),
+        (["made_from", "files"], [1]),
+    ],
+)
+def test_an_altered_record_of_prepared_text_is_refused(tmp_path: Path, place: list[str], value: Any) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+    prepare_shards(opts, out, processes=1)
+    described = within = json.loads((out / "prepared.json").read_text())
+    for name in place[:-1]:
+        within = within[name]
+    within[place[-1]] = value
+    (out / "prepared.json").write_text(json.dumps(described))
+    for use in (lambda: open_prepared(out), lambda: prepare_shards(opts, out, processes=1)):
+        with pytest.raises(ValueError, match=rf"prepared\.json is damaged: {'.'.join(place)}.*; move .*out away"):
+            use()
+
+
+def test_an_altered_record_of_the_tokenizer_s_sample_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(preparation_module, "carry_out", killed)
+    with pytest.raises(Killed):
+        prepare_shards(opts, out, processes=1)
+    (out / "tokenizer" / "sample.json").write_text("null")
+    with pytest.raises(ValueError, match=r"sample\.json is damaged: .*; move .*tokenizer away"):
+        prepare_shards(opts, out, processes=1)
