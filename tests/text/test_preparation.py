@@ -529,3 +529,28 @@ def test_an_altered_record_of_the_tokenizer_s_sample_is_refused(
     (out / "tokenizer" / "sample.json").write_text("null")
     with pytest.raises(ValueError, match=r"sample\.json is damaged: .*; move .*tokenizer away"):
         prepare_shards(opts, out, processes=1)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("other"), lambda path: path.unlink()])
+def test_a_file_that_changes_while_it_is_prepared_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    opts, out, path = text_of(tmp_path), tmp_path / "out", tmp_path / "text" / "000.txt"
+
+    def changing(*given: Any) -> None:
+        work_module.carry_out(*given)
+        change(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation_module, "carry_out", changing)
+        with pytest.raises(ValueError, match=r"000\.txt has changed while out=.*out was prepared from it; give the"):
+            prepare_shards(opts, out, processes=1)
+    prepare_shards(opts, out, processes=1)
+    prepare_shards(opts, tmp_path / "at-once", processes=1)
+    assert left_in(out) == left_in(tmp_path / "at-once")
+
+
+def test_text_that_is_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a\.txt is too little text to train on and hold some out; give more"):
+        prepare_shards(options(tmp_path, str(tmp_path / "a.txt")), tmp_path / "out", processes=1)

@@ -18,7 +18,7 @@ from mixture_of_depths.fields import refuse_without_use, validate_fields
 from mixture_of_depths.files import locked, sync_folder, write_aside
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.documents import Skipped, cut_tail, digest, holds_conversations, is_held_out
-from mixture_of_depths.text.plan import Plan, conversations_in, holds_tokens, plan_of, read_piece
+from mixture_of_depths.text.plan import Plan, conversations_in, facts_of, holds_tokens, plan_of, read_piece
 from mixture_of_depths.text.shards import (
     SIDES,
     VERSION,
@@ -186,6 +186,11 @@ def _prepare(
         _write_plan(folder, described, split)
         prepared = _fill(options, folder, own, plan, split, processes, console, described)
     assert prepared is not None
+    now = [asdict(file) for source in options.data for file in facts_of(source, options.split)]
+    if (path := changed_file(described.files, now)) is not None:
+        # Of no use: what was read of it may be of before or after.
+        _clear(folder)
+        raise ValueError(f"{path} has changed while out={folder} was prepared from it; give the same command again")
     write_aside(folder / PREPARED, json.dumps(asdict(prepared), indent=1))
     _tidy(folder)
     return open_prepared(folder)
@@ -275,8 +280,11 @@ def _fill(
     if not any(shards.values()):
         _clear(folder)
         raise ValueError(f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files")
-    if not all(shards.values()) and split == "documents":
-        return None
+    if not all(shards.values()):
+        if split == "documents":
+            return None
+        _clear(folder)
+        raise ValueError(f"data={' '.join(options.data)} is too little text to train on and hold some out; give more")
     shards = {side: with_samples(folder, shards[side]) for side in SIDES}
     return Prepared(
         version=VERSION,
