@@ -118,3 +118,14 @@ def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path, monkeypat
     (tmp_path / "text" / "far").symlink_to(tmp_path / "far")
     assert find_files("text/**/f.txt") == [Path("text/far/g/f.txt")]
     assert find_files("**/f.txt") == [Path("far/g/f.txt")]
+
+
+def test_a_number_that_is_not_written_as_a_weight_is_refused_with_how_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a\n.txt"
+    path.write_text("text")
+    for number in ("1", "1e-3"):
+        with pytest.raises(ValueError, match=f":{number} does not exist; write a weight with a decimal point, as "):
+            unweighted(f"{path}:{number}")
+    assert unweighted(f"{path}:0.5") == str(path)
+    with pytest.raises(ValueError, match="has the weight NaN, which is not a positive number"):
+        weighted([f"{path}:NaN"])

@@ -27,7 +27,7 @@ EXPANSION = 10
 PREPARED = "prepared.json"
 
 # A number with a decimal point, or one that is refused as a weight. Other numbers, as 2018, may end a name.
-WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|nan|inf)")
+WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|(?i:nan|inf))", re.DOTALL)
 # The part of a glob that stands for a folder and all folders in it, and what stands before.
 DEEP = re.compile(r"(^|.*?/)\*\*(?:/+|$)", re.DOTALL)
 # Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
@@ -45,7 +45,22 @@ class Weighted:
 def unweighted(source: str) -> str:
     """A source without its weight."""
     match = WEIGHT.fullmatch(source)
-    return match[1] if match and not Path(source).exists() else source
+    if match is None or Path(source).exists():
+        _check_no_weight(source)
+        return source
+    return match[1]
+
+
+def _check_no_weight(source: str) -> None:
+    """Raises ValueError for the name of a file with a number that is not written as weights are."""
+    name, _, number = source.rpartition(":")
+    if not name or Path(source).exists() or not (name == BUILTIN or Path(name).exists()):
+        return
+    try:
+        float(number)
+    except ValueError:
+        return
+    raise ValueError(f"data={source} does not exist; write a weight with a decimal point, as {name}:0.5")
 
 
 def weighted(data: Sequence[str]) -> list[Weighted]:
