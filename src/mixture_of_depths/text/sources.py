@@ -30,6 +30,8 @@ PREPARED = "prepared.json"
 WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|(?i:nan|inf))", re.DOTALL)
 # The part of a glob that stands for a folder and all folders in it, and what stands before.
 DEEP = re.compile(r"(^|.*?/)\*\*(?:/+|$)", re.DOTALL)
+# Places of a run in which every source has exactly its share, up to one of them.
+BLOCK = 4096
 # Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
 SAMPLE = 1 << 16
 
@@ -86,7 +88,21 @@ def weighted(data: Sequence[str]) -> list[Weighted]:
             )
         if places.count(place) > 1:
             raise ValueError(f"data={source} is named twice; add up its weights")
-    return [Weighted(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]
+    shares = [weight / sum(weights) for weight in weights]
+    for given, places_of_it in zip(data, shares_of(shares), strict=True):
+        if places_of_it == 0:
+            raise ValueError(f"data={given} has less than one sequence in {BLOCK:,} by its weight; raise it")
+    return [Weighted(source, share) for source, share in zip(sources, shares, strict=True)]
+
+
+def shares_of(weights: Sequence[float]) -> list[int]:
+    """Of each source its places in a block: the whole parts, and what is left to the largest remainders."""
+    exact = [weight / sum(weights) * BLOCK for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
+    for source in by_remainder[: BLOCK - sum(shares)]:
+        shares[source] += 1
+    return shares
 
 
 def is_prepared(source: str) -> bool:
