@@ -73,7 +73,7 @@ def seal(folder: Path) -> None:
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sums[str(path.relative_to(folder))] = _checksum(path)
+            sums[str(path.relative_to(folder))] = checksum(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
@@ -89,12 +89,13 @@ def is_whole(folder: Path) -> bool:
     """
     try:
         sums = read_json(folder / CHECKSUMS)
-        return bool(sums) and all(_checksum(folder / name) == value for name, value in sums.items())
+        return bool(sums) and all(checksum(folder / name) == value for name, value in sums.items())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError, TypeError):
         return False
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The hash of all that a file holds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -325,3 +325,18 @@ def test_packed_sequences_have_whole_documents_and_of_cut_ones_a_beginning_at_th
     assert ends.any()
     plain = prepare(options(tmp_path, str(tmp_path / "*.txt"), sequence_length=100))
     assert len(corpus.train) == len(plain.train)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["b.bin"], r"data=.*b\.bin holds tokens; name the folder of their tokenizer, as tokenizer"),
+        (["a.txt:0.5", "b.bin:0.5"], r"data=.*b\.bin holds tokens; name the folder of their tokenizer, as tokenizer"),
+        (["a.txt", "b.bin"], "names text and tokens; give one kind, or each a weight"),
+    ],
+)
+def test_tokens_without_their_tokenizer_are_refused(tmp_path: Path, data: list[str], message: str) -> None:
+    (tmp_path / "a.txt").write_text(SENTENCE * 100)
+    np.arange(500, dtype="<u2").tofile(tmp_path / "b.bin")
+    with pytest.raises(ValueError, match=message):
+        prepare(options(tmp_path, *(str(tmp_path / source) for source in data)))

@@ -218,7 +218,9 @@ def test_dots_lead_into_nested_fields_unless_a_field_has_that_name(tmp_path: Pat
     assert read(options(tmp_path, str(tmp_path / "b.parquet"), text_column="meta.text"))[0] == ["flat"]
     with pytest.raises(ValueError, match=r"text_column=meta\.body is missing in .*a\.parquet, which has: text"):
         read(options(tmp_path, str(tmp_path / "a.parquet"), text_column="meta.body"))
-    with pytest.raises(ValueError, match=r"text_column=meta\.text\.more is missing in .*, which has: "):
+    with pytest.raises(
+        ValueError, match=r"meta\.text\.more is missing in .*: before more it leads to string, no fields"
+    ):
         read(options(tmp_path, str(tmp_path / "a.parquet"), text_column="meta.text.more"))
 
 
@@ -262,3 +264,35 @@ def test_every_line_belongs_to_one_span(
     places = [*range(0, path.stat().st_size, size)] or [0]
     spans = [Span(place, end) for place, end in zip(places, [*places[1:], None], strict=True)]
     assert [text for span in spans for text in read_file(path, "text", Skipped(), span)] == texts
+
+
+def test_a_value_of_a_column_that_is_not_utf_8_is_counted_and_the_others_are_kept(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"one", b"\xff\xfe", None, b"two"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert read(options(tmp_path, str(tmp_path / "a.parquet"))) == (["one", "two"], Skipped(not_utf8=1, no_text=1))
+
+
+def test_a_column_is_found_by_its_whole_name_and_refused_where_two_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"meta": [{"text": "wrong"}], "meta.text": ["right"]}), path)
+    assert read(options(tmp_path, str(path), text_column="meta.text"))[0] == ["right"]
+    two = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(two, path)
+    with pytest.raises(ValueError, match=r"text_column=text is the name of 2 columns of .*a\.parquet; rename one"):
+        read(options(tmp_path, str(path)))
+    pyarrow.parquet.write_table(pyarrow.table({"meta": [[{"text": "x"}]]}), path)
+    with pytest.raises(ValueError, match=r"meta\.text is missing in .*: before text it leads to list<.*>, no fields"):
+        read(options(tmp_path, str(path), text_column="meta.text"))
+
+
+def test_zeros_after_a_gzip_file_and_any_space_before_a_list_are_no_matter(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "one"}\n', mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole + bytes(512))
+    assert read(options(tmp_path, str(tmp_path / "a.jsonl.gz")))[0] == ["one"]
+    (tmp_path / "a.jsonl.gz").write_bytes(whole + b"junk")
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        read(options(tmp_path, str(tmp_path / "a.jsonl.gz")))
+    for before in (b" ", b"\xef\xbb\xbf "):
+        (tmp_path / "a.json").write_bytes(before + b" \n" * 20_000 + b'[{"text": "one"}, {"text": "two"}]')
+        assert read(options(tmp_path, str(tmp_path / "a.json")))[0] == ["one", "two"]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixture_of_depths.text.order import BLOCK, Order, permuted, shares_of
+from mixture_of_depths.text.order import Order, permuted
 from mixture_of_depths.text.packing import Joined
+from mixture_of_depths.text.sources import BLOCK, shares_of, weighted
 
 
 class Numbers:
@@ -71,5 +72,5 @@ def test_weighted_sources_have_their_shares_everywhere_and_each_its_own_epochs()
 def test_shares_fill_a_block_and_a_weight_without_one_is_refused() -> None:
     assert sum(shares_of([1 / 3, 1 / 3, 1 / 3])) == BLOCK
     assert shares_of([0.75, 0.25]) == [BLOCK * 3 // 4, BLOCK // 4]
-    with pytest.raises(ValueError, match="a weight of 1e-05 is less than one sequence in 4,096"):
-        shares_of([1 - 1e-5, 1e-5])
+    with pytest.raises(ValueError, match=r"data=b:0\.00001 has less than one sequence in 4,096 by its weight; raise"):
+        weighted(["a:1.0", "b:0.00001"])

@@ -74,3 +74,32 @@ def test_runs_that_begin_at_once_pack_prepared_text_once_and_write_nothing_besid
     assert first
     assert others == [first, first]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".pieces", lambda path: path.unlink()),
+        (".pieces", lambda path: path.write_bytes(path.read_bytes()[:-16])),
+        (".pieces", lambda path: path.write_bytes(path.read_bytes()[:8] + b"\7" + path.read_bytes()[9:])),
+        (".stops", lambda path: path.write_bytes(b"")),
+        (".json", lambda path: path.write_text("{}")),
+        (".json", lambda path: path.write_text("x")),
+    ],
+)
+def test_a_damaged_layout_is_made_anew(tmp_path: Path, suffix: str, damage: Any) -> None:
+    folder = tmp_path / "prepared"
+    write_numbers(tmp_path)
+    prepared = prepare_shards(options(tmp_path, str(tmp_path / "*.txt")), folder, processes=1)
+
+    def rows() -> list[Any]:
+        sequences = ShardSequences(folder, prepared, "train", 16, "best_fit", tmp_path / "cache")
+        return [row["input_ids"].tolist() for row in sequences]
+
+    def layout() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    first, whole = rows(), layout()
+    damage(next((tmp_path / "cache").glob(f"packed-*/*{suffix}")))
+    assert rows() == first
+    assert layout() == whole

@@ -22,6 +22,7 @@ import pyarrow.parquet as parquet
 import pytest
 from models import SENTENCE, options, read, sentence_tokenizer, write_chats, write_files
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text import hub as hub_module
@@ -30,7 +31,7 @@ from mixture_of_depths.text import preparation as preparation_module
 from mixture_of_depths.text import work as work_module
 from mixture_of_depths.text.documents import digest, is_held_out, split_documents
 from mixture_of_depths.text.preparation import name_of, prepare_shards, shared_tokenizer
-from mixture_of_depths.text.shards import PartWriter, Prepared, Side
+from mixture_of_depths.text.shards import PartWriter, Prepared, Side, open_prepared
 from mixture_of_depths.text.tokenizer import load_tokenizer, tokenize
 
 
@@ -445,3 +446,111 @@ def test_twenty_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> Non
             subprocess.run([*write, str(out)], check=True, capture_output=True)
             assert left_in(out) == left_in(tmp_path / "whole")
     assert kills >= 15
+
+
+def ends_with(tmp_path: Path, name: str, **special: str) -> str:
+    """A tokenizer's folder; all have one tokenizer.json, and special tokens of their own."""
+    tokenizer = sentence_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|start|>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.convert_tokens_to_ids("<|start|>"))]
+    )
+    tokenizer.save_pretrained(str(tmp_path / name))
+    path = tmp_path / name / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **special}))
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "<|end|>"}, {"bos_token": "<|start|>"}])
+def test_tokenizers_that_end_or_begin_a_text_otherwise_are_told_apart(tmp_path: Path, special: dict[str, str]) -> None:
+    opts = text_of(tmp_path, tokenizer=ends_with(tmp_path, "a"))
+    other = replace(opts, tokenizer=ends_with(tmp_path, "b", **special))
+    first, second = (load_tokenizer(str(each.tokenizer)) for each in (opts, other))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert name_of(opts, first) != name_of(other, second)
+    prepare_shards(opts, tmp_path / "out", processes=1)
+    with pytest.raises(ValueError, match=r"tokenizer=.* differs from .*, with which out=.*out was prepared"):
+        prepare_shards(other, tmp_path / "out", processes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in ("plan.json", "prepared.json") for content in ("{}", "null", "[1]", "{", "7")),
+        *(("plan.json", json.dumps({"made_from": of, "split": "tails"})) for of in ({}, {"options": [], "files": {}})),
+    ],
+)
+def test_a_folder_with_records_of_something_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    (out / "train-of-thought.txt").write_text("a thesis")
+    before = left_in(out)
+    with pytest.raises(ValueError, match=rf"out/{name} is damaged: .*; move .*out away or name another folder, and"):
+        prepare_shards(opts, out, processes=1)
+    assert left_in(out) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["shards"], {"validation": []}),
+        (["made_from"], []),
+        (["made_from", "options"], None),
+        (["made_from", "files"], [1]),
+    ],
+)
+def test_an_altered_record_of_prepared_text_is_refused(tmp_path: Path, place: list[str], value: Any) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+    prepare_shards(opts, out, processes=1)
+    described = within = json.loads((out / "prepared.json").read_text())
+    for name in place[:-1]:
+        within = within[name]
+    within[place[-1]] = value
+    (out / "prepared.json").write_text(json.dumps(described))
+    for use in (lambda: open_prepared(out), lambda: prepare_shards(opts, out, processes=1)):
+        with pytest.raises(ValueError, match=rf"prepared\.json is damaged: {'.'.join(place)}.*; move .*out away"):
+            use()
+
+
+def test_an_altered_record_of_the_tokenizer_s_sample_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opts, out = text_of(tmp_path), tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(preparation_module, "carry_out", killed)
+    with pytest.raises(Killed):
+        prepare_shards(opts, out, processes=1)
+    (out / "tokenizer" / "sample.json").write_text("null")
+    with pytest.raises(ValueError, match=r"sample\.json is damaged: .*; move .*tokenizer away"):
+        prepare_shards(opts, out, processes=1)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("other"), lambda path: path.unlink()])
+def test_a_file_that_changes_while_it_is_prepared_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    opts, out, path = text_of(tmp_path), tmp_path / "out", tmp_path / "text" / "000.txt"
+
+    def changing(*given: Any) -> None:
+        work_module.carry_out(*given)
+        change(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation_module, "carry_out", changing)
+        with pytest.raises(ValueError, match=r"000\.txt has changed while out=.*out was prepared from it; give the"):
+            prepare_shards(opts, out, processes=1)
+    prepare_shards(opts, out, processes=1)
+    prepare_shards(opts, tmp_path / "at-once", processes=1)
+    assert left_in(out) == left_in(tmp_path / "at-once")
+
+
+def test_text_that_is_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a\.txt is too little text to train on and hold some out; give more"):
+        prepare_shards(options(tmp_path, str(tmp_path / "a.txt")), tmp_path / "out", processes=1)

@@ -96,3 +96,36 @@ def test_facts_tell_a_changed_file_by_size_time_and_pieces(tmp_path: Path) -> No
         content[place] = 1
         path.write_bytes(content)
         assert sample_hash(path, 1000, 10) != before.sample
+
+
+def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text" / "b[1]").mkdir(parents=True)
+    (tmp_path / "text" / ".hidden").mkdir()
+    for name in ("a.txt", "b[1]/c.txt", ".hidden/d.txt"):
+        (tmp_path / "text" / name).write_text(name)
+    (tmp_path / "text" / "b[1]" / "loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "e.txt").symlink_to("a.txt")
+    (tmp_path / "text" / "c").symlink_to("b[1]")
+    (tmp_path / "far" / "g").mkdir(parents=True)
+    (tmp_path / "far" / "g" / "f.txt").write_text("f")
+    monkeypatch.chdir(tmp_path)
+    texts = [Path("text/a.txt"), Path("text/b[1]/c.txt")]
+    assert find_files("text") == [Path("text/.hidden/d.txt"), *texts]
+    for pattern in ("text/**/*.txt", "text/**", "te*/**/**/*.txt", "**/text/**/*.txt"):
+        assert find_files(pattern) == texts, pattern
+    assert find_files(f"{tmp_path}/**/c.txt") == [tmp_path / texts[1]]
+    # A link to a folder elsewhere is followed.
+    (tmp_path / "text" / "far").symlink_to(tmp_path / "far")
+    assert find_files("text/**/f.txt") == [Path("text/far/g/f.txt")]
+    assert find_files("**/f.txt") == [Path("far/g/f.txt")]
+
+
+def test_a_number_that_is_not_written_as_a_weight_is_refused_with_how_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a\n.txt"
+    path.write_text("text")
+    for number in ("1", "1e-3"):
+        with pytest.raises(ValueError, match=f":{number} does not exist; write a weight with a decimal point, as "):
+            unweighted(f"{path}:{number}")
+    assert unweighted(f"{path}:0.5") == str(path)
+    with pytest.raises(ValueError, match="has the weight NaN, which is not a positive number"):
+        weighted([f"{path}:NaN"])

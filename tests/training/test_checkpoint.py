@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_read_is_no_damaged_checkpoint(finished: Path, mon
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(files, "_checksum", fail)
+    monkeypatch.setattr(files, "checksum", fail)
     with pytest.raises(OSError, match="Input/output error"):
         latest_checkpoint(finished)
 

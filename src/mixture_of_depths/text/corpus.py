@@ -34,7 +34,14 @@ from mixture_of_depths.text.documents import (
     split_documents,
 )
 from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequences
-from mixture_of_depths.text.preparation import TOKENIZER, check_text, name_of, prepare_shards, shared_tokenizer
+from mixture_of_depths.text.preparation import (
+    TOKENIZER,
+    check_text,
+    check_tokens,
+    name_of,
+    prepare_shards,
+    shared_tokenizer,
+)
 from mixture_of_depths.text.sequences import by_kind, cut_documents
 from mixture_of_depths.text.shards import Side, open_prepared
 from mixture_of_depths.text.sources import (
@@ -50,9 +57,9 @@ from mixture_of_depths.text.sources import (
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
     end_of_text,
+    identity,
     load_tokenizer,
     save_tokenizer,
-    start_of_text,
     train_tokenizer,
 )
 
@@ -240,8 +247,7 @@ def _cache_key(
     name = hashlib.sha256()
     tokenizer_key = f"bpe-{_entries(options)}"
     if tokenizer is not None:
-        beginning = tokenizer.convert_ids_to_tokens(start_of_text(tokenizer))
-        tokenizer_key = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, *beginning])
+        tokenizer_key = identity(tokenizer)
         if any(isinstance(document, Conversation) for document in documents):
             tokenizer_key += json.dumps(tokenizer.chat_template)
     name.update(f"{CACHE_VERSION} {options.sequence_length} {options.validation_fraction} {tokenizer_key}".encode())
@@ -323,6 +329,9 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     prepared_before = [source for source in sources if is_prepared(source)]
     if own is None and prepared_before:
         own = load_tokenizer(str(Path(prepared_before[0]) / TOKENIZER))
+    for group in groups:
+        if group[0] not in (*chats, *prepared_before):
+            check_tokens(replace(options, data=group), own)
     if chats:
         _check_template(options, own)
     elif own is None and len(groups) > 1:
@@ -373,11 +382,7 @@ def _shards_of(
 def _check_tokenizer(folder: Path, own: PreTrainedTokenizerFast | None) -> None:
     """Raises ValueError when a folder was prepared with another tokenizer than is asked for."""
     theirs = load_tokenizer(str(folder / TOKENIZER))
-    if own is not None and (
-        own.backend_tokenizer.to_str() != theirs.backend_tokenizer.to_str()
-        or start_of_text(own) != start_of_text(theirs)
-        or end_of_text(own) != end_of_text(theirs)
-    ):
+    if own is not None and identity(own) != identity(theirs):
         raise ValueError(
             f"data={folder} was prepared with another tokenizer, {folder / TOKENIZER}; prepare all text with one, as "
             "tokenizer"

@@ -3,8 +3,10 @@
 All of them stream: they hold one document at a time, and a file's blocks or rows around it.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -137,7 +139,10 @@ class _Decompressed(RawIOBase):
 
     def __init__(self, path: Path, file: BinaryIO, compression: str) -> None:
         self.path, self.compression = path, compression
-        self.stream = pyarrow.CompressedInputStream(file, compression)
+        # Of gzip's readers the library's knows no zeros after the end, as tapes and blocks are filled up with.
+        self.stream: Any = (
+            gzip.GzipFile(fileobj=file) if compression == "gzip" else pyarrow.CompressedInputStream(file, compression)
+        )
         # What the library takes for one that holds nothing.
         if path.stat().st_size == 0:
             raise self._broken("it has no bytes")
@@ -148,7 +153,7 @@ class _Decompressed(RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             block = self.stream.read(len(buffer))
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise self._broken(error) from error
         buffer[: len(block)] = block
         return len(block)
@@ -292,7 +297,12 @@ def _records(path: Path, file: BinaryIO, skipped: Skipped, span: Span) -> Iterat
 
 def _any_records(path: Path, file: BinaryIO, skipped: Skipped) -> Iterator[tuple[int, Any]]:
     """The records of a file that is one list, or has one a line."""
-    if not cast(BufferedReader, file).peek(1).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+    buffered = cast(BufferedReader, file)
+    beginning = buffered.peek(1)
+    while beginning and not beginning.removeprefix(BOM_UTF8).strip():
+        buffered.read(len(beginning))
+        beginning = buffered.peek(1)
+    if not beginning.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         return _records(path, file, skipped, WHOLE)
     content = file.read(LONGEST_LINE)
     if len(content) == LONGEST_LINE:
@@ -332,7 +342,7 @@ def _read_parquet(path: Path, column: str, skipped: Skipped, span: Span) -> Iter
             check_column(path, table.schema_arrow, column)
             groups = range(span.begin, table.num_row_groups if span.end is None else span.end)
             for batch in table.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=[column]):
-                yield from texts_of(_nested(batch, column).to_pylist(), column, path, skipped)
+                yield from texts_of(_values(_nested(batch, column), skipped), column, path, skipped)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"data={path} is not a Parquet file: {error}") from error
 
@@ -341,19 +351,34 @@ def check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
     """Raises ValueError where a table has no such column, whose name may lead into others by dots."""
     fields: Any = schema
     for part in [column] if column in schema.names else column.split("."):
+        if not isinstance(fields, pyarrow.Schema | pyarrow.StructType):
+            raise ValueError(
+                f"text_column={column} is missing in {path}: before {part} it leads to {fields}, no fields"
+            )
         names = [field.name for field in fields]
         if part not in names:
             raise ValueError(f"text_column={column} is missing in {path}, which has: {', '.join(names)}")
-        field = fields.field(part)
-        fields = field.type if pyarrow.types.is_struct(field.type) else ()
+        if names.count(part) > 1:
+            raise ValueError(f"text_column={column} is the name of {names.count(part)} columns of {path}; rename one")
+        fields = fields.field(part).type
 
 
 def _nested(batch: pyarrow.RecordBatch, column: str) -> Any:
-    """The column of a batch that holds it alone."""
-    values = batch.column(0)
-    for part in () if column in batch.schema.names else column.split(".")[1:]:
+    """A column of a batch, which may hold others whose names begin alike."""
+    first, *others = [column] if column in batch.schema.names else column.split(".")
+    values: Any = batch.column(first)
+    for part in others:
         values = pyarrow.compute.call_function("struct_field", [values], pyarrow.compute.StructFieldOptions([part]))
     return values
+
+
+def _values(values: Any, skipped: Skipped) -> Iterator[object]:
+    """The values of a column; those that are not UTF-8 are counted."""
+    for value in values:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            skipped.not_utf8 += 1
 
 
 def texts_of(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from mixture_of_depths.text.packing import Joined, Sequences
+from mixture_of_depths.text.sources import BLOCK, shares_of
 
 MASK = (1 << 64) - 1
 ROUNDS = 4
-# Places in which every source has exactly its share, up to one of them.
-BLOCK = 4096
 
 
 def mixed(value: int, key: int) -> int:
@@ -89,19 +88,3 @@ class Order:
         for source, share in enumerate(self.shares):
             ranks[sources == source] = np.arange(share)
         return sources, ranks
-
-
-def shares_of(weights: Sequence[float]) -> list[int]:
-    """Of each source its places in a block: the whole parts, and what is left to the largest remainders.
-
-    Raises:
-        ValueError: for a weight that has none.
-    """
-    exact = [weight / sum(weights) * BLOCK for weight in weights]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
-    for source in by_remainder[: BLOCK - sum(shares)]:
-        shares[source] += 1
-    if 0 in shares:
-        raise ValueError(f"a weight of {min(weights):g} is less than one sequence in {BLOCK:,}; raise it")
-    return shares

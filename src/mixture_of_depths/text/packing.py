@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixture_of_depths.files import locked, read_json, sync_folder, write_aside
+from mixture_of_depths.files import checksum, locked, sync_folder, write_aside
 from mixture_of_depths.options import Packing
-from mixture_of_depths.text.shards import ENDS, Prepared, Shard, Side
+from mixture_of_depths.text.shards import ENDS, Prepared, Shard, Side, read_record
 
 # Of pieces in a shard, and after which of them sequences end.
 PLACES = np.dtype("<i8")
+PIECES, STOPS = ".pieces", ".stops"
 
 
 class Sequences(Protocol):
@@ -51,6 +52,15 @@ class Cut:
             f"{self.documents:,} documents cut, {self.longer:,} of them longer than a sequence; "
             f"{self.dropped_tokens:,} tokens left over"
         )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What became of a shard's documents, and the checksums of the files that say where its sequences lie."""
+
+    cut: Cut
+    pieces: str
+    stops: str
 
 
 def cut_of(folder: Path, shard: Shard, length: int) -> tuple[int, Cut]:
@@ -196,8 +206,8 @@ class ShardSequences(Lazy):
         tokens = self._map(self.folder / f"{shard.name}.bin", self.dtype)
         if self.packing == "cut":
             return {"input_ids": tokens[row * self.length : (row + 1) * self.length].astype(np.int64)}
-        stops = self._map(self.layouts / f"{shard.name}.stops", PLACES)
-        pieces = self._map(self.layouts / f"{shard.name}.pieces", PLACES).reshape(-1, 2)
+        stops = self._map(self.layouts / f"{shard.name}{STOPS}", PLACES)
+        pieces = self._map(self.layouts / f"{shard.name}{PIECES}", PLACES).reshape(-1, 2)
         chosen = pieces[stops[row - 1] if row else 0 : stops[row]].tolist()
         parts = [tokens[start : start + size].astype(np.int64) for start, size in chosen]
         return {"input_ids": np.concatenate(parts)}
@@ -210,26 +220,38 @@ class ShardSequences(Lazy):
     def _packed(self, shard: Shard) -> tuple[int, Cut]:
         """How many sequences a shard gives that is packed, once, and what that does to its documents."""
         record = self.layouts / f"{shard.name}.json"
-        if not record.exists():
+        if (layout := _layout(record)) is None:
             self.layouts.mkdir(parents=True, exist_ok=True)
             with locked(self.layouts / ".lock"):
                 # Another process may have packed it meanwhile.
-                if not record.exists():
-                    self._pack(shard, record)
-        described = read_json(record)
-        return described["sequences"], Cut(**described["cut"])
+                layout = _layout(record) or self._pack(shard, record)
+        return record.with_suffix(STOPS).stat().st_size // PLACES.itemsize, layout.cut
 
-    def _pack(self, shard: Shard, record: Path) -> None:
+    def _pack(self, shard: Shard, record: Path) -> Layout:
         ends = np.fromfile(self.folder / f"{shard.name}.ends", ENDS).astype(np.int64)
         pieces, stops, cut = best_fit(ends, self.length)
-        for suffix, numbers in (("pieces", pieces), ("stops", stops)):
-            # Nobody reads them before there is a record.
-            with record.with_suffix(f".{suffix}").open("wb") as file:
+        for suffix, numbers in ((PIECES, pieces), (STOPS, stops)):
+            # Damaged ones may be mapped by another process, which they must not be cut off under.
+            aside = record.with_suffix(f"{suffix}.part")
+            with aside.open("wb") as file:
                 file.write(numbers.astype(PLACES).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
+            aside.replace(record.with_suffix(suffix))
         sync_folder(self.layouts)
-        write_aside(record, json.dumps({"sequences": len(stops), "cut": asdict(cut)}))
+        layout = Layout(cut, *(checksum(record.with_suffix(suffix)) for suffix in (PIECES, STOPS)))
+        write_aside(record, json.dumps(asdict(layout)))
+        return layout
+
+
+def _layout(record: Path) -> Layout | None:
+    """What was made of a shard; None where it is not there, or not what it was."""
+    try:
+        layout: Layout = read_record(Layout, record)
+        sums = [checksum(record.with_suffix(suffix)) for suffix in (PIECES, STOPS)]
+    except (FileNotFoundError, ValueError):
+        return None
+    return layout if sums == [layout.pieces, layout.stops] else None
 
 
 class Selected(Lazy):

@@ -65,6 +65,16 @@ def holds_tokens(data: Iterable[str]) -> bool:
     return kinds == {True}
 
 
+def facts_of(source: str, split: str) -> list[FileFacts]:
+    """What tells the text of a source from a changed one."""
+    name = hub_name(source)
+    if name is not None:
+        from mixture_of_depths.text.hub import facts_of_hub
+
+        return facts_of_hub(name, split)
+    return [file_facts(path) for path in find_files(source)]
+
+
 def plan_of(options: DataOptions, vocabulary: Vocabulary | None) -> Plan:
     """Divides the text of `options`.
 
@@ -78,18 +88,17 @@ def plan_of(options: DataOptions, vocabulary: Vocabulary | None) -> Plan:
     files: list[FileFacts] = []
     pieces: list[Piece] = []
     for number, source in enumerate(options.data):
-        name = hub_name(source)
-        if name is not None:
-            from mixture_of_depths.text.hub import facts_of_hub, shards_of_hub
+        found = facts_of(source, options.split)
+        files += found
+        if (name := hub_name(source)) is not None:
+            from mixture_of_depths.text.hub import shards_of_hub
 
-            files += facts_of_hub(name, options.split)
             # Which documents the limit leaves is told by reading from the beginning.
             shards = 0 if options.max_characters else shards_of_hub(name, options.split)
             pieces += [Piece(number, shard) for shard in range(shards)]
             continue
-        found = [file_facts(path) for path in find_files(source)]
-        pieces += _grouped(_pieces_of_files(number, len(files), found, options.text_column, vocabulary))
-        files += found
+        before = len(files) - len(found)
+        pieces += _grouped(_pieces_of_files(number, before, found, options.text_column, vocabulary))
     if options.max_characters is not None:
         pieces = [Piece(None, size=options.max_characters)]
     return Plan(files, pieces)

@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths.fields import refuse_without_use, validate_fields
-from mixture_of_depths.files import locked, read_json, sync_folder, write_aside
+from mixture_of_depths.files import locked, sync_folder, write_aside
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.documents import Skipped, cut_tail, digest, holds_conversations, is_held_out
-from mixture_of_depths.text.plan import Plan, conversations_in, holds_tokens, plan_of, read_piece
+from mixture_of_depths.text.plan import Plan, conversations_in, facts_of, holds_tokens, plan_of, read_piece
 from mixture_of_depths.text.shards import (
     SIDES,
     VERSION,
+    MadeFrom,
     Prepared,
     Shard,
     Side,
@@ -28,12 +30,14 @@ from mixture_of_depths.text.shards import (
     key_of,
     open_prepared,
     parts_of,
+    read_record,
     with_samples,
 )
-from mixture_of_depths.text.sources import PREPARED, FileFacts, hub_name, is_prepared, unweighted, weighted
+from mixture_of_depths.text.sources import PREPARED, hub_name, is_prepared, unweighted, weighted
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
     end_of_text,
+    identity,
     load_tokenizer,
     save_tokenizer,
     start_of_text,
@@ -48,6 +52,14 @@ TOKENIZER, HALF_TOKENIZER = "tokenizer", ".tokenizer"
 # Characters a tokenizer is trained on, taken evenly from the pieces of a text: more teach it next to nothing.
 TOKENIZER_SAMPLE = 1 << 26
 SAMPLED_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a folder is being prepared from."""
+
+    made_from: MadeFrom
+    split: Split
 
 
 def check_text(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
@@ -107,14 +119,12 @@ def prepare_shards(
         if holds_conversations(source, options.text_column):
             raise conversations_in(source)
     own = tokenizer or (load_tokenizer(options.tokenizer) if options.tokenizer else None)
-    if holds_tokens(options.data):
-        if own is None:
-            raise ValueError(
-                f"data={' '.join(options.data)} holds tokens; name the folder of their tokenizer, as tokenizer"
-            )
-        if options.max_characters is not None:
-            raise ValueError(f"max_characters={options.max_characters} has no use with tokens; leave it out")
+    check_tokens(options, own)
     plan = plan_of(options, vocabulary_of(own) if own else None)
+    for name, kind in ((PLAN, Begun), (PREPARED, Prepared)):
+        # Another process may finish it, and remove the plan.
+        with suppress(FileNotFoundError):
+            read_record(kind, folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, wait=False) as ours:
         if not ours:
@@ -128,6 +138,18 @@ def prepare_shards(
                 error.errno,
                 f"out={folder}: the disk is full ({error.strerror}); make room, and the same command goes on",
             ) from error
+
+
+def check_tokens(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Raises ValueError for tokens beside text, or without the tokenizer that made them."""
+    if not holds_tokens(options.data):
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"data={' '.join(options.data)} holds tokens; name the folder of their tokenizer, as tokenizer"
+        )
+    if options.max_characters is not None:
+        raise ValueError(f"max_characters={options.max_characters} has no use with tokens; leave it out")
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
@@ -144,8 +166,7 @@ def _prepare(
     processes: int,
     console: Console,
 ) -> Prepared:
-    files = [asdict(file) for file in plan.files]
-    described = json.loads(json.dumps({"options": _described(options, own), "files": files}))
+    described = MadeFrom(json.loads(json.dumps(_described(options, own))), [asdict(file) for file in plan.files])
     if (folder / PREPARED).exists():
         prepared = open_prepared(folder)
         _check_same(folder, prepared.made_from, described)
@@ -165,6 +186,11 @@ def _prepare(
         _write_plan(folder, described, split)
         prepared = _fill(options, folder, own, plan, split, processes, console, described)
     assert prepared is not None
+    now = [asdict(file) for source in options.data for file in facts_of(source, options.split)]
+    if (path := changed_file(described.files, now)) is not None:
+        # Of no use: what was read of it may be of before or after.
+        _clear(folder)
+        raise ValueError(f"{path} has changed while out={folder} was prepared from it; give the same command again")
     write_aside(folder / PREPARED, json.dumps(asdict(prepared), indent=1))
     _tidy(folder)
     return open_prepared(folder)
@@ -174,37 +200,36 @@ def _described(options: DataOptions, own: PreTrainedTokenizerFast | None) -> dic
     """What of the options decides what is written."""
     kept = ("data", "text_column", "split", "max_characters", "vocab_size", "validation_fraction")
     described = {name: getattr(options, name) for name in kept}
-    return {**described, "tokenizer": None if own is None else digest(own.backend_tokenizer.to_str()).hex()[:32]}
+    return {**described, "tokenizer": None if own is None else digest(identity(own)).hex()[:32]}
 
 
-def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(folder: Path, before: MadeFrom, now: MadeFrom) -> None:
     """Raises ValueError when a folder was begun with other options, or a file has changed since."""
-    for name, value in now["options"].items():
-        if before["options"].get(name) != value:
+    for name, value in now.options.items():
+        if before.options.get(name) != value:
             raise ValueError(
-                f"{name}={value} differs from {before['options'].get(name)}, with which out={folder} was prepared; "
+                f"{name}={value} differs from {before.options.get(name)}, with which out={folder} was prepared; "
                 "give the same options, or name another folder"
             )
-    old, new = ([FileFacts(**file) for file in side["files"]] for side in (before, now))
-    if (path := changed_file(old, new)) is not None:
+    if (path := changed_file(before.files, now.files)) is not None:
         raise ValueError(f"{path} has changed since out={folder} was prepared from it; name another folder")
 
 
-def _begun(folder: Path, described: dict[str, Any]) -> Split | None:
+def _begun(folder: Path, described: MadeFrom) -> Split | None:
     """How the text is split that was begun in a folder; None where nothing of it is written yet."""
     if not (folder / PLAN).exists():
         return None
-    plan = read_json(folder / PLAN)
-    if plan["made_from"] != described and not any(folder.glob("part-*.json")):
+    begun: Begun = read_record(Begun, folder / PLAN)
+    if begun.made_from != described and not any(folder.glob("part-*.json")):
         # What ended it may have been a mistake in the options or a broken file, which is mended now.
         _clear(folder)
         return None
-    _check_same(folder, plan["made_from"], described)
-    return plan["split"]
+    _check_same(folder, begun.made_from, described)
+    return begun.split
 
 
-def _write_plan(folder: Path, described: dict[str, Any], split: Split) -> None:
-    write_aside(folder / PLAN, json.dumps({"made_from": described, "split": split}))
+def _write_plan(folder: Path, described: MadeFrom, split: Split) -> None:
+    write_aside(folder / PLAN, json.dumps(asdict(Begun(described, split))))
 
 
 def _tidy(folder: Path, all_of_it: bool = True) -> None:
@@ -233,7 +258,7 @@ def _fill(
     split: Split,
     processes: int,
     console: Console,
-    described: dict[str, Any],
+    described: MadeFrom,
 ) -> Prepared | None:
     """Trains the tokenizer and writes all shards; None where one side of the split stays empty."""
     tokenizer, sample = _tokenizer(options, folder, own, _sample(options, plan, split), console)
@@ -255,8 +280,11 @@ def _fill(
     if not any(shards.values()):
         _clear(folder)
         raise ValueError(f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files")
-    if not all(shards.values()) and split == "documents":
-        return None
+    if not all(shards.values()):
+        if split == "documents":
+            return None
+        _clear(folder)
+        raise ValueError(f"data={' '.join(options.data)} is too little text to train on and hold some out; give more")
     shards = {side: with_samples(folder, shards[side]) for side in SIDES}
     return Prepared(
         version=VERSION,
@@ -282,8 +310,7 @@ def _tokenizer(
     """The tokenizer of the folder, made if it is not there, and the documents and bytes it was trained on."""
     record = folder / TOKENIZER / "sample.json"
     if record.exists():
-        documents, size = read_json(record)
-        return load_tokenizer(str(folder / TOKENIZER)), (documents, size)
+        return load_tokenizer(str(folder / TOKENIZER)), read_record(tuple[int, int], record)
     counted = [0, 0]
 
     def counting() -> Iterator[str]:

@@ -8,16 +8,17 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mixture_of_depths.files import read_json, sync_folder, write_aside
 from mixture_of_depths.text.documents import Skipped
-from mixture_of_depths.text.sources import PREPARED, FileFacts, sample_hash
+from mixture_of_depths.text.sources import PREPARED, sample_hash
 
 # Raised when what is written changes, so that older folders are refused by name.
 VERSION = 1
@@ -55,6 +56,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class MadeFrom:
+    """What of the options decides what is written, and the facts of the files, as JSON has them."""
+
+    options: dict[str, Any]
+    files: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a folder of prepared text holds.
 
@@ -79,8 +88,8 @@ class Prepared:
     split: Literal["documents", "tails"]
     tokenizer_sample: tuple[int, int]
     skipped: Skipped
-    made_from: dict[str, Any]
-    shards: dict[Side, list[Shard]] = field(default_factory=dict)
+    made_from: MadeFrom
+    shards: Annotated[dict[Side, list[Shard]], Field(min_length=len(SIDES))]
 
     def total(self, side: Side, what: Literal["tokens", "documents", "bytes"]) -> int:
         """How many a side holds in all its shards."""
@@ -171,7 +180,7 @@ def parts_of(folder: Path, piece: int) -> list[Part]:
     """What is there of a piece, in order."""
     parts: list[Part] = []
     while (path := folder / f"part-{piece:06}-{len(parts):04}.json").exists():
-        parts.append(_read(Part, path))
+        parts.append(read_record(Part, path))
     return parts
 
 
@@ -202,7 +211,7 @@ def open_prepared(folder: Path) -> Prepared:
     """
     if not (folder / PREPARED).is_file():
         raise ValueError(f"data={folder} holds no whole prepared text; give the command that prepared it again")
-    prepared = _read(Prepared, folder / PREPARED)
+    prepared = read_record(Prepared, folder / PREPARED)
     if prepared.version != VERSION:
         raise ValueError(
             f"data={folder} was prepared by another version of this package, in form {prepared.version}, and this one "
@@ -219,18 +228,27 @@ def open_prepared(folder: Path) -> Prepared:
     return prepared
 
 
-def changed_file(before: Sequence[FileFacts], now: Sequence[FileFacts]) -> str | None:
-    """The first file that is not what it was, or there is one more or less; None where all are."""
-    for old, new in zip(before, now, strict=False):
+def changed_file(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str | None:
+    """The first file whose facts are not what they were, or there is one more or less; None where all are."""
+    for old, new in zip_longest(before, now):
         if old != new:
-            return old.path
-    return (*before, *now)[min(len(before), len(now))].path if len(before) != len(now) else None
+            return str((old or new).get("path"))
+    return None
 
 
-def _read(kind: Any, path: Path) -> Any:
+def read_record(kind: Any, path: Path) -> Any:
+    """What a JSON file holds, of the kind that belongs there.
+
+    Raises:
+        ValueError: naming the file, when it holds something else.
+    """
+    remedy = f"move {path.parent} away or name another folder, and prepare the text again"
     try:
         return TypeAdapter(kind).validate_python(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{path} is damaged: {where}: {problem['msg']}") from error
+        what = f"{where}: {problem['msg']}" if where else problem["msg"]
+        raise ValueError(f"{path} is damaged: {what}; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error

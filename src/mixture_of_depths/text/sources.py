@@ -2,11 +2,12 @@
 
 import hashlib
 import math
+import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 from mixture_of_depths.options import BUILTIN
@@ -26,7 +27,11 @@ EXPANSION = 10
 PREPARED = "prepared.json"
 
 # A number with a decimal point, or one that is refused as a weight. Other numbers, as 2018, may end a name.
-WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|nan|inf)")
+WEIGHT = re.compile(r"(.+):([+-]?\d*\.\d+|-\d+|0|(?i:nan|inf))", re.DOTALL)
+# The part of a glob that stands for a folder and all folders in it, and what stands before.
+DEEP = re.compile(r"(^|.*?/)\*\*(?:/+|$)", re.DOTALL)
+# Places of a run in which every source has exactly its share, up to one of them.
+BLOCK = 4096
 # Bytes read of a file to tell it from others: at its beginning, in its middle and at its end.
 SAMPLE = 1 << 16
 
@@ -42,7 +47,22 @@ class Weighted:
 def unweighted(source: str) -> str:
     """A source without its weight."""
     match = WEIGHT.fullmatch(source)
-    return match[1] if match and not Path(source).exists() else source
+    if match is None or Path(source).exists():
+        _check_no_weight(source)
+        return source
+    return match[1]
+
+
+def _check_no_weight(source: str) -> None:
+    """Raises ValueError for the name of a file with a number that is not written as weights are."""
+    name, _, number = source.rpartition(":")
+    if not name or Path(source).exists() or not (name == BUILTIN or Path(name).exists()):
+        return
+    try:
+        float(number)
+    except ValueError:
+        return
+    raise ValueError(f"data={source} does not exist; write a weight with a decimal point, as {name}:0.5")
 
 
 def weighted(data: Sequence[str]) -> list[Weighted]:
@@ -68,7 +88,21 @@ def weighted(data: Sequence[str]) -> list[Weighted]:
             )
         if places.count(place) > 1:
             raise ValueError(f"data={source} is named twice; add up its weights")
-    return [Weighted(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]
+    shares = [weight / sum(weights) for weight in weights]
+    for given, places_of_it in zip(data, shares_of(shares), strict=True):
+        if places_of_it == 0:
+            raise ValueError(f"data={given} has less than one sequence in {BLOCK:,} by its weight; raise it")
+    return [Weighted(source, share) for source, share in zip(sources, shares, strict=True)]
+
+
+def shares_of(weights: Sequence[float]) -> list[int]:
+    """Of each source its places in a block: the whole parts, and what is left to the largest remainders."""
+    exact = [weight / sum(weights) * BLOCK for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
+    for source in by_remainder[: BLOCK - sum(shares)]:
+        shares[source] += 1
+    return shares
 
 
 def is_prepared(source: str) -> bool:
@@ -145,7 +179,7 @@ def find_files(source: str) -> list[Path]:
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.is_file() and _is_among_others(p))
     elif has_magic(source):
-        there = [Path(p) for p in glob(source, recursive=True)]
+        there = [Path(p) for p in _matches(source)]
         on_purpose = source.endswith(JSON)
         paths = sorted(p for p in there if p.is_file() and (_is_among_others(p) or is_tokens(p) or on_purpose))
     else:
@@ -154,7 +188,30 @@ def find_files(source: str) -> list[Path]:
         raise ValueError(f"data={source} holds no file that ends in {NAMES}")
     if len({is_tokens(p) for p in paths}) > 1:
         raise ValueError(f"data={source} names text and tokens ({TOKENS}); name one kind")
-    return paths
+    # A link to a file that is there anyway is no more text.
+    once: dict[str, Path] = {}
+    for p in paths:
+        once.setdefault(os.path.realpath(p), p)
+    return list(once.values())
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob names; under `**` every folder is entered once, though links lead to it again or into itself."""
+    match = DEEP.match(pattern)
+    if match is None:
+        yield from glob(pattern)
+        return
+    before, after = match[1], pattern[match.end() :] or "*"
+    for root in glob(before) if before else [""]:
+        entered = {os.path.realpath(root)}
+        for place, folders, _ in os.walk(root or ".", followlinks=True):
+            # As everywhere in a glob, hidden ones are not meant.
+            names, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+            for name in names:
+                if (real := os.path.realpath(os.path.join(place, name))) not in entered:
+                    entered.add(real)
+                    folders.append(name)
+            yield from _matches(os.path.join(escape(place), after))
 
 
 def _is_among_others(path: Path) -> bool:

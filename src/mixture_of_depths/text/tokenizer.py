@@ -1,5 +1,6 @@
 """Between text and tokens: training a byte-level BPE, loading one, tokenising documents."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -38,6 +39,13 @@ def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     beginning = cast(list[int], tokenizer("")["input_ids"])
     return beginning[:1] if token in beginning[:1] else []
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer makes of a text: two of one identity give it the same tokens, its start and end among them."""
+    beginning = tokenizer.convert_ids_to_tokens(start_of_text(tokenizer))
+    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    return json.dumps([backend.to_str(), tokenizer.eos_token, *beginning])
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
