@@ -312,11 +312,11 @@ class Message(_Strict):
             raise _of_field(name, "={value} is not supported; leave it out", value=shown(said[name]))
         return said
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates read it."""
+    def for_template(self) -> dict[str, Any]:
+        """The message as `render` takes it."""
         # Templates do not know OpenAI's newer name.
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        message = {"role": role, "content": [{"type": "text", "text": part.text} for part in self.content]}
         return message if self.name is None else {**message, "name": self.name}
 
 
