@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from mixture_of_depths.serving.requests import (
+    NEUTRAL_SETTINGS,
     Body,
     ChatBody,
     CompletionBody,
@@ -39,6 +40,19 @@ def test_a_setting_of_generate_that_cannot_be_followed_is_refused(settings: dict
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{name}={value} is"):
         default_options(GenerationConfig(**settings))
+
+
+@pytest.mark.parametrize(("name", "value"), NEUTRAL_SETTINGS.items())
+def test_a_setting_of_generate_that_asks_for_nothing_is_left_out(name: str, value: Any) -> None:
+    config = GenerationConfig()
+    setattr(config, name, value)
+    assert default_options(config) == default_options(GenerationConfig())
+
+
+def test_what_generate_itself_takes_where_nothing_is_written_asks_for_nothing() -> None:
+    for name, value in GenerationConfig._get_default_generation_params().items():
+        if name not in ("top_k", "max_length"):
+            assert default_options(GenerationConfig(**{name: value}))["top_k"] == 0
 
 
 def test_a_chat_is_told_to_its_template_in_parts_of_text() -> None:
