@@ -266,9 +266,10 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the answer; obfuscation is padding against those who watch the network."""
+    """What a stream holds beside the answer."""
 
-    include_obfuscation: bool = False
+    # Padding against those who watch the network, who would believe themselves safe from them.
+    include_obfuscation: Annotated[bool, _only(False)] = False
 
 
 class ChunkOptions(StreamOptions):
