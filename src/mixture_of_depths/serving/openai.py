@@ -60,6 +60,8 @@ JSON = Annotated[Any, SentBody()]
 MOST_BODY_BYTES = 4 * 2**20
 # How long clients that neither send nor read on are waited for when the server stops.
 GRACE_SECONDS = 3
+# How long requests that are cancelled then have to answer.
+ANSWERING_SECONDS = 1
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
 
@@ -313,13 +315,22 @@ class _Stop:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens."""
+    """Says where it listens, and has the requests that it cancels answer before it lets the process end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         # The library says so only of sockets that it has opened itself.
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         LOG.info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, self.config.port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # What it has cancelled has not run since, and the signal that comes next may end the process at once.
+        # After a second Ctrl-C nothing is cancelled yet.
+        if tasks := set(self.server_state.tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=ANSWERING_SECONDS)
 
 
 def _why_unreadable(cause: BaseException | None) -> str:
