@@ -9,7 +9,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -123,23 +125,12 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_who_wait(checkpoint: Path) -> None:
+@contextmanager
+def server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The process of a server, and its port; it is up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    asked = {"model": str(checkpoint), "prompt": "the", "n": 128, "max_tokens": 1000}
-
-    def ask(**more: Any) -> Any:
-        text = json.dumps({**asked, **more}).encode()
-        headers = {"Content-Type": "application/json"}
-        return urllib.request.urlopen(
-            urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", text, headers), timeout=120
-        )
-
-    def refused() -> tuple[int, str]:
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            ask()
-        return refusal.value.code, json.load(refusal.value)["error"]["type"]
 
     def is_up() -> bool:
         try:
@@ -150,33 +141,78 @@ def test_ctrl_c_ends_a_server_that_has_work_soon_with_status_130_and_tells_all_w
 
     command = [sys.executable, "-m", "mixture_of_depths", "serve", str(checkpoint), "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (
-        # What is started in the background does not heed Ctrl-C by default.
-        subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-        ) as process,
-        ThreadPoolExecutor(4) as pool,
-    ):
+    # What is started in the background does not heed Ctrl-C by default.
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         try:
             while not is_up():
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.2)
-            with ask(stream=True) as stream, socket.create_connection(("127.0.0.1", port)) as stuck:
-                # Its body never comes in.
-                stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n")
-                assert stream.readline().startswith(b"data: ")
-                waiting = [pool.submit(refused) for _ in range(3)]
-                time.sleep(1)
-                process.send_signal(signal.SIGINT)
-                assert [one.result() for one in waiting] == [(503, "server_error")] * 3
-                assert b"the server is stopping" in stream.read().splitlines()[-2]
-                answer = HTTPResponse(stuck)
-                answer.begin()
-                assert (answer.status, json.load(answer)["error"]["type"]) == (503, "server_error")
-                _, log = process.communicate(timeout=30)
+            yield process, port
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_a_server_that_has_work_soon_with_its_status_and_tells_all_who_wait(
+    checkpoint: Path, stop: signal.Signals, status: int
+) -> None:
+    asked = {"model": str(checkpoint), "prompt": "the", "n": 128, "max_tokens": 1000}
+    with server(checkpoint) as (process, port), ThreadPoolExecutor(4) as pool:
+
+        def ask(**more: Any) -> Any:
+            text = json.dumps({**asked, **more}).encode()
+            headers = {"Content-Type": "application/json"}
+            return urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", text, headers), timeout=120
+            )
+
+        def refused() -> tuple[int, str]:
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                ask()
+            return refusal.value.code, json.load(refusal.value)["error"]["type"]
+
+        with ask(stream=True) as stream, socket.create_connection(("127.0.0.1", port)) as stuck:
+            # Its body never comes in.
+            stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n")
+            assert stream.readline().startswith(b"data: ")
+            waiting = [pool.submit(refused) for _ in range(3)]
+            time.sleep(1)
+            process.send_signal(stop)
+            assert [one.result() for one in waiting] == [(503, "server_error")] * 3
+            assert b"the server is stopping" in stream.read().splitlines()[-2]
+            answer = HTTPResponse(stuck)
+            answer.begin()
+            assert (answer.status, json.load(answer)["error"]["type"]) == (503, "server_error")
+            _, log = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert (log.splitlines()[-1] == "stopped") == (stop == signal.SIGINT)
+    assert "Traceback" not in log
+    assert "ASGI callable" not in log
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_ends_a_server_that_reads_a_long_prompt_at_once_and_with_an_answer(
+    checkpoint: Path, first: signal.Signals
+) -> None:
+    # Its tokens take many seconds, in which nothing else can end the thread that makes them.
+    text = json.dumps({"model": str(checkpoint), "prompt": "the quick brown " * 200_000}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    )
+    with server(checkpoint) as (process, port), socket.create_connection(("127.0.0.1", port)) as asking:
+        asking.sendall(f"{head}\r\n\r\n".encode() + text)
+        time.sleep(1)
+        started = time.monotonic()
+        for stop in (first, signal.SIGINT, signal.SIGINT):
+            process.send_signal(stop)
+            time.sleep(0.3)
+        answer = HTTPResponse(asking)
+        answer.begin()
+        assert (answer.status, json.load(answer)["error"]["type"]) == (503, "server_error")
+        _, log = process.communicate(timeout=30)
+        assert time.monotonic() - started < 5
     assert process.returncode == 130
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
-    assert "ASGI callable" not in log

@@ -156,6 +156,27 @@ def test_what_cannot_be_served_is_refused_at_the_start(checkpoint: Path, fault: 
             serve(model, tokenizer, "name", "999.1.1.1" if fault == "host" else "127.0.0.1", port)
 
 
+def test_the_port_is_held_from_before_the_step_is_compiled_until_the_end(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tries = []
+
+    def take(*_: Any) -> None:
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port))
+        tries.append(port)
+
+    monkeypatch.setattr("mixture_of_depths.serving.openai.compile_step", take)
+    monkeypatch.setattr("uvicorn.Server.run", take)
+    serve(model, tokenizer, "name", "127.0.0.1", port, compiled=True)
+    assert tries == [port, port]
+    socket.create_server(("127.0.0.1", port)).close()
+
+
 def test_what_is_asked_for_ends_where_the_model_does(client: openai.OpenAI, checkpoint: Path) -> None:
     answer = client.completions.create(model=str(checkpoint), prompt="the", max_tokens=10_000, temperature=0)
     assert answer.usage is not None
@@ -297,7 +318,7 @@ def test_a_server_that_others_reach_without_a_key_warns_in_one_line(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, host: str, keys: tuple[str, ...], warns: bool
 ) -> None:
     model, tokenizer = MoDForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    monkeypatch.setattr(uvicorn.Server, "run", lambda _: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
     capsys.readouterr()
     serve(model, tokenizer, "name", host, 0, api_keys=keys)
     captured = capsys.readouterr()

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from openai_requests import ENDPOINTS, chat, refusal, request_of
+from openai_requests import ENDPOINTS, ask, chat, refusal, request_of
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.serving.openai import application
@@ -91,6 +91,18 @@ def test_a_prompt_that_leaves_no_room_is_refused(
     status, error = refusal(client, endpoint, body)
     assert (status, error["param"], error["code"]) == (400, field, "context_length_exceeded")
     assert re.search("the prompt has .* tokens; the model takes at most 127", error["message"])
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_padding_against_those_who_watch_is_refused_by_name(
+    client: openai.OpenAI, checkpoint: Path, endpoint: str
+) -> None:
+    body = request_of(endpoint, checkpoint, stream=True, stream_options={"include_obfuscation": True})
+    status, error = refusal(client, endpoint, body)
+    assert (status, error["param"]) == (400, "stream_options.include_obfuscation")
+    assert error["message"] == "stream_options.include_obfuscation=True is not supported; leave it out"
+    neutral = {"include_obfuscation": False, **({} if endpoint == "responses" else {"include_usage": True})}
+    assert ask(client, endpoint, {**body, "stream_options": neutral})[0]
 
 
 def test_a_chat_with_a_picture_is_refused(client: openai.OpenAI, checkpoint: Path) -> None:

@@ -6,7 +6,14 @@ import pytest
 from pydantic import ValidationError
 from transformers import GenerationConfig
 
-from mixture_of_depths.serving.requests import Body, ChatBody, CompletionBody, ResponseBody, default_options
+from mixture_of_depths.serving.requests import (
+    NEUTRAL_SETTINGS,
+    Body,
+    ChatBody,
+    CompletionBody,
+    ResponseBody,
+    default_options,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,15 +42,28 @@ def test_a_setting_of_generate_that_cannot_be_followed_is_refused(settings: dict
         default_options(GenerationConfig(**settings))
 
 
-def test_a_chat_is_told_to_its_template_as_text() -> None:
+@pytest.mark.parametrize(("name", "value"), NEUTRAL_SETTINGS.items())
+def test_a_setting_of_generate_that_asks_for_nothing_is_left_out(name: str, value: Any) -> None:
+    config = GenerationConfig()
+    setattr(config, name, value)
+    assert default_options(config) == default_options(GenerationConfig())
+
+
+def test_what_generate_itself_takes_where_nothing_is_written_asks_for_nothing() -> None:
+    for name, value in GenerationConfig._get_default_generation_params().items():
+        if name not in ("top_k", "max_length"):
+            assert default_options(GenerationConfig(**{name: value}))["top_k"] == 0
+
+
+def test_a_chat_is_told_to_its_template_in_parts_of_text() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     said: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None, "tool_calls": None, "annotations": []}
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "me"}, said]
     body = ChatBody.model_validate({"model": "name", "messages": messages})
     assert [message.for_template() for message in body.messages] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one\ntwo", "name": "me"},
-        {"role": "assistant", "content": ""},
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": parts, "name": "me"},
+        {"role": "assistant", "content": [{"type": "text", "text": ""}]},
     ]
 
 
@@ -54,7 +74,7 @@ def test_what_answers_that_are_handed_back_carry_is_let_through() -> None:
     cached = {"type": "text", "text": "c", "prompt_cache_breakpoint": {"mode": "explicit"}, "cache_control": {}}
     for kind, field in ((ChatBody, "messages"), (ResponseBody, "input")):
         body = kind.model_validate({"model": "name", field: [item, {"role": "user", "content": [cached]}]})
-        assert [message.for_template()["content"] for message in getattr(body, field)] == ["a", "c"]
+        assert [message.for_template()["content"][0]["text"] for message in getattr(body, field)] == ["a", "c"]
 
 
 @pytest.mark.parametrize("name", ["refusal", "reasoning", "reasoning_content"])
@@ -62,8 +82,9 @@ def test_a_message_is_taken_with_what_says_nothing_beside_its_text(name: str) ->
     messages = [{"role": "user", "content": "a", "type": "text"}, {"role": "assistant", "content": "", name: ""}]
     for kind, field in ((ChatBody, "messages"), (ResponseBody, "input")):
         body = kind.model_validate({"model": "name", field: messages})
+        parts = [[{"type": "text", "text": text}] for text in ("a", "")]
         said = [message.for_template() for message in getattr(body, field)]
-        assert said == [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+        assert said == [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
         for more in ({name: "no"}, {"type": ""}, {"type": "image"}):
             with pytest.raises(ValidationError, match="is not supported"):
                 kind.model_validate({"model": "name", field: [{"role": "assistant", "content": "", **more}]})

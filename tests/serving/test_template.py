@@ -52,3 +52,25 @@ def test_what_a_template_refuses_is_named_by_its_own_field(
     answer = client.post(f"/v1/{endpoint}", json=request_of(endpoint, folder, **more))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert answer.json()["error"]["message"].startswith(f"the model's chat template refuses {message}")
+
+
+PARTS_ALONE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "more"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "the quick brown fox jumps"}]}),
+        ("responses", {"input": "the quick brown fox jumps"}),
+        ("responses", {"instructions": "the quick brown", "input": " fox jumps"}),
+    ],
+)
+def test_a_template_that_reads_parts_alone_loses_nothing_of_what_is_said(
+    folder: Path, endpoint: str, more: dict[str, Any]
+) -> None:
+    model, tokenizer = MoDForCausalLM.from_pretrained(folder).eval(), load_tokenizer(str(folder))
+    tokenizer.chat_template = PARTS_ALONE
+    client = TestClient(application(model, tokenizer, str(folder)))
+    usage = client.post(f"/v1/{endpoint}", json=request_of(endpoint, folder, **more)).json()["usage"]
+    tokens = len(tokenizer("the quick brown fox jumps", add_special_tokens=False)["input_ids"])
+    assert usage["input_tokens" if endpoint == "responses" else "prompt_tokens"] == tokens

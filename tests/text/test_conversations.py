@@ -13,12 +13,18 @@ from mixture_of_depths import prepare, prepare_shards, read_documents
 from mixture_of_depths.evaluation.text import text_to_judge
 from mixture_of_depths.text import corpus as corpus_module
 from mixture_of_depths.text.batches import Collator, kinds
-from mixture_of_depths.text.conversations import conversation_of, positions_in_sequences, rendered
+from mixture_of_depths.text.conversations import conversation_of, positions_in_sequences, render, rendered
 from mixture_of_depths.text.corpus import load_prepared
 from mixture_of_depths.text.documents import Skipped, read_all
 
 # Every turn ends with the end of text, as instruction models' do.
 ENDING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
+
+
+EACH_PART = "{% for p in m['content'] %}{% if p['type'] == 'text' %}<{{ p['text'] }}>{% endif %}{% endfor %}"
+PARTS_ALONE = "{% for m in messages %}{{ m['role'] }}:" + EACH_PART + ";{% endfor %}"
+NO_TEXT = "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('parts') }}{% endif %}"
+EITHER = "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }};{% else %}" + EACH_PART
 
 
 def chat_tokenizer() -> Any:
@@ -156,3 +162,20 @@ def test_conversations_without_a_template_or_that_it_refuses_are_refused(tmp_pat
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
     with pytest.raises(ValueError, match="a single conversation, and none is left to hold out"):
         prepare(options(tmp_path, str(tmp_path / "one.jsonl"), tokenizer="its own"), chat_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("template", "from_text", "from_parts"),
+    [
+        (ENDING, "user: one<|endoftext|>", "user: one\ntwo<|endoftext|>"),
+        (PARTS_ALONE, "user:<one>;", "user:<one><two>;"),
+        (NO_TEXT + EACH_PART + "{% endfor %}", "<one>", "<one><two>"),
+        (EITHER + "{% endif %}{% endfor %}", "one;", "one\ntwo;"),
+    ],
+)
+def test_a_template_is_given_content_as_it_reads_it(template: str, from_text: str, from_parts: str) -> None:
+    tokenizer = sentence_tokenizer()
+    tokenizer.chat_template = template
+    parts = [{"type": "text", "text": text} for text in ("one", "two")]
+    assert rendered([[{"role": "user", "content": "one"}]], tokenizer) == [from_text]
+    assert render([{"role": "user", "content": parts}], tokenizer, False) == from_parts

@@ -1,7 +1,8 @@
 """What commands share: kinds of arguments, loading a checkpoint, and what must be there."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
@@ -27,6 +28,12 @@ def require_extra(extra: str, *modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise ValueError(f'{module} is not installed; run: pip install "mixture-of-depths[{extra}]"')
+
+
+def leave_stopped() -> NoReturn:
+    """Ends the process at once as Ctrl-C does, with no wait for its threads."""
+    os.write(2, b"stopped\n")
+    os._exit(130)
 
 
 def quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from tyro.extras import SubcommandApp
 
 from mixture_of_depths import __version__
 from mixture_of_depths.cli import isoflop
+from mixture_of_depths.cli.common import leave_stopped
 from mixture_of_depths.cli.evaluation import calibrate, evaluate
 from mixture_of_depths.cli.inspect import inspect
 from mixture_of_depths.cli.sampling import answer, bench, generate
@@ -42,8 +43,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"stopped\n")
-            os._exit(130)
+            leave_stopped()
         frame = frame.f_back
     raise KeyboardInterrupt
 

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mixture_of_depths.cli.common import Checkpoint, Device, load_to_sample, quiet_libraries, require_extra
+from mixture_of_depths.cli.common import (
+    Checkpoint,
+    Device,
+    leave_stopped,
+    load_to_sample,
+    quiet_libraries,
+    require_extra,
+)
 from mixture_of_depths.options import Precision
 
 if TYPE_CHECKING:
@@ -81,7 +88,11 @@ def serve(
     model, tokenizer = load_to_sample(Path(checkpoint), precision, place)
     from mixture_of_depths.serving.openai import serve as run
 
-    run(model, tokenizer, checkpoint, host, port, compile, tuple(keys.values()))
+    try:
+        run(model, tokenizer, checkpoint, host, port, compile, tuple(keys.values()))
+    except KeyboardInterrupt:
+        # A thread may be in the midst of a long prompt, and Python would wait for its end.
+        leave_stopped()
 
 
 def _check_before_loading(port: int, compile: bool, device: str, extra: str, *modules: str) -> "torch.device":

@@ -2,7 +2,43 @@
 
 import errno
 import socket
+from contextlib import ExitStack
 from ipaddress import ip_address
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on an address, one for each that the name of the host stands for.
+
+    Raises:
+        ValueError: when it cannot be listened on; names the host where that is to blame, and the port otherwise.
+    """
+    if not host:
+        raise ValueError("host='' is empty; name an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all")
+    elsewhere = f"host={host} cannot be listened on; name an address of this machine, such as 127.0.0.1"
+    if host == "*":
+        # Python takes it for all addresses, which nothing else does.
+        raise ValueError(elsewhere)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        # The second is for what no name of a host can be.
+        raise ValueError(elsewhere) from error
+    with ExitStack() as opened:
+        sockets, missing = [], None
+        for family, *_, address in dict.fromkeys(found):
+            try:
+                sockets.append(opened.enter_context(socket.create_server(address, family=family)))
+            except OSError as error:
+                # A name may stand for an address that this machine lacks, such as that of IPv6, beside one it has.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise ValueError(
+                        f"port={port} of host={host} cannot be listened on; name one that is free"
+                    ) from error
+                missing = error
+        if not sockets:
+            raise ValueError(elsewhere) from missing
+        opened.pop_all()
+    return sockets
 
 
 def check_address(host: str, port: int) -> None:
@@ -11,21 +47,8 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ValueError: when it cannot be listened on; names the host where that is to blame, and the port otherwise.
     """
-    if not host:
-        raise ValueError("host='' is empty; name an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all")
-    elsewhere = f"host={host} cannot be listened on; name an address of this machine, such as 127.0.0.1"
-    try:
-        socket.getaddrinfo(host, port)
-    except (socket.gaierror, UnicodeError) as error:
-        # The second is for what no name of a host can be.
-        raise ValueError(elsewhere) from error
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        # The second is for a name that is looked up and not bound, as "*" is.
-        if error.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-            raise ValueError(elsewhere) from error
-        raise ValueError(f"port={port} of host={host} cannot be listened on; name one that is free") from error
+    for opened in listen(host, port):
+        opened.close()
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ Requests are answered one after another, in the order they came, on one thread; 
 import asyncio
 import logging
 import secrets
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,7 +30,7 @@ from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling.stream import compile_step
 from mixture_of_depths.sampling.texts import Sample, begin, step_texts
-from mixture_of_depths.serving.address import check_address, is_loopback
+from mixture_of_depths.serving.address import is_loopback, listen
 from mixture_of_depths.serving.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -59,6 +60,8 @@ JSON = Annotated[Any, SentBody()]
 MOST_BODY_BYTES = 4 * 2**20
 # How long clients that neither send nor read on are waited for when the server stops.
 GRACE_SECONDS = 3
+# How long requests that are cancelled then have to answer.
+ANSWERING_SECONDS = 1
 # The log of uvicorn, beside its own lines.
 LOG = logging.getLogger("uvicorn.error")
 
@@ -311,6 +314,25 @@ class _Stop:
                 await JSONResponse(refused.told(), refused.status)(scope, receive, send)
 
 
+class _Server(uvicorn.Server):
+    """Says where it listens, and has the requests that it cancels answer before it lets the process end."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # The library says so only of sockets that it has opened itself.
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        LOG.info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, self.config.port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # What it has cancelled has not run since, and the signal that comes next may end the process at once.
+        # After a second Ctrl-C nothing is cancelled yet.
+        if tasks := set(self.server_state.tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=ANSWERING_SECONDS)
+
+
 def _why_unreadable(cause: BaseException | None) -> str:
     """What keeps a body from being parsed beside the grammar of JSON."""
     if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError):
@@ -457,16 +479,19 @@ def serve(
         app = application(model, tokenizer, name, compiled, api_keys, lambda: server.should_exit)
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: its generation_config.json cannot be followed: {error}") from error
-    # Before anything is compiled.
-    check_address(host, port)
-    if not api_keys and not is_loopback(host):
-        print(
-            f"warning: whoever reaches host={host} can use the model; --api-key or MOD_API_KEY asks them for a key",
-            file=sys.stderr,
-        )
-    if compiled:
-        compile_step(model)
-    config = uvicorn.Config(app, host, port, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS)
-    server = uvicorn.Server(config)
-    # `uvicorn.run` would end on Ctrl-C as if nothing had been stopped.
-    server.run()
+    # Before anything is compiled, and for good: compiling takes long enough for another to take the port.
+    sockets = listen(host, port)
+    try:
+        if not api_keys and not is_loopback(host):
+            print(
+                f"warning: whoever reaches host={host} can use the model; --api-key or MOD_API_KEY asks them for a key",
+                file=sys.stderr,
+            )
+        if compiled:
+            compile_step(model)
+        server = _Server(uvicorn.Config(app, host, port, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS))
+        # `uvicorn.run` would end on Ctrl-C as if nothing had been stopped.
+        server.run(sockets)
+    finally:
+        for opened in sockets:
+            opened.close()

@@ -84,6 +84,33 @@ MOST_SHOWN = 80
 MOST_REASON = 500
 # What a generation configuration may say beside the fields of `SamplingOptions`.
 KNOWN = ("max_length", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "stop_strings", "use_cache")
+# Its settings that are not followed, with the values that ask for nothing: transformers' defaults, and what is empty.
+NEUTRAL_SETTINGS: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "bad_words_ids": [],
+    "sequence_bias": {},
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+}
 
 
 def default_options(config: GenerationConfig) -> dict[str, Any]:
@@ -97,7 +124,8 @@ def default_options(config: GenerationConfig) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"}
     options = {name: value for name, value in settings.items() if name in SamplingOptions.__dataclass_fields__}
     for name in sorted(set(settings) - set(options) - set(KNOWN)):
-        raise ValueError(f"{name}={settings[name]} is not supported; leave it out")
+        if name not in NEUTRAL_SETTINGS or settings[name] != NEUTRAL_SETTINGS[name]:
+            raise ValueError(f"{name}={settings[name]} is not supported; leave it out")
     if config.do_sample is False:
         options["temperature"] = 0.0
     strings = settings.get("stop_strings", ())
@@ -238,9 +266,10 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the answer; obfuscation is padding against those who watch the network."""
+    """What a stream holds beside the answer."""
 
-    include_obfuscation: bool = False
+    # Padding against those who watch the network, who would believe themselves safe from them.
+    include_obfuscation: Annotated[bool, _only(False)] = False
 
 
 class ChunkOptions(StreamOptions):
@@ -312,11 +341,11 @@ class Message(_Strict):
             raise _of_field(name, "={value} is not supported; leave it out", value=shown(said[name]))
         return said
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates read it."""
+    def for_template(self) -> dict[str, Any]:
+        """The message as `render` takes it."""
         # Templates do not know OpenAI's newer name.
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        message = {"role": role, "content": [{"type": "text", "text": part.text} for part in self.content]}
         return message if self.name is None else {**message, "name": self.name}
 
 

@@ -62,7 +62,7 @@ def chat_tokens(
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], settings: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]], settings: Mapping[str, Any]
 ) -> tuple[str, ValueError | None]:
     """The text of a prompt, or why the template refuses it."""
     try:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,21 +42,57 @@ def conversation_of(value: object) -> Conversation | None:
     return Conversation(text.encode("utf-8", "replace").decode("utf-8"))
 
 
+# A word that no template says by itself.
+PROBE = "zyxwvu"
+
+
+@lru_cache(maxsize=8)
+def _reads_parts_alone(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """Whether a chat template loses what is said in a text, and not in a list of parts."""
+
+    def is_told(content: str | list[dict[str, str]]) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return PROBE in cast(str, tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        except Exception:
+            # A template is a program of the model's, and fails as programs do: with any kind of error.
+            return False
+
+    return not is_told(PROBE) and is_told([{"type": "text", "text": PROBE}])
+
+
+def _with_content(message: Mapping[str, Any], in_parts: bool) -> Mapping[str, Any]:
+    """A message whose content is a list of parts, or else a text; the texts of parts become lines of it."""
+    content = message["content"]
+    if isinstance(content, str) and in_parts:
+        return {**message, "content": [{"type": "text", "text": content}]}
+    if isinstance(content, list) and not in_parts:
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    return message
+
+
 def render(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     asks: bool,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text of a conversation, by the tokenizer's chat template, with further variables of the template.
+    """The text of a conversation, by the tokenizer's chat template.
+
+    Args:
+        messages: mappings with "role" and "content" at least, which is a text or a list of parts that are texts; the
+            template is given what it reads.
+        tokenizer: the model's tokenizer.
+        asks: whether the text ends where the model's answer is to begin.
+        settings: further variables of the template.
 
     Raises:
         ValueError: when the template refuses it; in the template's own words.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            cast(Any, messages), tokenize=False, add_generation_prompt=asks, **settings
-        )
+        in_parts = _reads_parts_alone(tokenizer, tokenizer.get_chat_template())
+        told = [_with_content(message, in_parts) for message in messages]
+        text = tokenizer.apply_chat_template(cast(Any, told), tokenize=False, add_generation_prompt=asks, **settings)
         # A template can spell half a surrogate pair, which is no text.
         cast(str, text).encode()
     except Exception as error:
