@@ -5,7 +5,9 @@ import torch
 from models import tiny, traced, with_parts
 from torch import nn
 
+from mixture_of_depths.model.experts import GroupedLinear
 from mixture_of_depths.options import SamplingOptions
+from mixture_of_depths.sampling.native import READY, grouped_native, require_native
 from mixture_of_depths.sampling.quantization import Int8GroupedLinear, Int8Linear, quantize
 from mixture_of_depths.sampling.step import matvec
 from mixture_of_depths.sampling.stream import stream
@@ -71,3 +73,33 @@ def test_products_with_rounded_weights_are_rounded_only_once(dtype: torch.dtype)
     assert layer(x).dtype == dtype
     # Half of the last bit that the type has, and of float32 what some sums lose.
     assert bool(((layer(x) - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-5).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_rows_of_experts_are_multiplied_as_they_are(dtype: torch.dtype, nothing_chosen: None) -> None:
+    experts = GroupedLinear(4, 40, 24)
+    nn.init.normal_(experts.weight)
+    layer = Int8GroupedLinear(experts)
+    rows = torch.randn(9, 40).to(dtype)
+    # One expert without rows, and rows that no expert takes.
+    ends = torch.tensor([1, 1, 6, 8])
+    wide = layer(rows, ends)
+    require_native()
+    READY[:] = [True]
+    torch.testing.assert_close(layer(rows, ends), wide, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-4)
+    assert not bool(layer(rows, ends)[8:].any())
+    compiled = traced(layer.forward)
+    assert torch.equal(compiled(rows, ends), layer(rows, ends))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_an_expert_without_rows_is_not_read(dtype: torch.dtype) -> None:
+    require_native()
+    weight, x = (torch.randn(3, 17, 70) * 40).to(dtype), torch.randn(7, 70)
+    ends = torch.tensor([5, 5, 6])
+    exact = torch.cat([x[:5].double() @ weight[0].double().t(), x[5:6].double() @ weight[2].double().t()])
+    if dtype != torch.int8:
+        weight[1] = torch.nan
+    products = grouped_native(weight, x, ends)
+    torch.testing.assert_close(products[:6].double(), exact, rtol=1e-4, atol=1e-2)
+    assert not bool(products[6:].any())

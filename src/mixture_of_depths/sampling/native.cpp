@@ -221,6 +221,61 @@ std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
   return results;
 }
 
+template <typename W>
+void multiply_groups(const Tensor& x, const Tensor& weight, const Tensor& ends, Tensor& y) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(1);
+  const float* input = reinterpret_cast<const float*>(x.data_ptr());
+  std::vector<float> laid;
+  if (sizeof(W) < sizeof(float)) {
+    laid.resize(rows * inputs);
+    lay_out<W>(laid.data(), input, rows, inputs);
+    input = laid.data();
+  }
+#pragma omp parallel
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+    const int64_t thread = 0, threads = 1;
+#endif
+    const int64_t first = outputs * thread / threads, last = outputs * (thread + 1) / threads;
+    for (int64_t expert = 0, row = 0; expert < weight.size(0); expert++) {
+      const int64_t count = reinterpret_cast<const int64_t*>(ends.data_ptr())[expert] - row;
+      const W* of_expert = reinterpret_cast<const W*>(weight.data_ptr()) + expert * outputs * inputs;
+      float* product = reinterpret_cast<float*>(y.data_ptr()) + row * outputs;
+      if (count == 1)
+        share<W, ONE>(of_expert, input + row * inputs, product, count, inputs, outputs, first, last);
+      else if (count > 1)
+        share<W, MANY<W>>(of_expert, input + row * inputs, product, count, inputs, outputs, first, last);
+      row += count;
+    }
+  }
+}
+
+// Of rows x [M, I] in float32 that are sorted by expert, weights [E, O, I] and where the rows of each expert end [E], all
+// contiguous: products [M, O] in float32, 0 behind the last end. An expert without rows is not read.
+Tensor grouped(Tensor weight, Tensor x, Tensor ends) {
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 3 && weight.size(2) == x.size(1), "weights must be of shape [E, O, I]");
+  STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float, "x must be contiguous, in float32");
+  STD_TORCH_CHECK(ends.is_contiguous() && ends.scalar_type() == torch::headeronly::ScalarType::Long && ends.size(0) == weight.size(0), "ends must be one an expert");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(1)});
+  std::memset(y.data_ptr(), 0, x.size(0) * weight.size(1) * sizeof(float));
+  switch (weight.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      multiply_groups<float>(x, weight, ends, y);
+      break;
+    case torch::headeronly::ScalarType::BFloat16:
+      multiply_groups<BFloat16>(x, weight, ends, y);
+      break;
+    case torch::headeronly::ScalarType::Char:
+      multiply_groups<int8_t>(x, weight, ends, y);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "weights must be in float32, bf16 or int8");
+  }
+  return y;
+}
+
 inline float rounded(float value, float) { return value; }
 inline float rounded(float value, BFloat16) {
   if (value != value) return value;
@@ -364,4 +419,5 @@ Tensor attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values
 STABLE_TORCH_LIBRARY_IMPL(mixture_of_depths, CPU, library) {
   library.impl("products", TORCH_BOX(&products));
   library.impl("attend", TORCH_BOX(&attend));
+  library.impl("grouped", TORCH_BOX(&grouped));
 }

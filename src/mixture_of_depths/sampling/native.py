@@ -5,7 +5,8 @@ in float32; "linear" and "transposed" are the library's, in either order. Proces
 with those at many rows. Each shape is measured once, and what was found is kept on the disk by processor, number of
 threads and versions.
 
-Shapes: R rows, B batch, I inputs, O outputs, N weights, H key-value heads, G query heads each, h head width, S slots.
+Shapes: R rows, M rows sorted by expert, E experts, B batch, I inputs, O outputs, N weights, H key-value heads, G query
+heads each, h head width, S slots.
 """
 
 import hashlib
@@ -66,6 +67,14 @@ def _(query: Tensor, *others: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
+torch.library.define("mixture_of_depths::grouped", "(Tensor weight, Tensor x, Tensor ends) -> Tensor")
+
+
+@torch.library.register_fake("mixture_of_depths::grouped")
+def _(weight: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
 @cache
 def require_native() -> Any:
     """Compiles all that is in C++, the first time, and loads it; returns the library."""
@@ -82,6 +91,11 @@ def native(weights: Sequence[Tensor], x_RI: Tensor) -> list[Tensor]:
 def is_native(weight: Tensor) -> bool:
     """Whether what is in C++ is ready for what lies on this device in this precision."""
     return weight.device.type == "cpu" and weight.dtype in NATIVE_TYPES and len(READY) > 0
+
+
+def grouped_native(weight_EOI: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
+    """Products in float32, of shape [M, O], of rows sorted by expert with the weights of theirs; see `grouped_mm`."""
+    return torch.ops.mixture_of_depths.grouped(weight_EOI, x_MI, ends_E)
 
 
 def attend_native(
