@@ -198,6 +198,8 @@ def main() -> None:
     arguments = parser.parse_args()
     processes = arguments.processes
     record: dict[str, Any] = {"benchmark": "prepare", "mb": arguments.mb, "processes": processes}
+    if arguments.place is not None:
+        arguments.place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.place) as name:
         place = Path(name)
         tokenizer, cache = place / "tokenizer", str(place / "cache")
