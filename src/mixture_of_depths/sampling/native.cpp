@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <utility>
 #include <vector>
 #ifdef _OPENMP
@@ -44,6 +45,20 @@ typedef uint32_t StoredWords __attribute__((vector_size(4 * LANES), aligned(1)))
 struct BFloat16 {
   uint16_t bits;
 };
+
+// Memory that begins at a line of the cache: what lies across two lines is read twice.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <typename U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* place, size_t) { ::operator delete(place, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+using Buffer = std::vector<float, Aligned<float>>;
 
 template <int PART>
 inline Floats part(const float* weight) {
@@ -81,6 +96,15 @@ inline void add(Floats (&sums)[OUT][COUNT], const W* weight, const float* x, int
   }
 }
 
+// The sum of all lanes, by halves: one after the other, each addition would wait for the one before.
+inline float total(Floats values) {
+  float lanes[LANES];
+  std::memcpy(lanes, &values, sizeof(lanes));
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[half + lane];
+  return lanes[0];
+}
+
 // OUT outputs of COUNT rows, each `apart` outputs from the one before.
 template <typename W, int OUT, int COUNT>
 void tile(const W* weight, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t apart) {
@@ -97,8 +121,7 @@ void tile(const W* weight, const float* x, float* y, int64_t inputs, int64_t out
   }
   for (int out = 0; out < OUT; out++) {
     for (int row = 0; row < COUNT; row++) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; lane++) sum += sums[out][row][lane];
+      float sum = total(sums[out][row]);
       for (int64_t i = first; i < inputs; i++) sum += value(weight[out * apart * inputs + i]) * x[row * inputs + i];
       y[row * outputs + out * apart] = sum;
     }
@@ -168,7 +191,7 @@ template <typename W>
 void multiply(const std::vector<Tensor>& weights, const Tensor& x, std::vector<Tensor>& products) {
   const int64_t rows = x.size(0), inputs = x.size(1);
   const float* input = reinterpret_cast<const float*>(x.data_ptr());
-  std::vector<float> laid;
+  Buffer laid;
   if (sizeof(W) < sizeof(float)) {
     laid.resize(rows * inputs);
     lay_out<W>(laid.data(), input, rows, inputs);
@@ -225,7 +248,7 @@ template <typename W>
 void multiply_groups(const Tensor& x, const Tensor& weight, const Tensor& ends, Tensor& y) {
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(1);
   const float* input = reinterpret_cast<const float*>(x.data_ptr());
-  std::vector<float> laid;
+  Buffer laid;
   if (sizeof(W) < sizeof(float)) {
     laid.resize(rows * inputs);
     lay_out<W>(laid.data(), input, rows, inputs);
@@ -342,7 +365,7 @@ void attend_head(const float* query, const float* key, const float* value, const
     for (; slots > 0 && !used[0]; slots--, used++, keys += width, values += width) {
     }
   }
-  std::vector<float> shares(slots), laid(width);
+  Buffer shares(slots), laid(width);
   lay_out<W>(laid.data(), query, 1, width);
   int64_t slot = 0;
   for (; slot + ONE <= slots; slot += ONE)

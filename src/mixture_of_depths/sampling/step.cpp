@@ -64,7 +64,7 @@ using Rows = std::vector<int64_t>;
 
 // What threads hand to one another.
 struct Shared {
-  std::vector<float> hidden, query, key, value, attended, added, gate, up, bypass, predicted;
+  Buffer hidden, query, key, value, attended, added, gate, up, bypass, predicted;
 };
 
 template <typename W>
@@ -148,7 +148,7 @@ class Worker {
   void attend(const Layer& layer, const Rows& rows) {
     const int64_t heads = step.heads, width = step.head_width, count = rows.size();
     const float scale = std::pow(double(width), -0.5);
-    std::vector<float> key(width), value(width);
+    Buffer key(width), value(width);
     for (int64_t i = thread; i < count * heads; i += threads) {
       const int64_t row = rows[i / heads], head = i % heads * step.key_heads / heads;
       const int64_t first = layer.part == BLOCK ? 0 : step.padding[row], last = layer.length[row];
@@ -204,7 +204,7 @@ class Worker {
   void route(const Layer& layer, int64_t number, const bool* active) {
     const Router& router = layer.router;
     const int64_t width = step.width, inside = router.up.outputs;
-    std::vector<float> logits(step.batch), causal(step.batch), state(width);
+    Buffer logits(step.batch), causal(step.batch), state(width);
     for (int64_t row = 0; row < step.batch; row++) {
       if (router.random_logits) {
         logits[row] = router.random_logits[step.position[row]];
@@ -330,7 +330,7 @@ class Worker {
   }
 
   template <typename R>
-  void linear(const Linear& map, const float* x, int64_t rows, std::vector<float>& y) {
+  void linear(const Linear& map, const float* x, int64_t rows, Buffer& y) {
     product<R>(map, x, rows, [&](int64_t row, int64_t out, float sum) { y[row * map.outputs + out] = sum; });
   }
 
@@ -350,8 +350,7 @@ class Worker {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES)
       sums += *reinterpret_cast<const StoredFloats*>(left + i) * *reinterpret_cast<const StoredFloats*>(right + i);
-    float sum = 0;
-    for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
+    float sum = total(sums);
     for (; i < count; i++) sum += left[i] * right[i];
     return sum;
   }
@@ -386,8 +385,8 @@ class Worker {
   const int64_t thread, threads;
   Rows every, entering, skipping;
   // Of the rows that enter: what the block's result is multiplied with.
-  std::vector<float> factors;
-  std::vector<float> input, laid, sums;
+  Buffer factors;
+  Buffer input, laid, sums;
 };
 
 template <typename W>
