@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from statistics import median
+from typing import Any
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
@@ -36,7 +37,8 @@ def one(began: float, blocks: int) -> None:
     with torch.device("meta"):
         model = MoDForCausalLM(MoDConfig(**SHAPE, num_hidden_layers=blocks, causal_router="threshold"))
     # Drawing the weights takes longer than reading them from a file would.
-    model = torch.nn.Module.to(model.to_empty(device="cpu"), torch.bfloat16).eval()
+    torch.nn.Module.to(model.to_empty(device="cpu"), torch.bfloat16)
+    model.eval()
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(0.01)
     made = time.time() - began

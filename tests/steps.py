@@ -40,6 +40,18 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**TWO, "parts": ["block", "block_keep_keys"], "causal_router": "auxiliary_loss", "query_key_norm": True}),
     (2, {**TWO, "parts": "mlp", "router_norm": True, "router_activation": "straight_through"}),
     (1, {**TWO, "parts": "block", "first_token_enters": True, "tie_word_embeddings": True}),
+    (
+        2,
+        {
+            **TWO,
+            "parts": ["block", "block_keep_keys"],
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "causal_router": "predictor",
+            "router_norm": True,
+            "rms_norm_eps": 0.05,
+        },
+    ),
 ]
 
 
@@ -50,6 +62,8 @@ def model_of(parts: Any = EVERY_PART, bypass_rank: int = 3, **changes: Any) -> M
         # No two are alike, and none does nothing.
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.3)
+        if name.endswith("router_scale"):
+            torch.nn.init.constant_(weight, 0.7)
     return model
 
 

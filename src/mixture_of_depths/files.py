@@ -4,7 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,33 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def put_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has an entry of the cache written if it is not whole there, once of several processes that ask for it."""
+    if is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        # Another process may have written it meanwhile.
+        if not is_whole(folder):
+            with _written_whole(folder) as aside:
+                write(aside)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, aside, which is then sealed and gets its name.
+
+    So a run that is stopped leaves no half entry behind; what a killed one left aside makes way.
+    """
+    aside = folder.with_name(f".preparing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        seal(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

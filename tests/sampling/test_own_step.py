@@ -16,6 +16,7 @@ from mixture_of_depths.sampling import own_step
 from mixture_of_depths.sampling import stream as stream_module
 from mixture_of_depths.sampling.native import FASTEST, require_native
 from mixture_of_depths.sampling.own_step import OwnStep, is_own
+from mixture_of_depths.sampling.quantization import Int8Linear
 from mixture_of_depths.sampling.step import GROWTH, decode_step, grow, prefill, product_shapes
 from mixture_of_depths.sampling.stream import CompiledStep, fast_step, stream
 
@@ -57,7 +58,7 @@ def test_logits_are_as_near_to_those_of_a_float64_model_as_the_eager_steps(batch
     whole = torch.cat([input_ids, tokens_BT], dim=1), torch.cat([mask, torch.ones_like(tokens_BT)], dim=1)
     wanted = exact(*whole, use_cache=False, routing="causal").logits[:, 6:]
     error, error_of_eager = ((torch.stack(each, dim=1) - wanted).abs().max() for each in (of_step, of_eager))
-    assert error <= 4 * error_of_eager + 1e-5
+    assert error <= 4 * error_of_eager + 1e-4
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -183,10 +184,14 @@ def test_what_is_not_written_in_cpp_takes_the_compiled_step(monkeypatch: pytest.
     rounded = model_of()
     quantize(rounded)
     assert all(is_own(model, 3) for model in (model_of(), model_of().bfloat16(), rounded))
-    transposed = model_of()
-    weight = transposed.model.layers[1].mlp.up_proj.weight
-    weight.data = weight.data.t().contiguous().t()
-    others = [model_of(num_experts=3), model_of().double(), model_of().half(), transposed]
+    transposed, embedded, precise, mixed, mixed_mlp = (model_of() for _ in range(5))
+    for layer in (transposed.model.layers[1].mlp.up_proj, embedded.model.embed_tokens):
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    precise.model.layers[0].router.double()
+    mixed.model.layers[1].self_attn.k_proj = Int8Linear(mixed.model.layers[1].self_attn.k_proj)
+    mixed_mlp.model.layers[1].mlp.up_proj.bfloat16()
+    others = [model_of(num_experts=3), model_of().double(), model_of().half()]
+    others += [transposed, embedded, precise, mixed, mixed_mlp]
     assert not any(is_own(model, 3) for model in others)
     input_ids = torch.ones(1, 2, dtype=torch.int64)
     monkeypatch.setattr(stream_module, "choose_fastest", lambda shapes: None)
@@ -206,3 +211,58 @@ def test_a_step_and_its_buffers_go_with_whoever_holds_it() -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("changes", [{}, {"router_type": "random", "parts": "block"}])
+def test_a_default_precision_changes_nothing(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model, (input_ids, mask) = model_of(**changes), left_padded(2, 6)
+    options = SamplingOptions(max_new_tokens=12, temperature=0)
+    wanted = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)))
+    torch.set_default_dtype(dtype)
+    try:
+        tokens = torch.stack(list(stream(model, input_ids, mask, options, compiled=True)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(tokens, wanted)
+
+
+def test_what_autocast_stored_is_read_as_it_is() -> None:
+    model, (input_ids, mask) = model_of(), left_padded(2, 6)
+    token_B = torch.tensor([3, 4])
+    wanted = OwnStep(model, input_ids, mask, 2)(token_B, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = OwnStep(model, input_ids, mask, 2)(token_B, None)
+    assert (logits - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
+def test_weights_that_are_replaced_later_are_still_read() -> None:
+    model, (input_ids, mask) = model_of(), left_padded(1, 6)
+    step, same = (OwnStep(model, input_ids, mask, 2) for _ in range(2))
+    token_B = torch.tensor([3])
+    wanted = same(token_B, None).clone()
+    for weight in model.parameters():
+        weight.data = torch.full_like(weight, torch.nan)
+    gc.collect()
+    assert torch.equal(step(token_B, None), wanted)
+
+
+def test_an_end_of_text_outside_the_vocabulary_is_never_read() -> None:
+    model, (input_ids, mask) = model_of(), left_padded(2, 6)
+    model.generation_config.eos_token_id = 50_256
+    active_B = torch.tensor([True, False])
+    options = SamplingOptions(max_new_tokens=4, temperature=0)
+    for compiled in (False, True):
+        shown = stream(model, input_ids, mask, options, active_B=active_B, compiled=compiled)
+        assert len(list(shown)) == 4
+
+
+def test_a_router_that_gives_no_number_reaches_the_logits() -> None:
+    model, (input_ids, mask) = model_of(**TWO, parts="block", router_activation="straight_through"), left_padded(1, 6)
+    step = OwnStep(model, input_ids, mask, 2)
+    model.model.layers[0].router.proj.weight.data.mul_(1e38)
+    model.model.layers[0].router.threshold.fill_(-1e9)
+    model.model.layers[1].router.threshold.fill_(1e9)
+    model.model.embed_tokens.weight.data.fill_(1e3)
+    of_pass = model(torch.tensor([[3]]), use_cache=False, routing="causal").logits
+    assert bool(step(torch.tensor([3]), None).isfinite().all()) == bool(of_pass.isfinite().all())

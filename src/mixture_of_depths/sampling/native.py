@@ -41,8 +41,8 @@ STEADY = 1.5
 MOST_INTERRUPTIONS = 100
 # By how much the library must be faster.
 CLEARLY = 1.1
-# What was measured, in GB/s by way, and the fastest way for each shape of a step.
-SPEEDS: dict[Shape, dict[str, float]] = {}
+# What was measured by number of threads, in GB/s by way, and the fastest way for each shape of a step.
+SPEEDS: dict[int, dict[Shape, dict[str, float]]] = {}
 FASTEST: dict[Shape, str] = {}
 # Holds something once the operators in C++ are there. Not asked of what was chosen, which graphs would be compiled anew
 # for whenever it grows.
@@ -192,11 +192,12 @@ def measured(shapes: Iterable[Shape]) -> dict[Shape, dict[str, float]]:
 
     What other work disturbed is not kept, and says nothing against our own products: then these alone are named.
     """
+    speeds = SPEEDS.setdefault(torch.get_num_threads(), {})
     shapes = list(shapes)
-    missing = [shape for shape in shapes if shape not in SPEEDS]
+    missing = [shape for shape in shapes if shape not in speeds]
     if missing:
-        SPEEDS.update(_measured(missing))
-    return {shape: SPEEDS[shape] for shape in shapes}
+        speeds.update(_measured(missing))
+    return {shape: speeds[shape] for shape in shapes}
 
 
 def _measured(shapes: list[Shape]) -> dict[Shape, dict[str, float]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixture_of_depths.model.attention import rotary_factors
 from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
-from mixture_of_depths.sampling.native import NATIVE_TYPES, is_native_fastest, require_native
+from mixture_of_depths.sampling.native import is_native_fastest, require_native
 from mixture_of_depths.sampling.quantization import Int8Linear
 from mixture_of_depths.sampling.step import grow, prefill, weights_of
 
@@ -80,14 +80,26 @@ class CStep(ctypes.Structure):
 def is_own(model: MoDForCausalLM, batch_size: int) -> bool:
     """Whether the step of a model is that in C++: on a CPU, for weights of float32, bf16 and 8 bits, without experts.
 
-    Where PyTorch's products of so many rows are faster, as on processors with units for matrices, it is not.
+    Where PyTorch's products of so many rows are faster, as on processors with units for matrices, it is not, nor where
+    single layers are in another precision than the others.
     """
     if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16) or model.config.has_experts:
         return False
-    weights = weights_of(model)
-    if not all(weight.dtype in NATIVE_TYPES and weight.is_contiguous() for weight in weights):
+    tensors = [*model.parameters(), *model.buffers()]
+    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() for tensor in tensors):
         return False
-    return is_native_fastest(weights, batch_size)
+    if any(tensor.dtype != torch.float32 for router in _routers(model) for tensor in router.state_dict().values()):
+        return False
+    groups = [weights_of(layer) for layer in model.model.layers] + [weights_of(model.lm_head)]
+    for weights in groups:
+        dtypes = {weight.dtype for weight in weights}
+        if len(dtypes) > 1 or not dtypes <= {model.dtype, torch.int8}:
+            return False
+    return is_native_fastest([weight for weights in groups for weight in weights], batch_size)
+
+
+def _routers(model: MoDForCausalLM) -> list[Router]:
+    return [part for part in model.modules() if isinstance(part, Router)]
 
 
 class OwnStep:
@@ -95,22 +107,26 @@ class OwnStep:
 
     @torch.no_grad()
     def __init__(self, model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tensor, room: int) -> None:
-        self.model, self.room, self.library = model, 0, require_native()
+        self.model, self.room, self.left, self.library = model, 0, room, require_native()
         assert self.library.size_of_step() == ctypes.sizeof(CStep) + ctypes.sizeof(CLayer)
         # What C++ reads, which must not go before this object does.
         self.kept: list[Any] = []
         self.logits_BV, self.state = prefill(model, input_ids, attention_mask, room)
+        for stored in self.state.layers:
+            # Autocast may have left others.
+            stored.keys, stored.values = stored.keys.to(model.dtype), stored.values.to(model.dtype)
         config, (batch, length) = model.config, input_ids.shape
-        self.next_logits_BV = torch.empty(batch, config.vocab_size)
-        self.all_B = torch.ones(batch, dtype=torch.bool)
-        positions_1T = torch.arange(length + room)[None]
+        self.next_logits_BV = torch.empty(self.logits_BV.shape, dtype=torch.float32, device="cpu")
+        self.all_B = torch.ones(batch, dtype=torch.bool, device="cpu")
+        positions_1T = torch.arange(length + room, device="cpu")[None]
         cos_Th, sin_Th = (
             factors[0].to(model.dtype).float() for factors in rotary_factors(config, positions_1T, torch.float32)
         )
         layers = cast(list[DecoderLayer], list(model.model.layers))
         self.layers = (CLayer * len(layers))(*(self._layer(layer, positions_1T) for layer in layers))
         for layer, stored in zip(self.layers, self.state.layers, strict=True):
-            layer.length, layer.entered = self._at(stored.length_B), self._at(stored.entered_B)
+            layer.length = self._at(stored.length_B, torch.int64)
+            layer.entered = self._at(stored.entered_B, torch.bool)
         for layer, stored in zip(layers, self.state.layers, strict=True):
             if layer.router is None:
                 stored.entered_B.fill_(True)
@@ -123,13 +139,13 @@ class OwnStep:
             blocks=len(layers),
             bytes=model.dtype.itemsize,
             activation=ACTIVATIONS[config.router_activation],
-            embedding=self._at(model.model.embed_tokens.weight),
+            embedding=self._at(model.model.embed_tokens.weight, model.dtype),
             norm=self._norm(model.model.norm),
             head=self._linear(model.lm_head),
             cos=self._at(cos_Th),
             sin=self._at(sin_Th),
-            position=self._at(self.state.position_B),
-            padding=self._at(length - self.state.position_B),
+            position=self._at(self.state.position_B, torch.int64),
+            padding=self._at(length - self.state.position_B, torch.int64),
             layers=self.layers,
         )
 
@@ -148,7 +164,10 @@ class OwnStep:
                 layer.keys, layer.values = stored.keys.data_ptr(), stored.values.data_ptr()
                 layer.slots = stored.keys.shape[2]
         self.room -= 1
-        active_B, token_B = self.all_B if going_B is None else going_B, token_B.contiguous()
+        assert self.left > 0
+        self.left -= 1
+        active_B = self.all_B if going_B is None else going_B.bool().contiguous()
+        token_B = token_B.long().contiguous()
         self.step.threads = torch.get_num_threads()
         self.library.decode_step(ctypes.byref(self.step), *map(_pointer, (token_B, active_B, self.next_logits_BV)))
         return self.next_logits_BV
@@ -157,10 +176,11 @@ class OwnStep:
         """Which rows' last token entered each block; of shape [L, B]."""
         return torch.stack([layer.entered_B for layer in self.state.layers])
 
-    def _at(self, tensor: Tensor) -> int:
-        """Where a tensor begins in memory."""
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"
-        self.kept.append(tensor)
+    def _at(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """Where a tensor of this type begins in memory."""
+        assert tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype == dtype
+        # Detached, it keeps this memory whatever the parameter gets later.
+        self.kept.append(tensor.detach())
         return tensor.data_ptr()
 
     def _norm(self, norm: nn.Module) -> CNorm:
@@ -170,7 +190,7 @@ class OwnStep:
     def _linear(self, linear: nn.Linear | Int8Linear) -> CLinear:
         outputs, inputs = linear.weight.shape
         return CLinear(
-            weight=self._at(linear.weight),
+            weight=self._at(linear.weight, linear.weight.dtype),
             scale=self._at(linear.scale) if isinstance(linear, Int8Linear) else None,
             bias=None if linear.bias is None else self._at(linear.bias.float()),
             outputs=outputs,
@@ -204,7 +224,9 @@ class OwnStep:
     def _router(self, router: Router, positions_1T: Tensor) -> CRouter:
         config = self.model.config
         if router.is_random:
-            logits = router.logits(torch.empty(1, positions_1T.shape[1], 0), positions_1T)
+            # Of a random router they are all that matters.
+            hidden_1TD = torch.empty(1, positions_1T.shape[1], 0, dtype=torch.float32, device="cpu")
+            logits = router.logits(hidden_1TD, positions_1T)
             return CRouter(
                 **{
                     f"random_{name}": self._at(logits_1T)

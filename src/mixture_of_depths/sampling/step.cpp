@@ -64,7 +64,7 @@ using Rows = std::vector<int64_t>;
 
 // What threads hand to one another.
 struct Shared {
-  Buffer hidden, query, key, value, attended, added, gate, up, bypass, predicted;
+  Buffer hidden, query, key, value, attended, added, gate, up, bypass, predicted, logits, causal;
 };
 
 template <typename W>
@@ -200,24 +200,15 @@ class Worker {
     wait();
   }
 
-  // Which rows enter, by every thread for itself.
+  // Which rows enter. The first thread decides for all: denormal numbers may count in one thread and not in another.
   void route(const Layer& layer, int64_t number, const bool* active) {
     const Router& router = layer.router;
     const int64_t width = step.width, inside = router.up.outputs;
-    Buffer logits(step.batch), causal(step.batch), state(width);
-    for (int64_t row = 0; row < step.batch; row++) {
-      if (router.random_logits) {
-        logits[row] = router.random_logits[step.position[row]];
-        causal[row] = router.random_causal[step.position[row]];
-        continue;
-      }
-      state.assign(hidden(row), hidden(row) + width);
-      if (router.eps >= 0) norm(state.data(), nullptr, router.eps, width);
-      logits[row] = causal[row] = dot(state.data(), router.weight, width);
-      if (router.threshold) causal[row] -= *router.threshold;
-    }
+    // Each block has a place of its own, which no thread still reads when another is ahead by a block.
+    float* logits = shared.logits.data() + number * step.batch;
+    float* causal = shared.causal.data() + number * step.batch;
+    float* predicted = shared.predicted.data() + number * step.batch * inside;
     if (router.up.weight) {
-      float* predicted = shared.predicted.data() + number * step.batch * inside;
       input.assign(shared.hidden.begin(), shared.hidden.end());
       for (int64_t row = 0; row < step.batch; row++)
         norm(input.data() + row * width, nullptr, router.predictor_eps, width);
@@ -225,18 +216,29 @@ class Worker {
         predicted[row * inside + out] = sum / (1 + std::exp(-sum));
       });
       wait();
-      for (int64_t row = 0; row < step.batch; row++)
-        causal[row] = dot(predicted + row * inside, static_cast<const float*>(router.down.weight), inside) +
-                      *router.down.bias + *router.predictor_scale * logits[row];
     }
+    for (int64_t row = 0; thread == 0 && row < step.batch; row++) {
+      if (router.random_logits) {
+        logits[row] = router.random_logits[step.position[row]];
+        causal[row] = router.random_causal[step.position[row]];
+      } else {
+        input.assign(hidden(row), hidden(row) + width);
+        if (router.eps >= 0) norm(input.data(), nullptr, router.eps, width);
+        logits[row] = causal[row] = dot(input.data(), router.weight, width);
+        if (router.threshold) causal[row] -= *router.threshold;
+        if (router.up.weight)
+          causal[row] = dot(predicted + row * inside, static_cast<const float*>(router.down.weight), inside) +
+                        *router.down.bias + *router.predictor_scale * logits[row];
+      }
+      layer.entered[row] = causal[row] > 0 && active[row];
+    }
+    wait();
     entering.clear();
     skipping.clear();
     factors.clear();
     for (int64_t row = 0; row < step.batch; row++) {
-      const bool enters = causal[row] > 0 && active[row];
-      if (enters) factors.push_back(gate(logits[row]));
-      (enters ? entering : skipping).push_back(row);
-      if (thread == 0) layer.entered[row] = enters;
+      (layer.entered[row] ? entering : skipping).push_back(row);
+      if (layer.entered[row]) factors.push_back(gate(logits[row]));
     }
   }
 
@@ -247,7 +249,8 @@ class Worker {
       case TANH:
         return std::tanh(logit);
       case ONE_FOR_ALL:
-        return 1;
+        // No number where the logit is none.
+        return 1 + (logit - logit);
       default:
         return logit;
     }
@@ -403,7 +406,8 @@ void decode(const Step& step, const int64_t* token, const bool* active, float* l
                                std::pair(&shared.key, keys), std::pair(&shared.value, keys),
                                std::pair(&shared.attended, queries), std::pair(&shared.added, step.width),
                                std::pair(&shared.gate, inside), std::pair(&shared.up, inside),
-                               std::pair(&shared.bypass, rank), std::pair(&shared.predicted, predicted * step.blocks)})
+                               std::pair(&shared.bypass, rank), std::pair(&shared.predicted, predicted * step.blocks),
+                               std::pair(&shared.logits, step.blocks), std::pair(&shared.causal, step.blocks)})
     buffer->resize(step.batch * width);
 #pragma omp parallel num_threads(step.threads)
   {

@@ -119,12 +119,12 @@ def product(weight_OD: Tensor, x_BD: Tensor, way: str | None = None) -> Tensor:
     return torch.stack([torch.cat([(part * x_D).sum(dim=-1) for part in parts]) for x_D in x_BD.float().unbind()])
 
 
-def weights_of(model: MoDForCausalLM) -> list[Tensor]:
-    """The weights of all products of a step but those of routers."""
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """The weights of all products of a step, or of a part of it, but those of routers."""
     return [
         layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Int8Linear) and ".router." not in name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | Int8Linear) and "router" not in name.split(".")
     ]
 
 

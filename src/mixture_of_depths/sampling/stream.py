@@ -62,10 +62,14 @@ def check_prompts(model: MoDForCausalLM, input_ids: Tensor, attention_mask: Tens
 
 
 def end_tokens(model: MoDForCausalLM) -> list[int]:
-    """The tokens that end a text, none, one or several: as in `generate()`, those of the generation configuration."""
+    """The tokens that end a text, none, one or several: as in `generate()`, those of the generation configuration.
+
+    One outside the vocabulary never comes.
+    """
     assert model.generation_config is not None
     ends = cast(int | list[int] | None, model.generation_config.eos_token_id)
-    return [] if ends is None else [ends] if isinstance(ends, int) else ends
+    every = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    return [token for token in every if 0 <= token < model.config.vocab_size]
 
 
 # Graphs of the compiled step that a process may have.

@@ -39,13 +39,13 @@ from mixture_of_depths.serving.answers import (
     misread,
     sent,
 )
+from mixture_of_depths.serving.defaults import default_options
 from mixture_of_depths.serving.requests import (
     MOST_SAMPLES,
     Body,
     ChatBody,
     CompletionBody,
     ResponseBody,
-    default_options,
     named,
     shown,
 )

@@ -9,8 +9,6 @@ learn that they are the same. Conversations are always prepared in memory, also 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixture_of_depths.fields import refuse_without_use
-from mixture_of_depths.files import is_whole, locked, read_json, seal, sync_folder
+from mixture_of_depths.files import is_whole, put_whole, read_json
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.batches import IS_CONVERSATION, as_text, pack
 from mixture_of_depths.text.conversations import Conversation
@@ -187,7 +185,7 @@ def _prepare_in_memory(options: DataOptions, tokenizer: PreTrainedTokenizerFast 
     if any(isinstance(document, Conversation) for document in documents):
         _check_template(options, own_tokenizer)
     key = _cache_key(options, documents, own_tokenizer)
-    _put(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
+    put_whole(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
     return key, skipped
 
 
@@ -254,36 +252,6 @@ def _cache_key(
     for text in documents:
         name.update(digest(text))
     return name.hexdigest()[:32]
-
-
-def _put(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has an entry of the cache written if it is not whole there, once of several processes that ask for it."""
-    if is_whole(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        # Another process may have written it meanwhile.
-        if not is_whole(folder):
-            with _written_whole(folder) as aside:
-                write(aside)
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, aside, which is then sealed and gets its name.
-
-    So a run that is stopped leaves no half entry behind; what a killed one left aside makes way.
-    """
-    aside = folder.with_name(f".preparing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        yield aside
-        seal(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_cache(
@@ -359,7 +327,7 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     if is_whole(folder) and read_json(folder / SHARDS) != described:
         # The same text lies elsewhere now.
         shutil.rmtree(folder)
-    _put(folder, write)
+    put_whole(folder, write)
     return key
 
 
