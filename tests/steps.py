@@ -98,3 +98,18 @@ def logits_of_both(
         entered.append(step.entered())
         assert torch.equal(entered[-1], torch.stack([layer.entered_B for layer in state.layers]))
     return torch.stack(of_step), torch.stack(of_eager), torch.stack(entered)
+
+
+def spoil_routed_parts(model: MoDForCausalLM) -> None:
+    """Makes no numbers of what is not read when no row enters a block of `model_of()`.
+
+    Behind the prompts, which need the keys of all tokens, and attention where the MLP alone is routed.
+    """
+    for number, unread in (
+        (0, "self_attn|mlp|norm"),
+        (2, "q_proj|o_proj|mlp|post_attention"),
+        (3, "mlp|post_attention"),
+    ):
+        for name, weight in model.model.layers[number].named_parameters():
+            if any(part in name for part in unread.split("|")) and "router" not in name:
+                weight.data.fill_(torch.nan)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from gpus import interpreted
 from models import greedy, left_padded
-from steps import CASES, TWO, logits_of_both, model_of
+from steps import CASES, TWO, logits_of_both, model_of, spoil_routed_parts
 
 from mixture_of_depths import MoDForCausalLM, quantize
 from mixture_of_depths.options import SamplingOptions
@@ -92,15 +92,7 @@ def test_a_block_that_no_row_enters_is_not_read(batch: int) -> None:
             layer.router.threshold.fill_(1e9)
     input_ids, mask = left_padded(batch, 5)
     step = graph_step(model, input_ids, mask, 4)
-    # Behind the prompts, which need the keys of all tokens, and attention where the MLP alone is routed.
-    for number, unread in (
-        (0, "self_attn|mlp|norm"),
-        (2, "q_proj|o_proj|mlp|post_attention"),
-        (3, "mlp|post_attention"),
-    ):
-        for name, weight in model.model.layers[number].named_parameters():
-            if any(part in name for part in unread.split("|")) and "router" not in name:
-                weight.data.fill_(torch.nan)
+    spoil_routed_parts(model)
     keys = step.layers[0].keys.clone(), step.layers[0].values.clone()
     for _ in range(2):
         assert bool(step(torch.randint(0, 31, (batch,)), None).isfinite().all())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import greedy, left_padded, tiny
-from steps import CASES, TWO, logits_of_both, model_of
+from steps import CASES, TWO, logits_of_both, model_of, spoil_routed_parts
 
 from mixture_of_depths import quantize
 from mixture_of_depths.options import SamplingOptions
@@ -104,15 +104,7 @@ def test_a_block_that_no_row_enters_is_not_read(batch: int) -> None:
             layer.router.threshold.fill_(1e9)
     input_ids, mask = left_padded(batch, 5)
     step = OwnStep(model, input_ids, mask, 4)
-    # Behind the prompts, which need the keys of all tokens, and attention where the MLP alone is routed.
-    for number, unread in (
-        (0, "self_attn|mlp|norm"),
-        (2, "q_proj|o_proj|mlp|post_attention"),
-        (3, "mlp|post_attention"),
-    ):
-        for name, weight in model.model.layers[number].named_parameters():
-            if any(part in name for part in unread.split("|")) and "router" not in name:
-                weight.data.fill_(torch.nan)
+    spoil_routed_parts(model)
     keys = step.state.layers[0].keys.clone(), step.state.layers[0].values.clone()
     for _ in range(2):
         assert bool(step(torch.randint(0, 31, (batch,)), None).isfinite().all())

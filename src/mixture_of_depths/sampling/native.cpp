@@ -187,35 +187,50 @@ void lay_out(float* laid, const float* x, int64_t rows, int64_t inputs) {
 
 using torch::stable::Tensor;
 
+// Outputs of all rows, as many at a time as suits their number.
 template <typename W>
-void multiply(const std::vector<Tensor>& weights, const Tensor& x, std::vector<Tensor>& products) {
-  const int64_t rows = x.size(0), inputs = x.size(1);
-  const float* input = reinterpret_cast<const float*>(x.data_ptr());
-  Buffer laid;
-  if (sizeof(W) < sizeof(float)) {
-    laid.resize(rows * inputs);
-    lay_out<W>(laid.data(), input, rows, inputs);
-    input = laid.data();
-  }
+void share_of(const W* weight, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs, int64_t first,
+              int64_t last) {
+  rows == 1 ? share<W, ONE>(weight, x, y, rows, inputs, outputs, first, last)
+            : share<W, MANY<W>>(weight, x, y, rows, inputs, outputs, first, last);
+}
+
+// Calls a function with the number of each thread and of all, in all of them.
+template <typename Function>
+void in_threads(Function function) {
 #pragma omp parallel
   {
 #ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    function(int64_t(omp_get_thread_num()), int64_t(omp_get_num_threads()));
 #else
-    const int64_t thread = 0, threads = 1;
+    function(int64_t(0), int64_t(1));
 #endif
-    for (size_t i = 0; i < weights.size(); i++)
-    {
-      const int64_t outputs = weights[i].size(0), first = outputs * thread / threads;
-      const int64_t last = outputs * (thread + 1) / threads;
-      const W* weight = reinterpret_cast<const W*>(weights[i].data_ptr());
-      float* y = reinterpret_cast<float*>(products[i].data_ptr());
-      if (rows == 1)
-        share<W, ONE>(weight, input, y, rows, inputs, outputs, first, last);
-      else
-        share<W, MANY<W>>(weight, input, y, rows, inputs, outputs, first, last);
-    }
   }
+}
+
+// Rows [R, I] in the order in which products with weights of this type read them, in `laid` where that is another.
+template <typename W>
+const float* in_order(const Tensor& x, Buffer& laid) {
+  const float* input = reinterpret_cast<const float*>(x.data_ptr());
+  if (sizeof(W) == sizeof(float)) return input;
+  laid.resize(x.size(0) * x.size(1));
+  lay_out<W>(laid.data(), input, x.size(0), x.size(1));
+  return laid.data();
+}
+
+template <typename W>
+void multiply(const std::vector<Tensor>& weights, const Tensor& x, std::vector<Tensor>& products) {
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  Buffer laid;
+  const float* input = in_order<W>(x, laid);
+  in_threads([&](int64_t thread, int64_t threads) {
+    for (size_t i = 0; i < weights.size(); i++) {
+      const int64_t outputs = weights[i].size(0);
+      share_of(reinterpret_cast<const W*>(weights[i].data_ptr()), input,
+               reinterpret_cast<float*>(products[i].data_ptr()), rows, inputs, outputs, outputs * thread / threads,
+               outputs * (thread + 1) / threads);
+    }
+  });
 }
 
 // Of weights [O, I] of one type and x [R, I] in float32, all contiguous: products [R, O] in float32.
@@ -246,33 +261,18 @@ std::vector<Tensor> products(std::vector<Tensor> weights, Tensor x) {
 
 template <typename W>
 void multiply_groups(const Tensor& x, const Tensor& weight, const Tensor& ends, Tensor& y) {
-  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(1);
-  const float* input = reinterpret_cast<const float*>(x.data_ptr());
+  const int64_t inputs = x.size(1), outputs = weight.size(1);
+  const int64_t* end = reinterpret_cast<const int64_t*>(ends.data_ptr());
   Buffer laid;
-  if (sizeof(W) < sizeof(float)) {
-    laid.resize(rows * inputs);
-    lay_out<W>(laid.data(), input, rows, inputs);
-    input = laid.data();
-  }
-#pragma omp parallel
-  {
-#ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-    const int64_t thread = 0, threads = 1;
-#endif
+  const float* input = in_order<W>(x, laid);
+  in_threads([&](int64_t thread, int64_t threads) {
     const int64_t first = outputs * thread / threads, last = outputs * (thread + 1) / threads;
-    for (int64_t expert = 0, row = 0; expert < weight.size(0); expert++) {
-      const int64_t count = reinterpret_cast<const int64_t*>(ends.data_ptr())[expert] - row;
-      const W* of_expert = reinterpret_cast<const W*>(weight.data_ptr()) + expert * outputs * inputs;
-      float* product = reinterpret_cast<float*>(y.data_ptr()) + row * outputs;
-      if (count == 1)
-        share<W, ONE>(of_expert, input + row * inputs, product, count, inputs, outputs, first, last);
-      else if (count > 1)
-        share<W, MANY<W>>(of_expert, input + row * inputs, product, count, inputs, outputs, first, last);
-      row += count;
+    for (int64_t expert = 0, row = 0; expert < weight.size(0); row = end[expert++]) {
+      if (end[expert] == row) continue;
+      share_of(reinterpret_cast<const W*>(weight.data_ptr()) + expert * outputs * inputs, input + row * inputs,
+               reinterpret_cast<float*>(y.data_ptr()) + row * outputs, end[expert] - row, inputs, outputs, first, last);
     }
-  }
+  });
 }
 
 // Of rows x [M, I] in float32 that are sorted by expert, weights [E, O, I] and where the rows of each expert end [E], all

@@ -344,8 +344,7 @@ class Worker {
     const int64_t outputs = last - first;
     sums.resize(rows * outputs);
     weight += first * map.inputs;
-    rows == 1 ? share<M, ONE>(weight, x, sums.data(), rows, map.inputs, outputs, 0, outputs)
-              : share<M, MANY<M>>(weight, x, sums.data(), rows, map.inputs, outputs, 0, outputs);
+    share_of(weight, x, sums.data(), rows, map.inputs, outputs, 0, outputs);
   }
 
   static float dot(const float* left, const float* right, int64_t count) {
