@@ -138,9 +138,9 @@ def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
     """How many of the questions are answered right, and what is said, with the thresholds as they are."""
     asked = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
     said = [
-        messages[-1]["content"]
+        one.messages[-1]["content"]
         for start in range(0, len(asked), 16)
-        for messages in answered(model.eval(), tokenizer, asked[start : start + 16], ANSWER)
+        for one in answered(model.eval(), tokenizer, asked[start : start + 16], ANSWER)
     ]
     is_right = [
         any(answer.lower() in text.lower() for answer in right)

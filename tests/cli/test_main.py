@@ -99,7 +99,7 @@ def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_rais
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "nowhere"], "checkpoint=nowhere holds no config.json"),
+        (["evaluate", "nowhere"], "checkpoint=nowhere is no folder or file, and no name of the hub either"),
         (["generate", "nowhere", "--prompt", "x"], "checkpoint=nowhere"),
         (["generate", "CHECKPOINT", "--prompt", ""], "prompt='' is empty"),
         (["generate", "CHECKPOINT", "--prompt", "x", "--top-p", "0"], "top_p=0.0"),

@@ -10,6 +10,8 @@ import torch._inductor.config
 from command import run
 from models import make_checkpoint
 
+from mixture_of_depths.sampling.answers import only_answers
+
 
 def test_generate_repeats_with_its_seed_and_shows_depth(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -105,6 +107,8 @@ def test_answers_go_on_with_the_file_and_belong_to_its_questions(
     whole = out.read_text()
     chats = [json.loads(line)["messages"] for line in whole.splitlines()]
     assert [(first, second["role"]) for first, second in chats] == [(message, "assistant") for message in asked]
+    assert [json.loads(line)["cut"] for line in whole.splitlines()] == [1, 1, 1]
+    assert "3 answers broke off at max_new_tokens=4" in errors
     out.write_text(whole[: whole.index("\n") + 20])
     assert run(monkeypatch, capsys, *words, "--batch-size", "1")[0] == 0
     assert out.read_text() == whole
@@ -145,3 +149,25 @@ def test_answers_go_on_where_a_text_holds_what_ends_a_line_elsewhere(
         questions.write_text("\n".join(lines[:count]))
         status, _, errors = run(monkeypatch, capsys, *words)
         assert (status, f"{count} of {count} answered" in errors) == (0, True), errors
+
+
+def test_no_question_is_answered_before_all_are_known_to_be_answerable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, questions, out = tmp_path / "model", tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    make_checkpoint(model)
+    asked = [[{"role": "user", "content": words}] for words in ("the quick", "so long " + 2000 * "the ")]
+    questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in asked))
+    words = ("answer", str(model), "--data", str(questions), "--out", str(out), "--batch-size", "1")
+    status, _, errors = run(monkeypatch, capsys, *words, "--max-new-tokens", "4")
+    assert (status, 'begins with user: "so long the the' in errors, out.exists()) == (2, True, False), errors
+
+
+def test_two_calls_do_not_write_one_file_of_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    questions.write_text('{"messages": [{"role": "user", "content": "the"}]}')
+    with only_answers(out):
+        status, _, errors = run(monkeypatch, capsys, "answer", "nowhere", "--data", str(questions), "--out", str(out))
+    assert (status, "is being written by another call" in errors) == (2, True)

@@ -14,6 +14,7 @@ from command import TINY, data, run
 from models import write_numbers
 
 from mixture_of_depths.training.checkpoint import latest_checkpoint
+from mixture_of_depths.training.folder import only_run
 
 
 def test_ctrl_c_saves_and_ends_with_status_130(text: Path, tmp_path: Path) -> None:
@@ -139,3 +140,19 @@ def test_text_is_prepared_trained_on_and_evaluated(
     again = run(monkeypatch, capsys, *write[:-2], "--validation-fraction", "0.5")
     assert again[0] == 2
     assert again[2].startswith("error: validation_fraction=0.5 differs from 0.04, with which out=")
+
+
+def test_a_folder_that_is_in_use_or_full_is_refused_before_text_and_model_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    # Neither is there.
+    commands = (["train", "--data", str(tmp_path / "absent.txt")], ["retrofit", "absent.gguf"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    for words in commands:
+        status, _, errors = run(monkeypatch, capsys, *words, "--out", str(out))
+        assert (status, f"out={out} is not empty" in errors) == (2, True), errors
+    with only_run(out):
+        status, _, errors = run(monkeypatch, capsys, *commands[0], "--out", str(out), "--resume")
+        assert (status, f"out={out} is in use by another run" in errors) == (2, True), errors

@@ -22,6 +22,6 @@ def test_every_question_without_an_answer_gets_the_models_own() -> None:
         return {"role": "assistant", "content": sample.text.strip()}
 
     answer = said([first])
-    assert found[0] == [first, answer, second, said([first, answer, second])]
-    assert found[1] == [system, first, known, second, said([system, first, known, second])]
-    assert found[2] == [first, known]
+    assert found[0].messages == [first, answer, second, said([first, answer, second])]
+    assert found[1].messages == [system, first, known, second, said([system, first, known, second])]
+    assert found[2].messages == [first, known]

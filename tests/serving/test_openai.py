@@ -123,6 +123,12 @@ def test_what_asks_for_nothing_changes_nothing(client: openai.OpenAI, checkpoint
     assert ask(client, endpoint, request_of(endpoint, checkpoint, tools=[], stop=None)) == plain
 
 
+def test_a_response_tells_again_which_tools_must_not_be_called(client: openai.OpenAI, checkpoint: Path) -> None:
+    tool: Any = {"type": "function", "name": "look", "parameters": {}, "strict": True}
+    given = client.responses.create(model=str(checkpoint), input="the quick", tools=[tool], tool_choice="none")
+    assert [one.model_dump(include=set(tool)) for one in given.tools] == [tool]
+
+
 def test_the_one_model_is_listed_and_another_is_not_found(client: openai.OpenAI, checkpoint: Path) -> None:
     (listed,) = client.models.list()
     assert (listed.id, listed.object, type(listed.created)) == (str(checkpoint), "model", int)

@@ -157,8 +157,9 @@ def test_conversations_without_a_template_or_that_it_refuses_are_refused(tmp_pat
         prepare(options(tmp_path, str(tmp_path / "chats.jsonl")))
     strict = sentence_tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="a conversation that the chat template refuses: roles must alternate"):
-        rendered([[{"role": "user", "content": "x"}]], strict)
+    name = 'a conversation that begins with user: "one two ' + 52 * "x" + '[.]{3}"'
+    with pytest.raises(ValueError, match=f"data holds {name}, which the chat template refuses: roles must alternate"):
+        rendered([[{"role": "user", "content": "one\n two " + 60 * "x"}]], strict)
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
     with pytest.raises(ValueError, match="a single conversation, and none is left to hold out"):
         prepare(options(tmp_path, str(tmp_path / "one.jsonl"), tokenizer="its own"), chat_tokenizer())

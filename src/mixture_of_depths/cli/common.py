@@ -97,6 +97,11 @@ def load_model(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalL
     described = config.read_text(errors="replace") if config.is_file() else ""
     is_other = '"model_type"' in described and "mixture_of_depths" not in described
     is_elsewhere = not checkpoint.exists() and is_hub_name(source)
+    if not (checkpoint.exists() or is_elsewhere):
+        raise ValueError(
+            f"checkpoint={source} is no folder or file, and no name of the hub either, OWNER/NAME; name the folder of "
+            "a model, a GGUF file or a model of the hub"
+        )
     if not (is_other or is_elsewhere or checkpoint.suffix == ".gguf"):
         return load_checkpoint(checkpoint, device)
     model, tokenizer = load_dense(source)

@@ -200,7 +200,7 @@ def answer(
     Args:
         source: Folder, GGUF file or hub name of a model with a chat template.
         data: Conversations: .jsonl of "messages".
-        out: The answered ones, of the same form.
+        out: The answered ones, of the same form; "cut" counts the answers that broke off at --max-new-tokens.
         batch_size: Conversations that are answered together.
         sampling: How tokens are drawn.
         precision: Precision of the matrix products: fp32, or bf16.
@@ -214,7 +214,7 @@ def answer(
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.options import DataOptions
-    from mixture_of_depths.sampling.answers import answered, keep_answers, kept_answers
+    from mixture_of_depths.sampling.answers import answered, check_askable, keep_answers, kept_answers, only_answers
     from mixture_of_depths.text.conversations import Conversation
     from mixture_of_depths.text.documents import Skipped, read_all
 
@@ -230,17 +230,22 @@ def answer(
     if not asked:
         raise ValueError(f'data={" ".join(data)} holds no conversation; give .jsonl with "messages"')
     facts = {"source": source, "precision": precision, **asdict(options)}
-    done = kept_answers(out, asked, facts)
-    if len(done) == len(asked):
-        print(f"all {len(asked)} are answered in {out}", file=sys.stderr)
-        return
-    if compile:
-        require_compiler("compile", place)
-    model, tokenizer = load_dense(source)
-    torch.nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
-    for start in range(len(done), len(asked), batch_size):
-        rows = asked[start : start + batch_size]
-        seeds = range(options.seed + start, options.seed + start + len(rows))
-        done += answered(model, tokenizer, rows, options, seeds, compile)
-        keep_answers(out, done, facts)
-        print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)
+    with only_answers(out):
+        done = kept_answers(out, asked, facts)
+        if len(done) == len(asked):
+            print(f"all {len(asked)} are answered in {out}", file=sys.stderr)
+            return
+        if compile:
+            require_compiler("compile", place)
+        model, tokenizer = load_dense(source)
+        torch.nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
+        check_askable(model, tokenizer, asked[len(done) :], options)
+        for start in range(len(done), len(asked), batch_size):
+            rows = asked[start : start + batch_size]
+            seeds = range(options.seed + start, options.seed + start + len(rows))
+            done += answered(model, tokenizer, rows, options, seeds, compile)
+            keep_answers(out, done, facts)
+            print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)
+    if cut := sum(one.cut for one in done):
+        limit = f"max_new_tokens={options.max_new_tokens}"
+        print(f'{cut} answers broke off at {limit}, as "cut" says in their records; raise it', file=sys.stderr)

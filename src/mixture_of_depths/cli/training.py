@@ -96,6 +96,7 @@ def train(
     from mixture_of_depths.distributed import from_main, is_main, leave, meet
     from mixture_of_depths.inspect.report import held_out_report
     from mixture_of_depths.text.corpus import load_prepared, prepare_cache
+    from mixture_of_depths.training.folder import check_ready
     from mixture_of_depths.training.horizon import horizon
     from mixture_of_depths.training.run import train as run
     from mixture_of_depths.training.settings import model_config
@@ -106,6 +107,7 @@ def train(
         # Before the text is prepared, which may take long.
         require_compiler("compile", place)
     meet(place)
+    from_main(lambda: check_ready(out, resume))
     console = Console(quiet=not is_main())
     corpus = load_prepared(data, *from_main(lambda: prepare_cache(data, console=console)))
     console.print(str(corpus.facts))
@@ -150,6 +152,7 @@ def retrofit(
     from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
+    from mixture_of_depths.retrofitting.tune import check_retrofit_ready
     from mixture_of_depths.retrofitting.tune import retrofit as run
     from mixture_of_depths.text.corpus import prepare
     from mixture_of_depths.text.tokenizer import check_vocabulary, checked
@@ -159,6 +162,7 @@ def retrofit(
     place = chosen_device(device)
     if training.compile:
         require_compiler("compile", place)
+    check_retrofit_ready(out, resume)
     console = Console()
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")

@@ -54,7 +54,7 @@ from mixture_of_depths.retrofitting.record import MEASURED, Measured, has_measur
 from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
-from mixture_of_depths.training.folder import check_folder, only_run
+from mixture_of_depths.training.folder import check_free, check_ready, only_run
 from mixture_of_depths.training.horizon import horizon
 from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
@@ -201,6 +201,18 @@ def fitted_start(
     return model
 
 
+def check_retrofit_ready(folder: Path, resume: bool) -> None:
+    """Raises ValueError for a folder in which no retrofit can begin, or go on, or another run is at work."""
+    if resume and has_measured(folder):
+        check_free(folder)
+        return
+    check_ready(folder, resume)
+    if resume:
+        raise ValueError(
+            f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
+        )
+
+
 def retrofit(
     dense: MoDForCausalLM,
     source: str,
@@ -234,12 +246,7 @@ def retrofit(
     """
     console = console or Console()
     _check(dense, corpus, options, training)
-    if not (resume and has_measured(folder)):
-        check_folder(folder, resume)
-        if resume:
-            raise ValueError(
-                f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
-            )
+    check_retrofit_ready(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         return _retrofit(dense, source, corpus, options, training, folder, resume, console)

@@ -250,7 +250,7 @@ class ResponseAnswer:
             "temperature": self.options.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": body.tool_choice,
-            "tools": [],
+            "tools": body.tools,
             "top_p": self.options.top_p,
             "truncation": "disabled",
             "usage": None,

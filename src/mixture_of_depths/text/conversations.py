@@ -42,6 +42,8 @@ def conversation_of(value: object) -> Conversation | None:
     return Conversation(text.encode("utf-8", "replace").decode("utf-8"))
 
 
+# Characters of a message that an error shows.
+MOST_SHOWN = 60
 # A word that no template says by itself.
 PROBE = "zyxwvu"
 
@@ -124,8 +126,15 @@ def rendered(
         try:
             texts.append(render(messages, tokenizer, asks))
         except ValueError as error:
-            raise ValueError(f"data holds a conversation that the chat template refuses: {error}") from error
+            raise ValueError(f"data holds {shortened(messages)}, which the chat template refuses: {error}") from error
     return texts
+
+
+def shortened(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation in a few words, by which it is found in its file."""
+    first = messages[0]
+    words = " ".join(str(first["content"]).split())
+    return f'a conversation that begins with {first["role"]}: "{words[:MOST_SHOWN]}{"..." * (len(words) > MOST_SHOWN)}"'
 
 
 def tokens_of(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

@@ -103,6 +103,19 @@ def check_folder(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> 
         _check_unused(folder, prepared)
 
 
+def check_ready(folder: Path, resume: bool) -> None:
+    """As `check_folder`, and for a folder in which another run is at work: before anything is read for a new one."""
+    check_folder(folder, resume)
+    check_free(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError for a folder in which another run is at work."""
+    if (folder / LOCK).exists():
+        with only_run(folder):
+            pass
+
+
 def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
     """Raises ValueError when an option of a run that is to go on is another than before."""
     if old != new:
