@@ -30,6 +30,7 @@ def test_weights_are_shares_of_their_sum(tmp_path: Path, monkeypatch: pytest.Mon
             for data in ([f"a:{weight}", "b:1.0"], [f"a:{weight}"])
         ),
         (["a:0.5", "a:0.25"], "data=a is named twice"),
+        (["a\udcff:0.5", "b:0.5"], r"data='a\\udcff' is not UTF-8"),
         (["a:0.5", "./a:0.25"], "data=a is named twice"),
         (["a/../a:0.5", "b:0.25", "a/:0.25"], "is named twice"),
     ],

@@ -69,7 +69,8 @@ def weighted(data: Sequence[str]) -> list[Weighted]:
     """The sources with their shares, where they have weights; none where they have not, and are one text.
 
     Raises:
-        ValueError: when some have a weight and others not, one is not positive, or a source is named twice.
+        ValueError: when some have a weight and others not, one is not positive, or a source is named twice, or by
+            what is not text.
     """
     sources = [unweighted(source) for source in data]
     if sources == list(data):
@@ -88,11 +89,22 @@ def weighted(data: Sequence[str]) -> list[Weighted]:
             )
         if places.count(place) > 1:
             raise ValueError(f"data={source} is named twice; add up its weights")
+        if not is_utf8(source):
+            raise ValueError(f"data={source!a} is not UTF-8, and names a source's line in records; rename it")
     shares = [weight / sum(weights) for weight in weights]
     for given, places_of_it in zip(data, shares_of(shares), strict=True):
         if places_of_it == 0:
             raise ValueError(f"data={given} has less than one sequence in {BLOCK:,} by its weight; raise it")
     return [Weighted(source, share) for source, share in zip(sources, shares, strict=True)]
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is text; any other comes with half characters in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shares_of(weights: Sequence[float]) -> list[int]:
