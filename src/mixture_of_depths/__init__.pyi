@@ -29,6 +29,7 @@ from .model.modeling import MoDForCausalLM as MoDForCausalLM
 from .model.modeling import MoDModel as MoDModel
 from .model.modeling import MoDModelOutput as MoDModelOutput
 from .model.routing import LayerRouting as LayerRouting
+from .model.routing import Router as Router
 from .options import DataOptions as DataOptions
 from .options import ModelOptions as ModelOptions
 from .options import RetrofitOptions as RetrofitOptions

@@ -1,0 +1,17 @@
+"""Shows which tokens of a text went through how many blocks of a trained model.
+
+python examples/see_routing.py runs/small my_file.py
+"""
+
+import sys
+from pathlib import Path
+
+from mixture_of_depths import MoDForCausalLM, load_tokenizer, trace
+
+folder, path = sys.argv[1:]
+model, tokenizer = MoDForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+traced = trace(model, tokenizer, Path(path).read_text())
+
+for piece, blocks, loss in zip(traced.pieces, traced.blocks_used, traced.loss, strict=True):
+    print(f"{piece!r:24} {'#' * blocks:{model.config.num_hidden_layers}} {blocks} blocks, loss {loss:.2f}")
+print(f"{traced.saved:.0%} of the compute of a dense model saved")
