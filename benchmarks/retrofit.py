@@ -6,12 +6,12 @@
 
 Sides, at a share of the dense model's FLOPs per token (`--share`), all with the same tuning: `ours`, what
 `mod retrofit` makes by default; `random`, the same blocks and capacities with random routing; `former`, the
-fewest blocks at one capacity, whole blocks skipped and without maps; `dropped`, the blocks taken out that cost
-least to take out; `linear`, those replaced by their maps, which are tuned, that cost least to replace. `tuned`
-is the dense model with that tuning, to which ratios are, and `dense` the model as it came. All are tuned on
-the files of `--tune`, as many characters of the built-in corpus' training part, and `--conversations`, answers
-of the dense model itself (`mod answer`); `--distillation` is the share of the loss that is the divergence from
-its predictions. `--max-steps 0` tests a side as it starts.
+fewest blocks at one capacity, whole blocks skipped, without maps, routers fitted to the norm of what a block
+adds; `dropped`, the blocks taken out that cost least to take out; `linear`, those replaced by their maps, which
+are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
+`dense` the model as it came. All are tuned on the files of `--tune`, as many characters of the built-in corpus'
+training part, and `--conversations`, answers of the dense model itself (`mod answer`); `--distillation` is the
+share of the loss that is the divergence from its predictions. `--max-steps 0` tests a side as it starts.
 
 A side is a line in `--out`/pilot.jsonl once it is done, with all settings: loss and perplexity on the files of
 `--test`, on the built-in corpus' held-out part (`code`) and on held-out conversations; `answers_right`, of the

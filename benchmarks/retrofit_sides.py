@@ -31,7 +31,7 @@ from mixture_of_depths import (
 from mixture_of_depths.files import read_json, write_aside
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
-from mixture_of_depths.retrofitting.fit import Fit, fit_blocks
+from mixture_of_depths.retrofitting.fit import Fit, fit_blocks, passes, router_weights, scaled, with_constant
 from mixture_of_depths.retrofitting.measure import (
     BlockImportance,
     measure_importance,
@@ -183,6 +183,21 @@ def replaced(dense: MoDForCausalLM, fit: Fit, blocks: list[int], length: int) ->
     return model
 
 
+@torch.no_grad()
+def fit_norms(dense: MoDForCausalLM, text: Sequences, end_of_text: int, bf16: bool) -> Fit:
+    """The former retrofit's routers: fitted to the norm of what a block adds, and not to its logarithm; no maps."""
+    count, size = dense.config.num_hidden_layers, dense.config.hidden_size
+    moments_LDD = torch.zeros(count, size + 1, size + 1, dtype=torch.float64)
+    targets_LD = torch.zeros(count, size + 1, dtype=torch.float64)
+    for blocks in passes(dense, text, end_of_text, bf16):
+        for layer_idx, (hidden_ND, delta_ND) in enumerate(blocks):
+            inputs_ND = with_constant(scaled(dense, hidden_ND)).double().cpu()
+            moments_LDD[layer_idx] += inputs_ND.T @ inputs_ND
+            targets_LD[layer_idx] += inputs_ND.T @ delta_ND.norm(dim=-1).double().cpu()
+    sums = zip(moments_LDD, targets_LD, strict=True)
+    return Fit(torch.stack([router_weights(moments_DD, targets_D) for moments_DD, targets_D in sums]).float())
+
+
 class Sides:
     """The starts of all sides; what they are chosen by is measured once and kept in a folder.
 
@@ -203,21 +218,21 @@ class Sides:
         self.length = len(texts.corpus.train[0]["input_ids"])
         self.measuring = spread(texts.corpus.train, options.measure_sequences)
 
-    def _measured(self, rank: int) -> Measured:
+    def _measured(self, name: str) -> Measured:
         facts = {
             "source": self.source,
             "text": self.texts.corpus.key,
             "fit": self.options.fit_sequences,
             "bf16": self.bf16,
         }
-        folder = self.folder / f"rank-{rank}"
+        folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         return Measured(folder, {**facts, "measure": self.options.measure_sequences})
 
     def fit(self, rank: int) -> Fit:
         """What is fitted to the blocks, with maps of a rank."""
         text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
-        return self._measured(rank).fit_once(lambda: fit_blocks(self.dense, text, end, rank, self.bf16))
+        return self._measured(f"rank-{rank}").fit_once(lambda: fit_blocks(self.dense, text, end, rank, self.bf16))
 
     @property
     def rank(self) -> int:
@@ -226,7 +241,7 @@ class Sides:
     def importance(self, options: RetrofitOptions) -> list[BlockImportance]:
         """What routing each block costs."""
         kind, fit, end = routed_kind(self.dense.config, options), self.fit(self.rank), self.texts.corpus.end_of_text
-        return self._measured(self.rank).measure_rest(
+        return self._measured(f"rank-{self.rank}").measure_rest(
             self.dense.config.num_hidden_layers,
             lambda before: measure_importance(self.dense, fit, kind, self.measuring, end, self.bf16, before),
         )
@@ -269,7 +284,9 @@ class Sides:
                 options = RetrofitOptions(router_type="random", bypass_rank=self.options.bypass_rank)
             return fitted_start(dense, self.fit(self.rank), options, capacities), {"capacities": capacities}
         if side == "former":
-            fit, options = self.fit(0), RetrofitOptions(routed_parts="block", bypass_rank=0)
+            text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
+            fit = self._measured("former").fit_once(lambda: fit_norms(dense, text, end, self.bf16))
+            options = RetrofitOptions(routed_parts="block", bypass_rank=0)
 
             def config_at(blocks: list[int], capacity: float) -> MoDConfig:
                 return routed_config(

@@ -72,9 +72,9 @@ def fit_blocks(dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, ra
     # Of the scaled states and a constant 1, for the intercept.
     moments_LDD = torch.zeros(len(layers), size + 1, size + 1, dtype=torch.float64, device=home)
     products_LDD = torch.zeros(len(layers), size + 1, size, dtype=torch.float64, device=home)
-    for blocks in _passes(dense, sequences, end_of_text, bf16):
+    for blocks in passes(dense, sequences, end_of_text, bf16):
         for layer_idx, (hidden_ND, delta_ND) in enumerate(blocks):
-            inputs_ND = _with_constant(_scaled(dense, hidden_ND))
+            inputs_ND = with_constant(scaled(dense, hidden_ND))
             moments_LDD[layer_idx] += (inputs_ND.T @ inputs_ND).to(home, torch.float64)
             if rank:
                 products_LDD[layer_idx] += (inputs_ND.T @ delta_ND).to(home, torch.float64)
@@ -94,10 +94,10 @@ def fit_blocks(dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, ra
         down_LRD, up_LDR = (torch.stack(parts).float() for parts in zip(*factors, strict=True))
         fit = Fit(fit.router_LD, down_LRD, up_LDR)
     targets_LD = torch.zeros(len(layers), size + 1, dtype=torch.float64, device=home)
-    for blocks in _passes(dense, sequences, end_of_text, bf16):
+    for blocks in passes(dense, sequences, end_of_text, bf16):
         for layer_idx, (hidden_ND, delta_ND) in enumerate(blocks):
             missed_ND = fit.missed(layer_idx, _normed(layers[layer_idx], hidden_ND), delta_ND)
-            inputs_ND = _with_constant(_scaled(dense, hidden_ND))
+            inputs_ND = with_constant(scaled(dense, hidden_ND))
             target_N = missed_ND.norm(dim=-1).clamp(min=1e-6).log()
             targets_LD[layer_idx] += (inputs_ND.T @ target_N).to(home, torch.float64)
     sums = zip(moments_LDD, targets_LD, strict=True)
@@ -158,10 +158,10 @@ def missed_shares(
     layers = _layers(dense)
     scores: list[list[Tensor]] = [[] for _ in layers]
     squares: list[list[Tensor]] = [[] for _ in layers]
-    for blocks in _passes(dense, sequences, end_of_text, bf16):
+    for blocks in passes(dense, sequences, end_of_text, bf16):
         for layer_idx, (hidden_ND, delta_ND) in enumerate(blocks):
             missed_ND = fit.missed(layer_idx, _normed(layers[layer_idx], hidden_ND), delta_ND)
-            scaled_ND = _scaled(dense, hidden_ND)
+            scaled_ND = scaled(dense, hidden_ND)
             scores[layer_idx].append((scaled_ND @ fit.router_LD[layer_idx].to(scaled_ND)).cpu())
             squares[layer_idx].append((missed_ND.square().sum(-1) / hidden_ND.square().sum(-1)).cpu().double())
     shares = []
@@ -182,7 +182,7 @@ def _layers(model: MoDForCausalLM) -> list[DecoderLayer]:
     return cast(list[DecoderLayer], list(model.model.layers))
 
 
-def _passes(
+def passes(
     dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, bf16: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Of each sequence, and each block, the tokens before it and what it adds to them, each of shape [N, D]."""
@@ -207,7 +207,7 @@ def _precise(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _scaled(model: MoDForCausalLM, hidden_ND: Tensor) -> Tensor:
+def scaled(model: MoDForCausalLM, hidden_ND: Tensor) -> Tensor:
     """States of a root mean square of 1, as routers read them."""
     return F.rms_norm(hidden_ND, hidden_ND.shape[-1:], eps=model.config.rms_norm_eps)
 
@@ -218,5 +218,5 @@ def _normed(layer: DecoderLayer, hidden_ND: Tensor) -> Tensor:
     return F.rms_norm(hidden_ND, hidden_ND.shape[-1:], norm.weight.to(hidden_ND), norm.eps)
 
 
-def _with_constant(inputs_ND: Tensor) -> Tensor:
+def with_constant(inputs_ND: Tensor) -> Tensor:
     return F.pad(inputs_ND, (0, 1), value=1.0)
