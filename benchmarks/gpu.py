@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parts import Case, forget_failures, read_part, run_cases, run_part, status
+from parts import Case, end_process, forget_failures, read_part, run_cases, run_part, status
 
 HERE = Path(__file__).resolve().parent
 # Seconds that a part may take of one start.
@@ -38,6 +38,8 @@ LIMITS = {
     "prefill": 180.0,
     "isoflop": float("inf"),
 }
+# What takes as long as all the others in toy sizes, where parts may disturb one another: it runs beside them.
+LONGEST_OF_SMOKE = ("training", "prefill")
 # On the CPU these need a C++ compiler.
 COMPILING = ("parity", "training", "decoding")
 
@@ -128,8 +130,9 @@ def named_site_packages(sites: list[Path], out: Path) -> list[str]:
     for number, site in enumerate(sites):
         link = out / f"site-{number}" / "site-packages"
         link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(site.resolve(), target_is_directory=True)
+        if link.resolve() != site.resolve():
+            link.unlink(missing_ok=True)
+            link.symlink_to(site.resolve(), target_is_directory=True)
         names.append(str(link))
     return names
 
@@ -144,6 +147,20 @@ def environment_of(sites: list[str], smoke: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def run_beside(parts: list[str], command: list[str]) -> None:
+    """Has two processes of this command run the parts, each its share."""
+    shares = [[name for name in parts if (name in LONGEST_OF_SMOKE) == is_longest] for is_longest in (True, False)]
+    processes = []
+    try:
+        for share in filter(None, shares):
+            processes.append(subprocess.Popen([*command, "--parts", *share], stdout=subprocess.DEVNULL))
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            end_process(process)
 
 
 def summary(out: Path, parts: list[str]) -> dict[str, Any]:
@@ -182,6 +199,8 @@ def main() -> None:
     variables = environment_of(named_site_packages(arguments.site, out), arguments.smoke)
     # The study without its text is no part.
     parts = [name for name in arguments.parts if name != "isoflop" or arguments.tokens or arguments.smoke]
+    if arguments.smoke and len(parts) > 1:
+        run_beside(parts, [sys.executable, *sys.argv])
     for name in parts:
         path = out / f"{name}.json"
         if arguments.retry:

@@ -122,7 +122,7 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _end(process)
+                end_process(process)
         part = read_part(path)
         running = part["running"]
         lines = log.read_text(errors="replace").splitlines()
@@ -144,7 +144,7 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
             return
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def end_process(process: "subprocess.Popen[bytes]") -> None:
     """Ends a process, if it has not ended: first by asking it to."""
     if process.poll() is None:
         process.terminate()
