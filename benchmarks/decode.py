@@ -3,15 +3,18 @@
     pip install -e '.[bench]'
     python benchmarks/decode.py                                  # models A and B, both precisions, batch 1, 4, 16
     python benchmarks/decode.py --models A --precisions fp32 --batch-sizes 1
+    python benchmarks/decode.py --models S --batch-sizes 1 --others graph
 
-A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. Vocabulary 4,096, prompt 128 and
-128 new tokens, random weights and random tokens; every other block routed at 12.5 %, with thresholds calibrated on such
+A: d 512, 8 blocks, 8 heads, SwiGLU 1408. B: d 1024, 16 blocks, 16 heads, SwiGLU 2816. S: d 64, 8 blocks, 4 heads,
+SwiGLU 176, whose step is hardly more than what does not shrink with the weights. Vocabulary 4,096, prompt 128 and 128
+new tokens, random weights and random tokens; every other block routed at 12.5 %, with thresholds calibrated on such
 tokens, so that the share that enters is the capacity. Dense sides share one set of weights. All sides take turns in
 this process (llama.cpp in one of its own), with new prompts every turn; each figure is a median over the turns. Prints
 one JSON line.
 
 `tokens_per_s` counts decoding on every side, without prefill and compilation. `hf` and `hf_static` are `generate()`
-with its dynamic and its static cache; on the CPU it compiles neither. `llamacpp` is a server with as many slots as
+with its dynamic and its static cache; on the CPU it compiles neither. `graph` is the Mixture-of-Depths side by the step
+that PyTorch compiles, where ours is C++. `llamacpp` is a server with as many slots as
 prompts. `mod_over_*` are ratios of those speeds, `roof_fraction` is the bytes a step must read over its time and over
 the bandwidth measured in the same turns, `products_fraction` what the dense side's products take alone, at the speed by
 which they are chosen, over its step, `prefill_ratio` the time of a causal pass over 1,024 tokens, dense over
@@ -31,6 +34,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import torch
@@ -51,10 +55,11 @@ from mixture_of_depths.sampling.native import measured, shape_of
 from mixture_of_depths.sampling.step import weights_of
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
-OTHERS = ["hf", "llamacpp"]
+OTHERS = ["hf", "llamacpp", "graph"]
 SHAPES: dict[str, dict[str, Any]] = {
     "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "S": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8, "num_attention_heads": 4},
 }
 
 
@@ -164,6 +169,12 @@ class LlamaCpp:
         self.process.join()
 
 
+def graph_seconds(model: MoDForCausalLM, prompts: torch.Tensor, sampling: SamplingOptions) -> float:
+    """As `decode_seconds`, by the step that PyTorch compiles."""
+    with patch("mixture_of_depths.sampling.stream.is_own", lambda *_: False):
+        return decode_seconds(model, prompts, sampling)
+
+
 def measure(
     ours: dict[str, MoDForCausalLM],
     precision: str,
@@ -190,6 +201,8 @@ def measure(
         peer = llama(models["dense"])
         sides["hf"] = lambda prompts, _: generate_speed(peer, prompts, NEW)
         sides["hf_static"] = lambda prompts, _: generate_speed(peer, prompts, NEW, cache_implementation="static")
+    if "graph" in others:
+        sides["graph"] = lambda prompts, turn: batch_size / graph_seconds(models["mod"], prompts, options(turn))
     if "llamacpp" in others:
         server = LlamaCpp(models["dense"], batch_size, threads, folder)
         sides["llamacpp"] = lambda prompts, _: server.speed(prompts)
@@ -237,7 +250,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", choices=list(SHAPES), nargs="+", default=list(SHAPES))
+    parser.add_argument("--models", choices=list(SHAPES), nargs="+", default=["A", "B"])
     parser.add_argument("--precisions", choices=list(BYTES), nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
@@ -245,7 +258,7 @@ def main() -> None:
         "--others",
         choices=OTHERS,
         nargs="*",
-        default=OTHERS,
+        default=["hf", "llamacpp"],
         help="beside our two sides; hf is slow in bf16 without units",
     )
     parser.add_argument("--threads", type=int, default=2)
