@@ -158,6 +158,24 @@ def test_a_browser_shows_right_to_left_words_ends_of_lines_and_tokens_without_te
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_as_light_or_dark_as_the_reader_wants_and_readable(
+    browser: Any, tmp_path: Path, scheme: str
+) -> None:
+    (tmp_path / "report.html").write_text(page_of(traced("the quick brown fox")), encoding="utf-8")
+    page = browser.new_page(color_scheme=scheme)
+    page.goto((tmp_path / "report.html").as_uri())
+    for selector in ("body", "#tip"):
+        style = f"getComputedStyle(document.querySelector('{selector}'))"
+        ground, ink = (
+            sum(map(int, re.findall(r"\d+", page.evaluate(f"{style}.{name}"))[:3]))
+            for name in ("backgroundColor", "color")
+        )
+        assert (ground < 150 < 600 < ink) if scheme == "dark" else (ink < 150 < 600 < ground)
+    page.close()
+
+
+@pytest.mark.browser
 def test_four_thousand_tokens_open_in_two_seconds_and_scroll(browser: Any, tmp_path: Path) -> None:
     text = "".join(f"def name_{i}(value):\n    return value + {i}\n" for i in range(400))
     tokens: Any = TOKENIZER(text)["input_ids"]
