@@ -38,10 +38,11 @@ def evaluate(
     limit: int | None = None,
     device: Device = "auto",
 ) -> None:
-    """Loss, perplexity and bits per byte of a model under top-k and every causal routing, as JSON; or figures of tasks.
+    """Print how well a model predicts a text: loss, perplexity and bits per byte, as JSON.
 
-    Without --data on the text that its training held out; with it on all of the text given. With --tasks, on those of
-    lm-evaluation-harness instead, under causal routing; this needs the extra "eval".
+    Each figure is given for both ways of routing: top-k, as in training, and causal, as in sampling. The text is what
+    training held out, or all of --data. With --tasks the model is judged on tasks of lm-evaluation-harness instead,
+    under causal routing; this needs the extra "eval".
 
     Args:
         checkpoint: Folder of a trained model; or folder, GGUF file or hub name of a dense one that can be retrofitted.
@@ -134,11 +135,13 @@ def calibrate(
     precision: Precision = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Shift the causal routers so that the capacity of each block, and of experts, is what enters on held-out text.
+    """Set a model's routers so that, in sampling, as many tokens enter each routed block as its capacity says.
 
-    With --data on that text: more or fewer tokens of another kind of text may enter. Every second sequence calibrates,
-    up to 128 of them; on the others the model is evaluated, before and after, as JSON. A model that was trained with
-    the auxiliary loss has no constant of its own to shift, and from then on decides by its threshold.
+    In sampling each token decides by itself, so that more or fewer may enter than was meant. This shifts the decision
+    until the share is right on a text, and that of experts with a capacity, too. The text is what training held out, or
+    --data: give the kind of text that the model will meet. Every second sequence of it calibrates, up to 128 of them.
+    On the others the model is evaluated before and after, and printed as JSON. A model that was trained with the
+    auxiliary loss has nothing that could be shifted; it decides by a threshold from then on.
 
     Args:
         checkpoint: Folder of a trained model.
