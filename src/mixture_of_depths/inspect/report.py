@@ -36,12 +36,14 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
 #text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  border: 1px solid var(--line); border-radius: 6px; padding: .8rem; max-height: 70vh; overflow-y: auto; unicode-bidi: plaintext; }
+  border: 1px solid var(--line); border-radius: 6px; padding: .8rem; max-height: 70vh; overflow-y: auto;
+  unicode-bidi: plaintext; }
 #text span { border-radius: 2px; padding: 1px 0; }
 #text .line-end::before { content: "\\21B5"; opacity: .5; }
 #text span:hover, #text span.chosen { outline: 2px solid #0072B2; }
 #tip { position: fixed; display: none; z-index: 2; max-width: 22rem; background: var(--ground);
-  border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem; font-size: 13px; max-height: calc(100vh - 2.5rem); overflow: hidden;
+  border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem; font-size: 13px;
+  max-height: calc(100vh - 2.5rem); overflow: hidden;
   box-shadow: 0 2px 8px #0003; pointer-events: none;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .legend span { padding: 0 .5rem; margin-right: .3rem; border-radius: 3px; font-family: ui-monospace, monospace; }
