@@ -33,10 +33,11 @@ class DataOptions:
     """Where the text comes from and how it is cut into sequences."""
 
     data: tuple[str, ...] = (BUILTIN,)
-    """Text to train on: "builtin" (the Python standard library's own source), files, folders or globs of .txt, .md,
-    .py, .jsonl, .json.gz and .parquet (also .gz and .zst), .bin of tokens, hub:NAME for a data set of the Hugging Face
-    hub, streamed, or a folder of `mod prepare`; each with a weight after it to mix several, as in a:0.7 b:0.3.
-    In .jsonl, records of "messages" are conversations, cut with the tokenizer's chat template."""
+    """Text to train on, one source or several. A source is "builtin" (the Python standard library's own source); a
+    file, folder or glob of .txt, .md, .py, .jsonl, .json.gz and .parquet (also .gz and .zst); .bin of tokens; hub:NAME,
+    a data set of the Hugging Face hub, which is streamed; or a folder of `mod prepare`. To mix several by weights,
+    write the weight after each, as in a:0.7 b:0.3. In .jsonl, records of "messages" are conversations, cut with the
+    tokenizer's chat template."""
     text_column: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and hub data; dots lead into others, as in meta.text."""
     split: str = "train"
@@ -71,6 +72,8 @@ class ModelOptions:
     """Number of key and value heads; by default as many as query heads."""
     intermediate_size: int | None = None
     """Width of the MLP; by default 8/3 of the hidden size."""
+    query_key_norm: bool = False
+    """Whether queries and keys are normalised, head by head."""
     tie_word_embeddings: bool = False
     """Whether the head shares its weights with the embedding."""
     initializer_range: float = 0.02
@@ -85,8 +88,13 @@ class ModelOptions:
     """Index of the first routed block; by default route_every - 1."""
     capacity: tuple[float, ...] = (0.125,)
     """Fraction of the tokens that enters a routed block; one number, or one per routed block."""
+    routed_parts: Annotated[tuple[RoutedPart, ...], Len(1)] = ("block",)
+    """What of a routed block a token skips: all of it, all but its key and value, or the MLP alone; one word, or one
+    per routed block."""
+    bypass_rank: NotNegative = 0
+    """Rank of the map that a token which skips takes in the place of what it skips; 0 for none."""
     router_type: RouterType = "learned"
-    """Learned routing, or the stochastic control."""
+    """Learned routing; or random routing, as a control."""
     router_activation: RouterActivation = "sigmoid"
     """What is applied to the router's output before it scales the block's delta."""
     causal_router: CausalRouter = "predictor"
@@ -162,7 +170,8 @@ class RetrofitOptions:
     decode_share: Fraction | None = None
     """Bytes read for a decoded token over the dense model's, after sequence_length tokens; instead of flops_share."""
     capacity: Annotated[tuple[Fraction, ...], Len(1)] = (0.125,)
-    """Least fraction of the tokens that enters a routed block; with routed_layers its fraction, one or one for each."""
+    """Least fraction of the tokens that enters a routed block. With routed_layers it is the fraction itself: one number
+    for all of these blocks, or one for each."""
     routed_layers: Annotated[tuple[int, ...], Len(1)] | None = None
     """Blocks to route, instead of those that measuring finds for the share; capacity is then kept."""
     routed_parts: Literal["block", "block_keep_keys"] = "block_keep_keys"
@@ -170,7 +179,7 @@ class RetrofitOptions:
     bypass_rank: NotNegative | None = None
     """Rank of the map that a token which skips takes instead; 0 for none, by default 64 or an eighth of the width."""
     router_type: RouterType = "learned"
-    """Learned routing, or the stochastic control."""
+    """Learned routing; or random routing, as a control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"
     """How a token decides in sampling whether it enters; a predictor needs longer tuning than a threshold."""
     tune: Literal["routers", "lora", "all"] = "all"

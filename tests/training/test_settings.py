@@ -10,7 +10,7 @@ from gpus import pretended_gpus
 from runs import CPU, QUIET, config_for, records
 from transformers import TrainingArguments
 
-from mixture_of_depths import MoDConfig, model_parameters
+from mixture_of_depths import MoDConfig, ModelOptions, model_config, model_parameters
 from mixture_of_depths.distributed import processes
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
@@ -38,6 +38,19 @@ def test_impossible_training_options_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(config_for(corpus), corpus, TrainOptions(max_steps=2, **{"batch_size": 4, **arguments}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("block", 0, False)),
+        ({"routed_parts": ("mlp",), "bypass_rank": 4, "query_key_norm": True}, ("mlp", 4, True)),
+        ({"routed_parts": ("block", "block_keep_keys", "mlp")}, (["block", "block_keep_keys", "mlp"], 0, False)),
+    ],
+)
+def test_a_run_routes_the_parts_that_its_options_name(options: dict[str, Any], expected: Any, corpus: Corpus) -> None:
+    config = model_config(ModelOptions(**options), corpus.tokenizer, 32)
+    assert (config.routed_parts, config.bypass_rank, config.query_key_norm) == expected
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth_over_the_horizon(corpus: Corpus, tmp_path: Path) -> None:
