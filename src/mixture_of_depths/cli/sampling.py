@@ -121,7 +121,7 @@ def bench(
 
     Args:
         checkpoint: Folder of a trained model.
-        prompt_tokens: Random tokens before.
+        prompt_tokens: Length of the prompt, which is made of random tokens.
         new_tokens: Tokens to sample.
         batch_sizes: Numbers of prompts sampled together.
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
@@ -192,7 +192,7 @@ def answer(
     compile: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Answer the questions of conversations, as data on which a retrofit stays a model that answers them.
+    """Let a model answer questions, as data to tune a retrofit on: so it stays a model that answers.
 
     Every message of the user's that has no answer gets the model's own. Called again in the same way, it goes on with
     the file.
