@@ -15,7 +15,7 @@ from mixture_of_depths.text import corpus as corpus_module
 from mixture_of_depths.text.batches import Collator, kinds
 from mixture_of_depths.text.conversations import conversation_of, positions_in_sequences, render, rendered
 from mixture_of_depths.text.corpus import load_prepared
-from mixture_of_depths.text.documents import Skipped, read_all
+from mixture_of_depths.text.documents import Skipped, holds_conversations, read_all
 
 # Every turn ends with the end of text, as instruction models' do.
 ENDING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
@@ -180,3 +180,29 @@ def test_a_template_is_given_content_as_it_reads_it(template: str, from_text: st
     parts = [{"type": "text", "text": text} for text in ("one", "two")]
     assert rendered([[{"role": "user", "content": "one"}]], tokenizer) == [from_text]
     assert render([{"role": "user", "content": parts}], tokenizer, False) == from_parts
+
+
+def test_a_template_is_given_each_role_s_content_as_it_reads_that(tmp_path: Path) -> None:
+    """One writes the user's text and the parts of all others; one refuses a conversation without a system's message."""
+    tokenizer = sentence_tokenizer()
+    said = [{"role": role, "content": f"{role}'s"} for role in ("system", "user", "assistant", "user")]
+    each_part = "{% for p in m.content %}{{ p.text }}{% endfor %};"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }};{% else %}"
+        + each_part
+        + "{% endif %}{% endfor %}"
+    )
+    assert render(said, tokenizer, False) == "system's;user's;assistant's;user's;"
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        "{% for m in messages %}" + each_part + "{% endfor %}"
+    )
+    assert render(said, tokenizer, False) == "system's;user's;assistant's;user's;"
+
+
+def test_a_folder_of_conversations_may_hold_an_empty_file(tmp_path: Path) -> None:
+    write_chats(tmp_path, 3)
+    (tmp_path / "none.jsonl").touch()
+    assert holds_conversations(str(tmp_path / "*.jsonl"), "text")
+    (tmp_path / "text.jsonl").write_text('{"text": "a text"}')
+    assert not holds_conversations(str(tmp_path / "*.jsonl"), "text")

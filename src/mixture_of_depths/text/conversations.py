@@ -48,19 +48,22 @@ MOST_SHOWN = 60
 PROBE = "zyxwvu"
 
 
-@lru_cache(maxsize=8)
-def _reads_parts_alone(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
-    """Whether a chat template loses what is said in a text, and not in a list of parts."""
+@lru_cache(maxsize=64)
+def _in_parts(tokenizer: "PreTrainedTokenizerBase", template: str, roles: tuple[str, ...]) -> tuple[bool, ...]:
+    """Of each message of a conversation, whether a chat template loses what it says in a text, and not in parts."""
+    probes = [f"{PROBE}{number}q" for number in range(len(roles))]
 
-    def is_told(content: str | list[dict[str, str]]) -> bool:
-        messages = [{"role": "user", "content": content}]
+    def told(contents: Sequence[str | list[dict[str, str]]]) -> list[bool]:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            return PROBE in cast(str, tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+            text = cast(str, tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
         except Exception:
             # A template is a program of the model's, and fails as programs do: with any kind of error.
-            return False
+            text = ""
+        return [probe in text for probe in probes]
 
-    return not is_told(PROBE) and is_told([{"type": "text", "text": PROBE}])
+    in_texts, in_parts = told(probes), told([[{"type": "text", "text": probe}] for probe in probes])
+    return tuple(part and not text for text, part in zip(in_texts, in_parts, strict=True))
 
 
 def _with_content(message: Mapping[str, Any], in_parts: bool) -> Mapping[str, Any]:
@@ -92,8 +95,9 @@ def render(
         ValueError: when the template refuses it; in the template's own words.
     """
     try:
-        in_parts = _reads_parts_alone(tokenizer, tokenizer.get_chat_template())
-        told = [_with_content(message, in_parts) for message in messages]
+        roles = tuple(message["role"] for message in messages)
+        in_parts = _in_parts(tokenizer, tokenizer.get_chat_template(), roles)
+        told = [_with_content(message, part) for message, part in zip(messages, in_parts, strict=True)]
         text = tokenizer.apply_chat_template(cast(Any, told), tokenize=False, add_generation_prompt=asks, **settings)
         # A template can spell half a surrogate pair, which is no text.
         cast(str, text).encode()
