@@ -46,7 +46,7 @@ class DataOptions:
     """Stop reading after this many characters; needed for a hub data set that is larger than the disk."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use; by default a byte-level BPE is trained on the text."""
-    vocab_size: Annotated[int, Lt(2**31)] | None = None
+    vocab_size: Annotated[int, Lt(2**24)] | None = None
     """Entries of the tokenizer that is trained; by default 4096."""
     sequence_length: Annotated[int, Ge(2)] = 256
     """Tokens per sequence."""

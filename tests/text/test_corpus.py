@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,46 @@ def test_tokens_without_their_tokenizer_are_refused(tmp_path: Path, data: list[s
     np.arange(500, dtype="<u2").tofile(tmp_path / "b.bin")
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, *(str(tmp_path / source) for source in data)))
+
+
+def test_a_prepared_folder_that_holds_other_text_or_another_tokenizer_than_before_is_refused(tmp_path: Path) -> None:
+    folder = prepared_numbers(tmp_path, "a", range(40))
+    corpus = from_shards(tmp_path, str(folder))
+    shutil.rmtree(folder)
+    other = prepared_numbers(tmp_path, "b", range(100, 140))
+    other.rename(folder)
+    with pytest.raises(ValueError, match=r"data=.*a is not what it was: .*a holds other text than was trained on"):
+        load_prepared(corpus.options, corpus.key)
+    train_tokenizer(["another text"], 280).save_pretrained(str(folder / "tokenizer"))
+    with pytest.raises(ValueError, match=r"data=.*a is damaged: .*tokenizer is not the tokenizer that made its tokens"):
+        from_shards(tmp_path, str(folder))
+
+
+def test_a_file_that_changes_while_it_is_read_into_memory_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": SENTENCE}) + "\n" for _ in range(40)))
+    read_all = corpus_module.read_all
+
+    def changing(*arguments: Any) -> Any:
+        yield from read_all(*arguments)
+        path.write_text(json.dumps({"text": "another"}))
+
+    monkeypatch.setattr(corpus_module, "read_all", changing)
+    with pytest.raises(ValueError, match=r"data=.*text\.jsonl has changed while it was read"):
+        prepare(options(tmp_path, str(path)))
+
+
+def test_a_share_that_holds_out_nothing_is_refused(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    with pytest.raises(ValueError, match="validation_fraction=1e-17 holds out nothing of 40 documents; raise it"):
+        prepare(options(tmp_path, str(tmp_path), validation_fraction=1e-17))
+
+
+def test_a_name_that_is_no_text_is_refused_where_shards_are_named_by_it(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    with pytest.raises(ValueError, match=r"data='.*\\udcff.txt' is not UTF-8"):
+        prepare(options(tmp_path, str(tmp_path / "000.txt"), str(tmp_path / "\udcff.txt"), packing="best_fit"))
+    with pytest.raises(ValueError, match=r"out='.*\\udcff' is not UTF-8"):
+        prepare_shards(options(tmp_path, str(tmp_path)), tmp_path / "\udcff")

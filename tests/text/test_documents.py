@@ -13,7 +13,7 @@ from models import options, read, write_files
 
 from mixture_of_depths.text import documents as documents_module
 from mixture_of_depths.text.corpus import prepare
-from mixture_of_depths.text.documents import Skipped, Span, read_file, split_documents
+from mixture_of_depths.text.documents import Skipped, Span, read_documents, read_file, split_documents
 from mixture_of_depths.text.sources import builtin_files
 
 
@@ -296,3 +296,21 @@ def test_zeros_after_a_gzip_file_and_any_space_before_a_list_are_no_matter(tmp_p
     for before in (b" ", b"\xef\xbb\xbf "):
         (tmp_path / "a.json").write_bytes(before + b" \n" * 20_000 + b'[{"text": "one"}, {"text": "two"}]')
         assert read(options(tmp_path, str(tmp_path / "a.json")))[0] == ["one", "two"]
+
+
+def test_rows_of_a_table_are_read_by_their_size_and_strange_dates_are_no_text(tmp_path: Path) -> None:
+    texts = ["x" * 6_000_000 + str(i) for i in range(6)]
+    table = pyarrow.table({"text": texts})
+    # A page for each row: what reads one row of a page holds all of it.
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, write_batch_size=1)
+    del table
+    before, held = pyarrow.total_allocated_bytes(), []
+    for text in read_documents(options(tmp_path, str(tmp_path / "a.parquet")), Skipped()):
+        assert len(text) == 6_000_001
+        held.append(pyarrow.total_allocated_bytes() - before)
+    assert len(held) == 6
+    assert max(held) < 30e6
+    days = pyarrow.array([2147483647], pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": days}), tmp_path / "b.parquet")
+    assert list(read_documents(options(tmp_path, str(tmp_path / "b.parquet")), skipped := Skipped())) == []
+    assert skipped == Skipped(no_text=1)

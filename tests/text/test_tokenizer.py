@@ -1,14 +1,17 @@
 """A tokenizer gives back every text, and takes documents and words of any length."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import SENTENCE, sentence_tokenizer
 
+from mixture_of_depths import ModelOptions, model_config
 from mixture_of_depths.text import encoder as encoder_module
-from mixture_of_depths.text.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
+from mixture_of_depths.text.tokenizer import END_OF_TEXT, load_tokenizer, tokenize, train_tokenizer
 
 
 @given(st.text())
@@ -42,3 +45,19 @@ def test_a_tokenizer_learns_from_a_word_of_a_million_characters_no_slower_than_f
     seconds, size = learned(SENTENCE * 50 + word * (1_000_000 // len(word)))
     assert seconds < in_sentences
     assert size == 300
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(ValueError, match=r"tokenizer=.* has no vocabulary but special tokens"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_has_an_entry_for_every_token_also_where_numbers_are_left_out(tmp_path: Path) -> None:
+    sentence_tokenizer().save_pretrained(str(tmp_path))
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(described["model"]["vocab"], key=described["model"]["vocab"].get)
+    described["model"]["vocab"][last] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    assert model_config(ModelOptions(), load_tokenizer(str(tmp_path)), 16).vocab_size == 5001

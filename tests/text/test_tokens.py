@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixture_of_depths.text import tokens as tokens_module
+from mixture_of_depths.text.sources import file_facts
 from mixture_of_depths.text.tokens import MEGATRON, Vocabulary, open_tokens, read_token_documents
 
 END = 9
@@ -164,3 +165,14 @@ def test_an_index_is_read_in_slices_of_bounded_memory(tmp_path: Path, monkeypatc
 def test_a_negative_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the token -5 at 1"):
         documents_of(write_megatron(tmp_path, [[1, -5]], 4, "<i4"), SMALL)
+
+
+def test_a_changed_index_of_megatron_s_is_another_text(tmp_path: Path) -> None:
+    path = write_megatron(tmp_path, DOCUMENTS)
+    before = file_facts(path)
+    assert file_facts(path) == before
+    index = path.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:-8] + bytes(8))
+    changed = file_facts(path)
+    index.unlink()
+    assert len({facts.sample for facts in (before, changed, file_facts(path))}) == 3

@@ -41,19 +41,22 @@ from mixture_of_depths.text.preparation import (
     shared_tokenizer,
 )
 from mixture_of_depths.text.sequences import by_kind, cut_documents
-from mixture_of_depths.text.shards import Side, open_prepared
+from mixture_of_depths.text.shards import Prepared, Side, changed_file, key_of, open_prepared
 from mixture_of_depths.text.sources import (
     NAMES,
+    file_facts,
     find_files,
     hub_name,
     is_prepared,
     is_tokens,
+    is_utf8,
     text_size,
     unweighted,
     weighted,
 )
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
+    encoding,
     end_of_text,
     identity,
     load_tokenizer,
@@ -175,7 +178,10 @@ def prepare_cache(
 
 def _prepare_in_memory(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> tuple[str, Skipped]:
     skipped = Skipped()
+    before = _facts(options)
     documents = list(read_all(options, skipped))
+    if (changed := changed_file(before, _facts(options))) is not None:
+        raise ValueError(f"data={changed} has changed while it was read; give the same command again")
     if not documents:
         raise ValueError(
             f"data={' '.join(options.data)} holds no text (skipped: {skipped}); give other files, folders or globs of "
@@ -187,6 +193,12 @@ def _prepare_in_memory(options: DataOptions, tokenizer: PreTrainedTokenizerFast 
     key = _cache_key(options, documents, own_tokenizer)
     put_whole(options.cache_dir / key, lambda folder: _write_cache(folder, options, documents, own_tokenizer, skipped))
     return key, skipped
+
+
+def _facts(options: DataOptions) -> list[dict[str, Any]]:
+    """What tells the files of a text from changed ones."""
+    files = (path for source in options.data if hub_name(source) is None for path in find_files(source))
+    return [asdict(file_facts(path)) for path in files]
 
 
 def _check_template(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
@@ -287,6 +299,9 @@ def _prepare_sharded(options: DataOptions, tokenizer: PreTrainedTokenizerFast | 
     """Has all sources in shards, and an entry of the cache say where they are; returns its key."""
     shares = {share.source: share.weight for share in weighted(options.data)}
     sources = [unweighted(source) for source in options.data]
+    for source in sources:
+        if not is_utf8(source):
+            raise ValueError(f"data={source!a} is not UTF-8, and names the text in records; rename it")
     chats = [source for source in sources if holds_conversations(source, options.text_column)]
     texts = [source for source in sources if source not in chats]
     is_apart = bool(shares) or any(map(is_prepared, sources))
@@ -338,7 +353,7 @@ def _shards_of(
     if is_prepared(options.data[0]):
         folder = Path(options.data[0])
         prepared = open_prepared(folder)
-        _check_tokenizer(folder, tokenizer)
+        _check_tokenizer(folder, prepared, tokenizer)
     else:
         folder = options.cache_dir / f"shards-{name_of(options, tokenizer)}"
         prepared = prepare_shards(options, folder, tokenizer, console=console)
@@ -347,9 +362,14 @@ def _shards_of(
     return str(folder.resolve()), prepared.key
 
 
-def _check_tokenizer(folder: Path, own: PreTrainedTokenizerFast | None) -> None:
-    """Raises ValueError when a folder was prepared with another tokenizer than is asked for."""
+def _check_tokenizer(folder: Path, prepared: Prepared, own: PreTrainedTokenizerFast | None) -> None:
+    """Raises ValueError when a folder was prepared with another tokenizer than it holds, or than is asked for."""
     theirs = load_tokenizer(str(folder / TOKENIZER))
+    if key_of(encoding(theirs), end_of_text(theirs), prepared.shards) != prepared.key:
+        raise ValueError(
+            f"data={folder} is damaged: {folder / TOKENIZER} is not the tokenizer that made its tokens; prepare the "
+            "text again"
+        )
     if own is not None and identity(own) != identity(theirs):
         raise ValueError(
             f"data={folder} was prepared with another tokenizer, {folder / TOKENIZER}; prepare all text with one, as "
@@ -380,7 +400,7 @@ def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]
             corpus = load_prepared(options, source["key"])
             parts.append(_Part(corpus.train, corpus.validation, corpus.tokenizer, corpus.facts))
         else:
-            parts.append(_load_shards(options, Path(source["folder"]), source["name"]))
+            parts.append(_load_shards(options, Path(source["folder"]), source["name"], source["key"]))
     several = len(parts) > 1
     # The conversations' one has their chat template.
     in_memory = (part for part, source in zip(parts, described, strict=True) if source["folder"] is None)
@@ -404,8 +424,13 @@ def _load_sharded(options: DataOptions, key: str, described: list[dict[str, Any]
     )
 
 
-def _load_shards(options: DataOptions, folder: Path, source: str) -> _Part:
+def _load_shards(options: DataOptions, folder: Path, source: str, key: str) -> _Part:
     length, prepared = options.sequence_length, open_prepared(folder)
+    if prepared.key != key:
+        raise ValueError(
+            f"data={source} is not what it was: {folder} holds other text than was trained on; put that text back, or "
+            "name what to read as data"
+        )
     train = ShardSequences(folder, prepared, "train", length, options.packing, options.cache_dir)
     held_out = ShardSequences(folder, prepared, "validation", length, "cut", options.cache_dir)
     checked: list[tuple[str, Side, ShardSequences]] = [

@@ -31,6 +31,8 @@ WINDOW = 1 << 20
 LONGEST_TEXT = 1 << 26
 # Rows of a Parquet file that are decoded together.
 ROWS = 512
+# Bytes of a table that are read at a time, unless one row has more.
+BATCH = 16e6
 
 
 @dataclass
@@ -124,13 +126,18 @@ def read_file(
         yield from _read_text(path, skipped, span, longest)
 
 
+def _not_empty(paths: list[Path]) -> list[Path]:
+    """Files with something in them; all, where none has."""
+    return [path for path in paths if path.stat().st_size > 0] or paths
+
+
 def holds_conversations(source: str, column: str) -> bool:
     """Whether all files of a source begin with a conversation; those of other kinds than JSON hold none."""
     if is_prepared(source) or hub_name(source) is not None:
         return False
     return all(
         kind_of(path) in (".jsonl", JSON) and isinstance(next(read_file(path, column, Skipped()), None), Conversation)
-        for path in find_files(source)
+        for path in _not_empty(find_files(source))
     )
 
 
@@ -341,8 +348,12 @@ def _read_parquet(path: Path, column: str, skipped: Skipped, span: Span) -> Iter
         with parquet.ParquetFile(content) as table:
             check_column(path, table.schema_arrow, column)
             groups = range(span.begin, table.num_row_groups if span.end is None else span.end)
-            for batch in table.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=[column]):
-                yield from texts_of(_values(_nested(batch, column), skipped), column, path, skipped)
+            for group in groups:
+                described = table.metadata.row_group(group)
+                size = described.total_byte_size / max(1, described.num_rows)
+                rows = max(1, min(ROWS, int(BATCH / max(1, size))))
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+                    yield from texts_of(_values(_nested(batch, column), skipped), column, path, skipped)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"data={path} is not a Parquet file: {error}") from error
 
@@ -379,6 +390,9 @@ def _values(values: Any, skipped: Skipped) -> Iterator[object]:
             yield value.as_py()
         except UnicodeDecodeError:
             skipped.not_utf8 += 1
+        except OverflowError:
+            # A date that Python has no name for; no column of text has it.
+            yield None
 
 
 def texts_of(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:
@@ -417,8 +431,12 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
     if train and validation:
         return train, validation, "documents"
     cuts = [cut_tail(len(text), validation_fraction) for text in documents]
-    train = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
-    return train, [text[cut:] for text, cut in zip(documents, cuts, strict=True)], "tails"
+    tails = [text[cut:] for text, cut in zip(documents, cuts, strict=True) if cut < len(text)]
+    if not tails:
+        raise ValueError(
+            f"validation_fraction={validation_fraction:g} holds out nothing of {len(documents):,} documents; raise it"
+        )
+    return [text[:cut] for text, cut in zip(documents, cuts, strict=True)], tails, "tails"
 
 
 def split_conversations(

@@ -33,9 +33,10 @@ from mixture_of_depths.text.shards import (
     read_record,
     with_samples,
 )
-from mixture_of_depths.text.sources import PREPARED, hub_name, is_prepared, unweighted, weighted
+from mixture_of_depths.text.sources import PREPARED, hub_name, is_prepared, is_utf8, unweighted, weighted
 from mixture_of_depths.text.tokenizer import (
     VOCABULARY,
+    encoding,
     end_of_text,
     identity,
     load_tokenizer,
@@ -109,6 +110,8 @@ def prepare_shards(
         )
     if processes is not None and processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
+    if not is_utf8(str(folder)):
+        raise ValueError(f"out={str(folder)!a} is not UTF-8; name another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder} is a file; name a folder")
     # Before anything is written there, be it the lock.
@@ -126,7 +129,8 @@ def prepare_shards(
         with suppress(FileNotFoundError):
             read_record(kind, folder / name)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK, wait=False) as ours:
+    # Whoever looks at finished text is soon done.
+    with locked(folder / LOCK, wait=(folder / PREPARED).is_file()) as ours:
         if not ours:
             raise ValueError(f"out={folder} is being prepared by another process; wait for it, or name another folder")
         try:
@@ -288,7 +292,7 @@ def _fill(
     shards = {side: with_samples(folder, shards[side]) for side in SIDES}
     return Prepared(
         version=VERSION,
-        key=key_of(json.dumps([backend, start_of_text(tokenizer)]), vocabulary.end_of_text, shards),
+        key=key_of(encoding(tokenizer), vocabulary.end_of_text, shards),
         dtype=cast(Any, work.dtype.str),
         last_token=vocabulary.last,
         end_of_text=vocabulary.end_of_text,

@@ -241,9 +241,13 @@ class FileFacts:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """Size, time of change, and the hash of pieces of a file."""
+    """Size, time of change, and the hash of pieces of a file, and of Megatron's index beside it."""
     status = path.stat()
-    return FileFacts(str(path), status.st_size, status.st_mtime_ns, sample_hash(path, status.st_size))
+    sample, index = sample_hash(path, status.st_size), path.with_suffix(".idx")
+    if path.suffix == TOKENS and index.is_file():
+        described = f"{sample} {index.stat().st_mtime_ns} {sample_hash(index, index.stat().st_size)}"
+        sample = hashlib.sha256(described.encode()).hexdigest()[:32]
+    return FileFacts(str(path), status.st_size, status.st_mtime_ns, sample)
 
 
 def sample_hash(path: Path, size: int, length: int = SAMPLE) -> str:

@@ -48,6 +48,12 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps([backend.to_str(), tokenizer.eos_token, *beginning])
 
 
+def encoding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What makes documents into tokens: two tokenizers of one encoding write the same shards."""
+    backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    return json.dumps([backend.to_str(), start_of_text(tokenizer)])
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of at most `vocab_size` entries; no text is outside it.
 
@@ -109,7 +115,8 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
     """The tokenizer that comes from `source`.
 
     Raises:
-        ValueError: when it is not a fast one, has no end-of-text token, or a longest text that is no number.
+        ValueError: when it is not a fast one, has no end-of-text token or no vocabulary, or a longest text that is no
+            number.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer={source} has no tokenizer.json; save it as a fast tokenizer")
@@ -120,16 +127,23 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    if not set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens):
+        raise ValueError(f"tokenizer={source} has no vocabulary but special tokens; give a folder with tokenizer.json")
     # State of an earlier use, which each use sets anew: without it the tokenizer is the same before and after one.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The entries that a model needs for a tokenizer, which may leave out numbers between its tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> None:
     """Raises ValueError when the tokenizer of `source` has tokens that a model of this vocabulary does not."""
-    if (last := max(tokenizer.get_vocab().values())) >= vocab_size:
-        raise ValueError(f"{source}: its tokenizer has a token {last}; the model has vocab_size={vocab_size}")
+    if (needed := entries(tokenizer)) > vocab_size:
+        raise ValueError(f"{source}: its tokenizer has a token {needed - 1}; the model has vocab_size={vocab_size}")
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Encoder:

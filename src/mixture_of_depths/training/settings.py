@@ -20,7 +20,7 @@ from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import model_parameters
 from mixture_of_depths.options import ModelOptions, TrainOptions
 from mixture_of_depths.text.corpus import Corpus
-from mixture_of_depths.text.tokenizer import end_of_text
+from mixture_of_depths.text.tokenizer import end_of_text, entries
 from mixture_of_depths.training.horizon import Horizon
 
 
@@ -40,7 +40,7 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
     else:
         routed = {"route_every": options.route_every, "route_from": options.route_from}
     return MoDConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=entries(tokenizer),
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         num_hidden_layers=options.num_hidden_layers,
