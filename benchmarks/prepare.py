@@ -5,8 +5,8 @@
 
 Documents of a seeded generator, some 3 kB each, in files of JSON lines of 256 MB. Prints one JSON line:
 
-- `peak_gib`: the most memory that the command's processes have together (their proportional set sizes, 5 times a
-  second).
+- `peak_gib`: the most memory that the command's processes have together (their proportional set sizes, looked at twice
+  in 3 seconds: oftener, looking would take a tenth of the machine's time from the command).
 - `mb_per_second`: text over the command's whole time; `encode_batch_mb_per_second`: what `tokenizers.encode_batch`
   alone reaches with as many threads as the command has processes, before and after it;
   `throughput_ratio`: the first over the
@@ -92,7 +92,7 @@ def run_watched(words: list[str]) -> tuple[float, float]:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             peak = max(peak, memory_of(psutil.Process(process.pid)))
-            time.sleep(0.2)
+            time.sleep(1.5)
         seconds = time.perf_counter() - began
         errors.seek(0)
         assert process.returncode == 0, errors.read().decode()
