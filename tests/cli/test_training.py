@@ -84,18 +84,21 @@ def test_a_model_with_experts_goes_the_same_ways(
 
 
 @pytest.mark.slow
-def test_the_demo_trains_compares_and_samples(
+def test_the_demo_shows_the_three_claims_and_ends_with_the_page(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     out = tmp_path / "demo"
     status, output, _ = run(monkeypatch, capsys, "demo", "--out", str(out), *data(text, "--max-flops", "2e10"))
     assert status == 0
-    for words in ("held-out loss, causal routing", "bits per byte", "FLOPs per token", "tokens/s", "blocks used"):
+    for words in ("held-out loss at equal training FLOPs", "FLOPs per token", "sampling, tokens/s", "blocks used"):
         assert words in output
+    assert f"open {(out / 'report.html').as_uri()}" in output.splitlines()[-1]
     assert (out / "curves.png").stat().st_size > 10_000
     models = json.loads((out / "demo.json").read_text())["models"]
     assert models["MoD"]["flops"] == pytest.approx(models["baseline"]["flops"], rel=0.1)
-    assert models["MoD"]["blocks"] > models["baseline"]["blocks"]
+    assert models["MoD"]["blocks"] == models["baseline"]["blocks"]
+    assert models["MoD"]["forward_flops_per_token"] < 0.7 * models["baseline"]["forward_flops_per_token"]
+    assert models["MoD"]["tokens"] > 1.3 * models["baseline"]["tokens"]
 
 
 def test_a_trained_model_is_retrofitted_and_evaluated(

@@ -178,13 +178,13 @@ def retrofit(
 
 def demo(
     out: Path = Path("demo"),
-    max_flops: float = 1e13,
+    max_flops: float = 6e12,
     data: DataOptions = DataOptions(),
     seed: int = 0,
     resume: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Train a baseline and a Mixture-of-Depths model to the same training FLOPs, and compare them.
+    """Show the paper's three claims: a baseline and a Mixture-of-Depths model, trained with the same FLOPs, compared.
 
     Args:
         out: Folder for both runs, curves.png and demo.json.
