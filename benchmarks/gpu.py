@@ -149,12 +149,11 @@ def environment_of(sites: list[str], smoke: bool) -> dict[str, str]:
     }
 
 
-def run_beside(parts: list[str], command: list[str]) -> None:
-    """Has two processes of this command run the parts, each its share."""
-    shares = [[name for name in parts if (name in LONGEST_OF_SMOKE) == is_longest] for is_longest in (True, False)]
+def run_beside(shares: list[list[str]], command: list[str]) -> None:
+    """Has a process of this command run each share of the parts, all at once."""
     processes = []
     try:
-        for share in filter(None, shares):
+        for share in shares:
             processes.append(subprocess.Popen([*command, "--parts", *share], stdout=subprocess.DEVNULL))
         for process in processes:
             process.wait()
@@ -199,8 +198,10 @@ def main() -> None:
     variables = environment_of(named_site_packages(arguments.site, out), arguments.smoke)
     # The study without its text is no part.
     parts = [name for name in arguments.parts if name != "isoflop" or arguments.tokens or arguments.smoke]
-    if arguments.smoke and len(parts) > 1:
-        run_beside(parts, [sys.executable, *sys.argv])
+    shares = [[name for name in parts if (name in LONGEST_OF_SMOKE) == is_longest] for is_longest in (True, False)]
+    # A process that has one share alone runs it itself.
+    if arguments.smoke and all(shares):
+        run_beside(shares, [sys.executable, *sys.argv])
     for name in parts:
         path = out / f"{name}.json"
         if arguments.retry:
