@@ -32,6 +32,7 @@ from mixture_of_depths.text.documents import (
     split_documents,
 )
 from mixture_of_depths.text.packing import Cut, Joined, Sequences, ShardSequences
+from mixture_of_depths.text.plan import facts_of
 from mixture_of_depths.text.preparation import (
     TOKENIZER,
     check_text,
@@ -44,7 +45,6 @@ from mixture_of_depths.text.sequences import by_kind, cut_documents
 from mixture_of_depths.text.shards import Prepared, Side, changed_file, key_of, open_prepared
 from mixture_of_depths.text.sources import (
     NAMES,
-    file_facts,
     find_files,
     hub_name,
     is_prepared,
@@ -197,8 +197,8 @@ def _prepare_in_memory(options: DataOptions, tokenizer: PreTrainedTokenizerFast 
 
 def _facts(options: DataOptions) -> list[dict[str, Any]]:
     """What tells the files of a text from changed ones."""
-    files = (path for source in options.data if hub_name(source) is None for path in find_files(source))
-    return [asdict(file_facts(path)) for path in files]
+    sources = (source for source in options.data if hub_name(source) is None)
+    return [asdict(facts) for source in sources for facts in facts_of(source, options.split)]
 
 
 def _check_template(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> None:
