@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from models import make_checkpoint
 from safetensors.torch import load_file, save_file
@@ -35,6 +35,8 @@ CASES = int(os.environ.get("BAD_INPUT_CASES", "12"))
 FEW = settings(
     max_examples=CASES,
     deadline=None,
+    # A command line is short as it is, and to shorten it takes minutes.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

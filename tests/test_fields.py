@@ -26,6 +26,8 @@ class Sizes:
     [
         ({"width": 0}, "width=0 is out of range: it must be greater than or equal to 1"),
         ({"width": 1.5}, "width=1.5 is out of range: it must be a valid integer"),
+        ({"width": 10**30}, rf"width={10**30} is out of range: it must be less than 1e\+30"),
+        ({"ends": [1, 10**400]}, r"ends=\[1, 10+\] is out of range: it must be less than 1e\+30"),
         ({"width": True}, "width=True is out of range: it must be a valid integer"),
         ({"width": "3"}, "width='3' is out of range: it must be a valid integer"),
         ({"share": 1.0}, "share=1.0 is out of range: it must be less than 1"),

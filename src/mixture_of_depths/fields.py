@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+# No count of anything comes near it, and sizes derived from it still fit into a float.
+LARGEST = 10**30
+
 
 def validate_fields(instance: Any) -> None:
     """Holds every field that the instance's own class annotates against its annotation; one at its default is right.
@@ -44,6 +47,9 @@ def refuse_without_use(options: Any, where: str, *names: str) -> None:
 def _validate(kind: type, name: str, value: Any) -> None:
     from pydantic import ValidationError
 
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, int) and abs(number) >= LARGEST for number in numbers):
+        raise ValueError(f"{name}={value!r} is out of range: it must be less than {LARGEST:.0e}")
     try:
         _adapter(kind, name).validate_python(value)
     except ValidationError as error:

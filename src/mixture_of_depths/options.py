@@ -123,7 +123,7 @@ class ModelOptions:
 class TrainOptions:
     """How a model is trained. Give exactly one of max_steps, max_tokens and max_flops."""
 
-    max_steps: Annotated[int, Ge(1), Lt(10**30)] | None = None
+    max_steps: Positive | None = None
     """Length of the run in optimiser steps."""
     max_tokens: Annotated[float, Gt(0), Lt(1e30)] | None = None
     """Length of the run in tokens; rounded down to whole steps."""

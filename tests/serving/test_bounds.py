@@ -84,12 +84,15 @@ def test_a_body_of_very_many_parts_is_refused_soon_and_by_its_field(
     text = json.dumps({"model": "name", **ENDPOINTS[endpoint], **body}, separators=(",", ":"))
     assert 2**20 < len(text) < 5 * 2**20
     start = time.process_time()
+    json.loads(text)
+    reading = time.process_time() - start
+    start = time.process_time()
     answer = client.post(f"/v1/{endpoint}", content=text[: 4 * 2**20], headers={"Content-Type": "application/json"})
     seconds = time.process_time() - start
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert answer.json()["error"]["message"].startswith(message)
-    # Collecting every fault took up to half a minute.
-    assert seconds < 5
+    # Up to 7 times; collecting every fault took up to half a minute.
+    assert seconds < 15 * reading
 
 
 @pytest.mark.parametrize("levels", [101, 900, 950])
