@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import gguf
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -240,6 +241,16 @@ def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function as a compiled step has it, in float32 with what is rounded, without compiling it."""
     torch._dynamo.reset()
     return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
+
+
+def trace_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has graphs traced and run as they are, which spares the minute that compiling them takes."""
+    compile_graph = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **fields: compile_graph(function, backend="eager", fullgraph=True, dynamic=False),
+    )
 
 
 def check_gradients(model: MoDForCausalLM, loss: torch.Tensor, reference_loss: torch.Tensor) -> None:

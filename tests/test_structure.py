@@ -1,14 +1,16 @@
-"""The map in CONTRIBUTING.md is the tree, and what has no public name is used where the dependencies say."""
+"""The map in CONTRIBUTING.md is the tree, links lead somewhere, and private names are used in one place only."""
 
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "mixture_of_depths"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
 PRIVATE = re.compile(r"torch\._[a-z]\w*|transformers\.cli\b")
 
 
@@ -38,3 +40,21 @@ def test_libraries_with_private_parts_in_use_have_bounds_and_this_run_is_at_one_
         assert installed in bounds[name]
         is_oldest, is_newest = (f"{major}.{minor + step}.0" not in bounds[name] for step in (-1, 1))
         assert is_oldest or is_newest, f"{name} {installed}: run the tests with the oldest or newest release allowed"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that a Markdown page has."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"(?:\]\(|src=\"|href=\")([^)\"\s]+)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in headings(target), link

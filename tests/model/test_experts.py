@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import check_gradients, distinct_tokens, greedy, layout, left_padded, tiny
+from models import check_gradients, distinct_tokens, greedy, layout, left_padded, tiny, trace_only
 from reference import reference_forward
 from torch.nn import functional as F
 from transformers import MixtralConfig
@@ -251,17 +251,16 @@ def test_stream_generate_and_the_full_causal_forward_give_the_same_tokens(
     assert torch.equal(logits[:, input_ids.shape[1] - 1 : -1].argmax(dim=-1), tokens)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("kind", "batch", "routed"),
-    [
-        ("two of four", 1, [1]),
-        ("integrated", 2, []),
-        # More rows take no other lines, in a graph of their own.
-        pytest.param("one of four", 5, [], marks=pytest.mark.slow),
-    ],
+    ("kind", "batch", "routed"), [("two of four", 1, [1]), ("integrated", 2, []), ("one of four", 5, [])]
 )
-def test_the_compiled_step_gives_the_same_tokens_with_experts(kind: str, batch: int, routed: list[int]) -> None:
+def test_the_compiled_step_gives_the_same_tokens_with_experts(
+    kind: str, batch: int, routed: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
+    if backend == "eager":
+        trace_only(monkeypatch)
     model = tiny(routed_layers=routed, num_hidden_layers=1 + len(routed), **KINDS[kind]).float().eval()
     input_ids, mask = left_padded(batch, 9)
     options = SamplingOptions(max_new_tokens=70, temperature=0)
@@ -269,16 +268,16 @@ def test_the_compiled_step_gives_the_same_tokens_with_experts(kind: str, batch: 
     assert torch.equal(tokens, greedy(model, input_ids, mask, 70))
 
 
-# "capacity" has all the lines of "one of four".
-@pytest.mark.parametrize("kind", [pytest.param("one of four", marks=pytest.mark.slow), "capacity", "expert choice"])
-def test_a_compiled_block_gives_the_same_loss_and_gradients_without_a_graph_break(kind: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["one of four", "capacity", "expert choice"])
+def test_a_compiled_block_gives_the_same_loss_and_gradients_without_a_graph_break(kind: str, backend: str) -> None:
     torch._dynamo.reset()
     model = tiny(routed_layers=[1], num_hidden_layers=2, **KINDS[kind]).float().train()
     input_ids = torch.randint(0, 31, (2, 8))
     plain = model(input_ids, labels=input_ids).loss
     wanted = torch.autograd.grad(plain, list(model.parameters()), allow_unused=True)
     for layer in model.model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(backend=backend, fullgraph=True, dynamic=False)
     found = model(input_ids, labels=input_ids).loss
     assert found.item() == pytest.approx(plain.item(), rel=1e-5)
     got = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)

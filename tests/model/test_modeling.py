@@ -342,12 +342,13 @@ def test_blocks_are_compiled_once_a_kind_however_many_there_are() -> None:
     assert len(graphs) == 2
 
 
-def test_the_training_step_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_training_step_compiles_without_a_graph_break(backend: str) -> None:
     model = MoDForCausalLM(MoDConfig(**TINY)).train()
     input_ids = torch.randint(0, 31, (2, 16))
     position_ids = torch.arange(16).expand(2, 16)
     eager = model(input_ids, position_ids=position_ids, labels=input_ids).loss
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     loss = compiled(input_ids=input_ids, position_ids=position_ids, labels=input_ids).loss
     loss.backward()
     assert loss.item() == pytest.approx(eager.item(), rel=1e-5)

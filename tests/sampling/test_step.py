@@ -91,11 +91,11 @@ def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(
     hidden_TD = torch.randn(64, 64, dtype=bf16)
     normed_TD = layer.input_layernorm(hidden_TD)
     assert torch.equal(normed_TD.float(), of(normalised)(layer.input_layernorm, hidden_TD.float()))
-    for whole_TD, of_one in (
-        (layer.self_attn.q_proj(normed_TD), lambda row: of(matvec)(layer.self_attn.q_proj, row, bf16)),
-        (layer.mlp(normed_TD), lambda row: of(apply_mlp)(layer.mlp, row, bf16)),
+    for whole_TD, of_one, part in (
+        (layer.self_attn.q_proj(normed_TD), of(matvec), layer.self_attn.q_proj),
+        (layer.mlp(normed_TD), of(apply_mlp), layer.mlp),
     ):
-        of_rows_TD = torch.cat([of_one(row[None].float()) for row in normed_TD])
+        of_rows_TD = torch.cat([of_one(part, row[None].float(), bf16) for row in normed_TD])
         # The two may sum up in different orders, as they do in PyTorch 2.11, which seldom reaches the last bit of bf16.
         assert (of_rows_TD == whole_TD.float()).float().mean() > 0.999
     query, keys, values = (torch.randn(1, 4, 32, 16, dtype=bf16) for _ in range(3))

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from models import PARTS, greedy, left_padded, tiny, with_parts
+from models import PARTS, greedy, left_padded, tiny, trace_only, with_parts
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -40,7 +40,7 @@ def test_streamed_tokens_equal_those_of_generate(causal_router: str, routed: lis
         assert torch.equal(tokens, greedy(model, input_ids, mask, 90))
 
 
-@pytest.mark.parametrize(("batch", "lengths"), [(1, (9, 4090)), (3, (9,))])
+@pytest.mark.parametrize(("batch", "lengths"), [(1, (9, 4090)), pytest.param(3, (9,), marks=pytest.mark.slow)])
 def test_the_compiled_step_gives_the_same_tokens_and_compiles_once_for_texts_that_grow_beyond_4096_tokens(
     batch: int, lengths: tuple[int, ...], compiled_step: None
 ) -> None:
@@ -285,12 +285,7 @@ def test_the_fast_step_knows_every_layer_that_a_model_may_have(changes: dict[str
 def test_a_process_may_have_many_compiled_steps(monkeypatch: pytest.MonkeyPatch, compiled_step: None) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(stream_module, "choose_fastest", lambda shapes: None)
-    compile_graph = torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda function, **fields: compile_graph(function, backend="eager", fullgraph=True, dynamic=False),
-    )
+    trace_only(monkeypatch)
     model = tiny(routed_layers=[], num_hidden_layers=1).float().eval()
     for batch in range(1, 12):
         list(
