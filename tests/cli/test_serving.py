@@ -192,7 +192,7 @@ def test_a_signal_ends_a_server_that_has_work_soon_with_its_status_and_tells_all
     assert "ASGI callable" not in log
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_ctrl_c_after_a_signal_ends_a_server_that_reads_a_long_prompt_at_once_and_with_an_answer(
     checkpoint: Path, first: signal.Signals
 ) -> None:

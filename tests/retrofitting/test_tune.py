@@ -47,6 +47,7 @@ def test_the_capacity_falls_from_one_to_its_target(corpus: Corpus) -> None:
     assert len({first for first, _ in seen}) == retrofit_module.LEVELS + 1
 
 
+@pytest.mark.slow
 def test_a_compiled_retrofit_goes_through_all_capacities(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
