@@ -155,7 +155,7 @@ def page(models: Models, compiled: bool = False) -> gradio.Blocks:
         with gradio.Row():
             new_tokens = gradio.Slider(1, 512, 96, step=1, label="New tokens")
             temperature = gradio.Slider(0, 2, 0.8, step=0.05, label="Temperature")
-            top_k = gradio.Slider(0, 200, 50, step=1, label="Top k (0 for all)")
+            top_k = gradio.Slider(0, 200, 50, step=1, label="Top k", info="0 for all")
             top_p = gradio.Slider(0.05, 1, 1, step=0.05, label="Top p")
             seed = gradio.Number(0, precision=0, label="Seed")
         with gradio.Row():
