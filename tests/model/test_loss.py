@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from mixture_of_depths.model import loss as loss_module
-from mixture_of_depths.model.loss import chunked_loss
+from mixture_of_depths.model.loss import chunked_loss, distilled_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -70,6 +70,55 @@ def test_in_bf16_the_parts_sum_their_gradients_of_the_head_in_float32(autocast: 
     # Under autocast the logits of both are those of bf16.
     assert 0.001 < errors["at once"] < 0.01
     assert errors["parts"] < 1.3 * errors["at once"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float64, False, 1e-12),
+        (torch.float64, True, 1e-12),
+        (torch.float32, False, 1e-5),
+        (torch.float32, True, 2e-2),
+        (torch.bfloat16, False, 2e-2),
+    ],
+)
+@pytest.mark.parametrize("is_head_tuned", [True, False])
+@pytest.mark.parametrize("count", [None, 900])
+def test_a_distilled_loss_in_parts_is_that_of_the_logits(
+    dtype: torch.dtype, autocast: bool, tolerance: float, is_head_tuned: bool, count: int | None
+) -> None:
+    # The teacher is wider, and no part is full.
+    hidden, teacher = torch.randn(3, 211, 16, dtype=dtype), torch.randn(3, 211, 24, dtype=dtype)
+    head, teacher_head = torch.randn(50, 16, dtype=dtype) / 4, torch.randn(50, 24, dtype=dtype) / 5
+    target = torch.randint(0, 50, (3, 211)).masked_fill(torch.rand(3, 211) < 0.3, -100)
+    leaves = [tensor.double().clone().requires_grad_() for tensor in (hidden, head)]
+    log_p = F.linear(*leaves).log_softmax(-1)
+    log_q = F.linear(teacher.double(), teacher_head.double()).log_softmax(-1)
+    surprise = F.cross_entropy(log_p.flatten(0, 1), target.flatten(), reduction="sum")
+    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none")[target != -100].sum()
+    (expected := (0.7 * surprise + 0.3 * divergence) / (count or (target != -100).sum())).backward()
+
+    hidden.requires_grad_()
+    head.requires_grad_(is_head_tuned)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = distilled_loss(hidden, head, target, count, teacher, teacher_head, 0.3)
+    # As another loss beside it would weigh it.
+    (loss * 2).backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for given, exact in zip((hidden, head), leaves, strict=True):
+        if given.requires_grad:
+            assert given.grad.dtype == given.dtype
+            assert (given.grad / 2 - exact.grad).norm() <= tolerance * exact.grad.norm()
+
+
+def test_a_distilled_loss_with_nothing_to_predict_is_none_and_has_gradients_of_0() -> None:
+    hidden, head = torch.randn(1, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss = distilled_loss(hidden, head, torch.full((1, 5), -100), None, hidden.detach(), head.detach(), 0.5)
+    loss.backward()
+    assert loss.isnan()
+    assert not hidden.grad.any()
+    assert not head.grad.any()
 
 
 def test_a_loss_function_of_ones_own_serves_whatever_the_model_is_in() -> None:

@@ -1,11 +1,16 @@
 """The loss of the next token, without the logits of the whole vocabulary for all tokens in memory.
 
-Shapes: B batch, T tokens given, S tokens known (past and given), N tokens of all rows, D hidden size, V vocabulary.
+Shapes: B batch, T tokens given, S tokens known (past and given), N tokens of all rows, n those of a part, D hidden
+size, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import fixed_cross_entropy
@@ -52,12 +57,7 @@ def chunked_loss(
         num_items_in_batch: the number of predictions to average over; None for those there are.
     """
     hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten().to(hidden_BTD.device)
-    device, dtype = hidden_ND.device.type, hidden_ND.dtype
-    is_autocast = has_autocast(device) and torch.is_autocast_enabled(device)
-    # Autocast leaves float64 as it is.
-    if is_autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-
+    dtype = _precision_of_products(hidden_ND)
     if dtype in (torch.float16, torch.bfloat16) or not HAS_LINEAR_CROSS_ENTROPY:
         # PyTorch's own would return the loss in this precision, which has three digits. The parts cast the head, each
         # for itself, so that their gradients are summed in float32.
@@ -78,6 +78,95 @@ def chunked_loss(
             # Gradients are computed together with the loss, for what asks for them.
             head_VD = head_VD.detach()
         loss = F.linear_cross_entropy(hidden_ND, head_VD, target_N, reduction="sum", options=options)
+    return _averaged(loss, target_N, num_items_in_batch)
+
+
+def distilled_loss(
+    hidden_BTD: Tensor,
+    head_VD: Tensor,
+    target_BT: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    teacher_BTD: Tensor,
+    teacher_head_VD: Tensor,
+    share: float,
+) -> Tensor:
+    """Cross-entropy of the next token, of which a share is the divergence from a teacher's predictions, in nats.
+
+    (1 - share) * cross-entropy + share * KL(teacher || model), of which the logits of a few tokens at a time are in
+    memory. The gradients are computed with it, serve one backward pass, and do not reach the teacher.
+
+    Args:
+        hidden_BTD (torch.Tensor): hidden states after the final norm, of shape [B, T, D].
+        head_VD (torch.Tensor): the head's weight, of shape [V, D].
+        target_BT (torch.Tensor): what each token is to predict, -100 for nothing; of shape [B, T].
+        num_items_in_batch: the number of predictions to average over; None for those there are.
+        teacher_BTD (torch.Tensor): the teacher's hidden states; of shape [B, T, its hidden size].
+        teacher_head_VD (torch.Tensor): the weight of its head; of shape [V, its hidden size].
+        share: the divergence's share of the loss.
+    """
+    target_N = target_BT.flatten().to(hidden_BTD.device)
+    loss = _DistilledSum.apply(
+        hidden_BTD.flatten(0, 1), head_VD, target_N, teacher_BTD.flatten(0, 1), teacher_head_VD, share
+    )
+    return _averaged(loss, target_N, num_items_in_batch)
+
+
+class _DistilledSum(Function):
+    """The sum of the loss over all tokens that predict something."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        target_N: Tensor,
+        teacher_ND: Tensor,
+        teacher_head_VD: Tensor,
+        share: float,
+    ) -> Tensor:
+        dtype = _precision_of_products(hidden_ND)
+        precise = torch.promote_types(dtype, torch.float32)
+        head_VD, teacher_head_VD = head_VD.to(dtype), teacher_head_VD.to(dtype)
+        loss = hidden_ND.new_zeros((), dtype=precise)
+        gradient_ND = torch.empty_like(hidden_ND)
+        gradient_VD = torch.zeros_like(head_VD, dtype=precise)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, len(hidden_ND), HEAD_TOKENS):
+                part = slice(start, start + HEAD_TOKENS)
+                target_n = target_N[part, None]
+                kept_n = target_n != -100
+                hidden_nD = hidden_ND[part].to(dtype)
+                log_p_nV = F.linear(hidden_nD, head_VD).to(precise).log_softmax(dim=-1)
+                teacher_log_p_nV = F.linear(teacher_ND[part].to(dtype), teacher_head_VD).to(precise).log_softmax(dim=-1)
+                teacher_p_nV = teacher_log_p_nV.exp()
+                surprise_n = -log_p_nV.gather(1, target_n.clamp(min=0))
+                divergence_n = (teacher_p_nV * (teacher_log_p_nV - log_p_nV)).sum(dim=-1, keepdim=True)
+                loss += ((1 - share) * surprise_n + share * divergence_n).masked_fill(~kept_n, 0).sum()
+                # The gradient of the logits.
+                gradient_nV = log_p_nV.exp_().sub_(teacher_p_nV, alpha=share)
+                gradient_nV.scatter_add_(1, target_n.clamp(min=0), gradient_nV.new_full(target_n.shape, share - 1))
+                gradient_nV = gradient_nV.masked_fill_(~kept_n, 0).to(dtype)
+                gradient_ND[part] = gradient_nV @ head_VD
+                if ctx.needs_input_grad[1]:
+                    gradient_VD += gradient_nV.T @ hidden_nD
+        ctx.save_for_backward(gradient_ND, gradient_VD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_ND, gradient_VD = ctx.saved_tensors
+        return gradient_ND * gradient, gradient_VD * gradient, None, None, None, None
+
+
+def _precision_of_products(hidden_ND: Tensor) -> torch.dtype:
+    """That of the logits' products; autocast leaves float64 as it is."""
+    device, dtype = hidden_ND.device.type, hidden_ND.dtype
+    is_autocast = has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_autocast and dtype != torch.float64 else dtype
+
+
+def _averaged(loss: Tensor, target_N: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     if num_items_in_batch is not None:
         return loss / num_items_in_batch
     count = (target_N != -100).sum()

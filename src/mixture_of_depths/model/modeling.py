@@ -538,8 +538,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             skip_logits: whether to leave out the logits, of which the loss then needs only some at a time; it needs
                 labels.
             kwargs: `cu_seq_lens_q`, where the documents packed in one row begin and end, of shape [documents + 1], in
-                the place of `position_ids`; `shift_labels`, the labels already shifted. Others are ignored, as Llama
-                does.
+                the place of `position_ids`; `shift_labels`, the labels already shifted; `loss_from_hidden`, in the
+                place of `chunked_loss` where logits are left out. Others are ignored, as Llama does.
 
         Raises:
             ValueError: for arguments that contradict one another or a mask of another shape.
@@ -568,7 +568,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
             if target_BT is None:
                 target_BT = next_tokens(labels, attention_mask)
             if logits_BTV is None:
-                lm_loss = chunked_loss(hidden_BTD, self.lm_head.weight, target_BT, num_items_in_batch)
+                loss_from_hidden = kwargs.get("loss_from_hidden", chunked_loss)
+                lm_loss = loss_from_hidden(hidden_BTD, self.lm_head.weight, target_BT, num_items_in_batch)
             elif logits_BTV.dtype == torch.float64 and self.loss_function is ForCausalLMLoss:
                 # The library's own computes in float32.
                 lm_loss = float64_loss(logits_BTV, target_BT, num_items_in_batch)

@@ -21,14 +21,14 @@ import torch
 from peft import LoraConfig, LoraModel
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
 from mixture_of_depths.files import write_aside
-from mixture_of_depths.model.modeling import MoDCausalLMOutput, MoDForCausalLM
+from mixture_of_depths.model.loss import distilled_loss
+from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.retrofitting.choose import (
@@ -103,34 +103,15 @@ class DistillationTrainer(MoDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        def distilled(**arguments: Any) -> MoDCausalLMOutput:
-            output = model(**arguments)
-            divergence = self._divergence(output, inputs, num_items_in_batch)
-            output.loss = output.loss + self.share * (divergence - output.lm_loss)
-            return output
-
-        # The library scales what the model returns by the number of processes, over which it then takes the mean.
-        with_logits = {**inputs, "skip_logits": False}
-        return super().compute_loss(cast(nn.Module, distilled), with_logits, return_outputs, num_items_in_batch)
-
-    def _divergence(
-        self, output: MoDCausalLMOutput, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        """The divergence from the dense model's predictions, averaged as the loss of the text is."""
-        labels = inputs["labels"]
-        with torch.no_grad():
-            teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
-                wanted = self.teacher(**teacher_inputs, use_cache=False).logits
-        assert output.logits is not None
-        kept = labels[:, 1:] != -100
-        divergence = F.kl_div(
-            output.logits[:, :-1][kept].float().log_softmax(dim=-1),
-            wanted[:, :-1][kept].float().log_softmax(dim=-1),
-            reduction="sum",
-            log_target=True,
+        teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            teacher_BTD = self.teacher.model(**teacher_inputs, use_cache=False).last_hidden_state
+        distilled = partial(
+            distilled_loss, teacher_BTD=teacher_BTD, teacher_head_VD=self.teacher.lm_head.weight, share=self.share
         )
-        return divergence / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+        return super().compute_loss(
+            model, {**inputs, "loss_from_hidden": distilled}, return_outputs, num_items_in_batch
+        )
 
 
 def with_adapters(model: MoDForCausalLM, rank: int) -> LoraModel:
