@@ -3,10 +3,11 @@
     python benchmarks/head_memory.py                      # V 49,152, 4 x 512 tokens, as SmolLM2's
     python benchmarks/head_memory.py --precision bf16     # autocast
 
-A model of two dense blocks, d 576, forward and backward pass, and the forward pass alone; each side in processes of its
-own, in turns. Prints one JSON line: `logits` as transformers computes the loss, `skip_logits` as training and
-evaluation here do; `peak_mib` is what the step takes beyond what stood there before it, `step_ms` the median of the
-steps; `memory_ratio` and `time_ratio` are skip_logits over logits.
+A model of two dense blocks, d 576: forward and backward pass, the forward pass alone, and both passes where half of the
+loss is the divergence from another such model; each side in processes of its own, in turns. Prints one JSON line:
+`logits` as transformers computes the loss, `skip_logits` as training, evaluation and tuning here do; `peak_mib` is what
+the step takes beyond what stood there before it, `step_ms` the median of the steps; `memory_ratio` and `time_ratio` are
+skip_logits over logits.
 """
 
 import argparse
@@ -16,21 +17,42 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths.model.loss import distilled_loss
 from mixture_of_depths.provenance import provenance
 
 BATCH, LENGTH, VOCABULARY = 4, 512, 49_152
 
 
-def measure(skip_logits: bool, training: bool, bf16: bool, threads: int) -> tuple[float, list[float]]:
+def distilled(model: MoDForCausalLM, teacher: MoDForCausalLM, input_ids: Tensor, skip_logits: bool) -> Tensor:
+    """Half cross-entropy, half divergence from the teacher."""
+    with torch.no_grad():
+        known = teacher(input_ids, use_cache=False, output_hidden_states=True, logits_to_keep=input_ids[0, :0])
+        teacher_BTD = known.hidden_states[-1]
+    if skip_logits:
+        loss = partial(distilled_loss, teacher_BTD=teacher_BTD, teacher_head_VD=teacher.lm_head.weight, share=0.5)
+        return model(input_ids, labels=input_ids, skip_logits=True, use_cache=False, loss_from_hidden=loss).loss
+    output = model(input_ids, labels=input_ids, use_cache=False)
+    with torch.no_grad():
+        wanted = teacher.lm_head(teacher_BTD)[:, :-1].float().log_softmax(-1)
+    log_p = output.logits[:, :-1].float().log_softmax(-1)
+    divergence = F.kl_div(log_p, wanted, reduction="sum", log_target=True) / input_ids[:, 1:].numel()
+    return 0.5 * output.loss + 0.5 * divergence
+
+
+def measure(skip_logits: bool, kind: str, bf16: bool, threads: int) -> tuple[float, list[float]]:
     """The MiB a step adds to the peak of this process, and the milliseconds of each of a few steps."""
     torch.set_num_threads(threads)
     config = MoDConfig(vocab_size=VOCABULARY, hidden_size=576, num_attention_heads=9, num_hidden_layers=2)
-    model = MoDForCausalLM(config.changed(routed_layers=[])).train(training)
+    training = kind != "evaluation"
+    model, teacher = (MoDForCausalLM(config.changed(routed_layers=[])).train(training) for _ in range(2))
     input_ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if training else None
@@ -39,7 +61,10 @@ def measure(skip_logits: bool, training: bool, bf16: bool, threads: int) -> tupl
         start = time.perf_counter()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
         with torch.set_grad_enabled(training), precision:
-            loss = model(input_ids, labels=input_ids, skip_logits=skip_logits, use_cache=False).loss
+            if kind == "distillation":
+                loss = distilled(model, teacher, input_ids, skip_logits)
+            else:
+                loss = model(input_ids, labels=input_ids, skip_logits=skip_logits, use_cache=False).loss
         if training:
             loss.backward()
         milliseconds.append((time.perf_counter() - start) * 1e3)
@@ -54,12 +79,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     result: dict[str, object] = {"benchmark": "head_memory", "precision": arguments.precision}
-    for name, training in (("training", True), ("evaluation", False)):
+    for name in ("training", "evaluation", "distillation"):
         seen: dict[bool, list[tuple[float, list[float]]]] = {False: [], True: []}
         for _ in range(arguments.repeats):
             for skip_logits, measured in seen.items():
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    job = (skip_logits, training, arguments.precision == "bf16", arguments.threads)
+                    job = (skip_logits, name, arguments.precision == "bf16", arguments.threads)
                     measured.append(pool.submit(measure, *job).result())
         peaks = {skip: median(peak for peak, _ in measured) for skip, measured in seen.items()}
         times = {skip: median(ms for _, steps in measured for ms in steps) for skip, measured in seen.items()}

@@ -5,13 +5,17 @@ A router gives every token a weight. Who enters, and how the block's result is s
 python examples/own_router.py runs/own-router
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
 from mixture_of_depths import DataOptions, MoDConfig, MoDForCausalLM, Router, TrainOptions, Tuning, prepare, train
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("out", type=Path)
+arguments = parser.parse_args()
 
 
 class MLPRouter(Router):
@@ -28,6 +32,6 @@ model = MoDForCausalLM(config)
 for block in config.routed_layers:
     model.model.layers[block].router = MLPRouter(config, block)
 start = Tuning(model, facts={"router": "MLP"})
-_, result = train(config, corpus, TrainOptions(max_flops=1e12), Path(sys.argv[1]), console=Console(), tuning=start)
+_, result = train(config, corpus, TrainOptions(max_flops=1e12), arguments.out, console=Console(), tuning=start)
 for block, share in result.evaluation.causal_routers["predictor"].share_entering.items():
     print(f"block {block}: {share:.1%} of the tokens enter, each by its own decision")

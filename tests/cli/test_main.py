@@ -118,9 +118,17 @@ def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_rais
         (["evaluate", "CHECKPOINT", "--data", "nowhere"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3"], "data=nowhere does not exist"),
         (["train", "--out", "OUT", "DATA"], "exactly one of max_steps, max_tokens and max_flops"),
+        # Before any text is read.
+        (["train", "--out", "OUT", "--data", "nowhere"], "given: none (--max-steps, --max-tokens, --max-flops)"),
+        (
+            ["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3", "--capacity", "12.5"],
+            "capacity=12.5 must be a share of the tokens, at most 1; 0.125 is 12.5 %",
+        ),
+        (["generate", "nowhere", "--prompt", "x"], "checkpoint=nowhere does not exist; name the folder"),
+        (["inspect", "CHECKPOINT", "--file", "..", "--out", "OUT"], "file=.. is a folder; name a file of text in it"),
         (
             ["train", "--out", "OUT", "DATA", "--max-steps", "3", "--capacity", "2"],
-            "capacity=2.0 is out of range: it must be less than or equal to 1",
+            "capacity=2.0 must be a share of the tokens, at most 1",
         ),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "15"], "or give MoDConfig a head_dim"),
         (
@@ -154,7 +162,10 @@ def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_rais
         ),
         (["evaluate", "CHECKPOINT", "--tasks", "x", "--task-files", "nowhere"], "task_files=nowhere is no folder"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 400], "is out of range: it must be less than 1e+30"),
-        (["train", "--out", "OUT", "DATA", "--hidden-size", "9" * 400], "is out of range: it must be less than 1e+30"),
+        (
+            ["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "9" * 400],
+            "is out of range: it must be less than 1e+30",
+        ),
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
         (["retrofit", "x", "--out", "OUT", "--lora-rank", "4"], "lora_rank=4 has no use with tune=all; leave out one"),

@@ -57,6 +57,8 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
     from mixture_of_depths.model.modeling import MoDForCausalLM
     from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
 
+    if not checkpoint.exists():
+        raise ValueError(f"checkpoint={checkpoint} does not exist; name the folder of a trained model")
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
     try:

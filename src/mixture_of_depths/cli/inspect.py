@@ -43,12 +43,14 @@ def inspect(
     quiet_libraries()
     place = chosen_device(device)
     if (text is None) == (file is None):
-        raise ValueError("give exactly one of text and file")
+        raise ValueError("give exactly one of text and file (--text, --file)")
     if trace is not None and trace.suffix not in (".json", ".parquet"):
         raise ValueError(f"trace={trace} must end in .json or .parquet")
     written = [path for path in (out, trace) if path is not None]
     if file is not None and file.resolve() in [path.resolve() for path in written]:
         raise ValueError(f"file={file} would be written over; name another file for out and trace")
+    if file is not None and file.is_dir():
+        raise ValueError(f"file={file} is a folder; name a file of text in it")
     if file is not None:
         try:
             # As training reads it: with its own ends of lines, without a mark of the encoding.

@@ -64,7 +64,7 @@ def generate(
     quiet_libraries()
     place = chosen_device(device)
     if (prompt is None) == (prompts is None):
-        raise ValueError("give exactly one of prompt and prompts")
+        raise ValueError("give exactly one of prompt and prompts (--prompt, --prompts)")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if out is not None and (prompts is None or out.exists()):

@@ -97,7 +97,7 @@ def train(
     from mixture_of_depths.inspect.report import held_out_report
     from mixture_of_depths.text.corpus import load_prepared, prepare_cache
     from mixture_of_depths.training.folder import check_ready
-    from mixture_of_depths.training.horizon import horizon
+    from mixture_of_depths.training.horizon import given_length, horizon
     from mixture_of_depths.training.run import train as run
     from mixture_of_depths.training.settings import model_config
 
@@ -108,6 +108,9 @@ def train(
         require_compiler("compile", place)
     meet(place)
     from_main(lambda: check_ready(out, resume))
+    # What is wrong whatever the text is, before it is read, which may take long.
+    given_length(training)
+    model_config(model, None, data.sequence_length)
     console = Console(quiet=not is_main())
     corpus = load_prepared(data, *from_main(lambda: prepare_cache(data, console=console)))
     console.print(str(corpus.facts))

@@ -21,11 +21,11 @@ class Horizon:
     flops: float
 
 
-def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> Horizon:
-    """The length of a run in steps, tokens and training FLOPs, from the one of them that the options give.
+def given_length(options: TrainOptions) -> tuple[str, float]:
+    """The field that gives the length of a run, and its value.
 
     Raises:
-        ValueError: when not exactly one is given, or it is shorter than one step.
+        ValueError: when not exactly one is given, or an option is out of its range.
     """
     lengths = {
         name: value
@@ -34,10 +34,20 @@ def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> H
     }
     if len(lengths) != 1:
         raise ValueError(
-            f"give exactly one of max_steps, max_tokens and max_flops; given: {', '.join(lengths) or 'none'}"
+            f"give exactly one of max_steps, max_tokens and max_flops; given: {', '.join(lengths) or 'none'} "
+            "(--max-steps, --max-tokens, --max-flops)"
         )
-    (name, value), *_ = lengths.items()
     validate_fields(options)
+    return next(iter(lengths.items()))
+
+
+def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> Horizon:
+    """The length of a run in steps, tokens and training FLOPs, from the one of them that the options give.
+
+    Raises:
+        ValueError: when not exactly one is given, or it is shorter than one step.
+    """
+    name, value = given_length(options)
     tokens_per_step = options.batch_size * sequence_length
     flops_per_step = training_flops_per_token(config, sequence_length) * tokens_per_step
     per_step = {"max_steps": 1, "max_tokens": tokens_per_step, "max_flops": flops_per_step}[name]

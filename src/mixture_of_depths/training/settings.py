@@ -24,8 +24,11 @@ from mixture_of_depths.text.tokenizer import end_of_text, entries
 from mixture_of_depths.training.horizon import Horizon
 
 
-def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> MoDConfig:
-    """The configuration that the options describe, for a tokenizer and sequences of `sequence_length` tokens."""
+def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> MoDConfig:
+    """The configuration that the options describe, for a tokenizer and sequences of `sequence_length` tokens.
+
+    Without a tokenizer it has the vocabulary that `MoDConfig` has by itself: whatever else is wrong shows already.
+    """
     explicit = [name for name in ("routed_layers", "route_every", "route_from") if getattr(options, name) is not None]
     unrouted = "routed=False (--no-routed)"
     if (not options.routed and explicit) or ("routed_layers" in explicit and len(explicit) > 1):
@@ -34,13 +37,15 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
             f"{names} contradict one another; give {unrouted}, or routed_layers, or route_every and route_from"
         )
     if not options.routed:
-        routed: dict[str, Any] = {"routed_layers": []}
+        fields: dict[str, Any] = {"routed_layers": []}
     elif options.routed_layers is not None:
-        routed = {"routed_layers": list(options.routed_layers)}
+        fields = {"routed_layers": list(options.routed_layers)}
     else:
-        routed = {"route_every": options.route_every, "route_from": options.route_from}
+        fields = {"route_every": options.route_every, "route_from": options.route_from}
+    if tokenizer is not None:
+        fields |= {"vocab_size": entries(tokenizer), "eos_token_id": end_of_text(tokenizer)}
+        fields["pad_token_id"] = cast(int | None, tokenizer.pad_token_id)
     return MoDConfig(
-        vocab_size=entries(tokenizer),
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         num_hidden_layers=options.num_hidden_layers,
@@ -65,9 +70,7 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, sequ
         noop_share=options.noop_share,
         load_balance_loss_weight=options.load_balance_loss_weight,
         expert_z_loss_weight=options.expert_z_loss_weight,
-        eos_token_id=end_of_text(tokenizer),
-        pad_token_id=cast(int | None, tokenizer.pad_token_id),
-        **routed,
+        **fields,
     )
 
 
