@@ -34,6 +34,8 @@ PROMPT = "def read_file(path, encoding=None):\n    "
 SAMPLED = 96
 # Of these tokens of held-out text sampling goes on, each time another text; the first turn only warms up.
 PROMPT_TOKENS, TURNS = 64, 12
+# After fewer the losses say nothing yet.
+COMPARABLE_STEPS = 100
 # With more entries the head would be most of the compute of models this small.
 VOCABULARY = 1024
 # As the studies' ladder makes them: weights of a deviation of 0.02 are too small for models this narrow.
@@ -139,21 +141,23 @@ def _table(rows: dict[str, dict[str, Any]], max_flops: float) -> Table:
     baseline, mod = (rows[name] for name in NAMES)
     width, blocks, routed = SHAPE["hidden_size"], mod["blocks"], mod["routed_blocks"]
     (capacity,) = MODELS["MoD"].capacity
+    fewest = min(baseline["steps"], mod["steps"])
     table = Table(
         title=f"Two models, each trained with {max_flops:.3g} FLOPs, {width} wide and {blocks} blocks deep",
-        caption=f"baseline: every token goes through every block. MoD: {100 * capacity:g} % of the tokens go through "
+        caption=("" if fewest >= COMPARABLE_STEPS else f"{fewest} steps are too few to compare: give more FLOPs. ")
+        + f"baseline: every token goes through every block. MoD: {100 * capacity:g} % of the tokens go through "
         f"{routed} of the {blocks} blocks, and all through the others. Loss: nats per token of held-out text, where "
         "each token decides by itself. Sampling: one text at a time, in turns. Each kind may be better at another "
         "size; mod isoflop compares the best.",
         caption_justify="left",
     )
     table.add_column("")
-    for name in (*NAMES, "MoD / baseline"):
+    for name in ("MoD", "baseline", "MoD / baseline"):
         table.add_column(name, justify="right")
 
     def add(label: str, shown: str, of: Any, unit: float = 1, **style: Any) -> None:
-        first, second = of(baseline), of(mod)
-        table.add_row(label, f"{first / unit:{shown}}", f"{second / unit:{shown}}", f"{second / first:.3g}", **style)
+        ours, theirs = of(mod), of(baseline)
+        table.add_row(label, f"{ours / unit:{shown}}", f"{theirs / unit:{shown}}", f"{ours / theirs:.3g}", **style)
 
     add("held-out loss at equal training FLOPs", ".3f", lambda row: row["evaluation"]["loss_causal"], style="bold")
     add("FLOPs per token, millions", ".2f", lambda row: row["forward_flops_per_token"], 1e6, style="bold")

@@ -92,6 +92,7 @@ def test_the_demo_shows_the_three_claims_and_ends_with_the_page(
     assert status == 0
     for words in ("held-out loss at equal training FLOPs", "FLOPs per token", "sampling, tokens/s", "blocks used"):
         assert words in output
+    assert "steps are too few to compare: give more FLOPs." in " ".join(output.split())
     assert f"open {(out / 'report.html').as_uri()}" in output.splitlines()[-1]
     assert (out / "curves.png").stat().st_size > 10_000
     models = json.loads((out / "demo.json").read_text())["models"]

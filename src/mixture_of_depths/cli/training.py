@@ -187,7 +187,7 @@ def demo(
     resume: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Show the paper's three claims: a baseline and a Mixture-of-Depths model, trained with the same FLOPs, compared.
+    """Compare a baseline and a Mixture-of-Depths model, trained with the same FLOPs: loss, FLOPs per token, speed.
 
     Args:
         out: Folder for both runs, curves.png and demo.json.
