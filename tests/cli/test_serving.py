@@ -114,7 +114,7 @@ def test_serve_refuses_an_address_or_a_model_that_is_not_there_in_one_line(
             ([str(checkpoint), "--host", "192.0.2.1"], "error: host=192.0.2.1 cannot be listened on"),
             ([str(checkpoint), "--port", str(port)], f"error: port={port} of host=127.0.0.1 cannot be listened on"),
             ([str(checkpoint), "--port", "0"], "error: port=0 must lie between 1 and 65535"),
-            ([str(tmp_path / "absent")], f"error: checkpoint={tmp_path}/absent holds no config.json"),
+            ([str(tmp_path / "absent")], f"error: checkpoint={tmp_path}/absent does not exist"),
         ):
             status, output, errors = run(monkeypatch, capsys, "serve", *arguments)
             assert (status, output, errors.count("\n")) == (2, "", 1)

@@ -109,8 +109,8 @@ def train(
     meet(place)
     from_main(lambda: check_ready(out, resume))
     # What is wrong whatever the text is, before it is read, which may take long.
-    given_length(training)
     model_config(model, None, data.sequence_length)
+    given_length(training)
     console = Console(quiet=not is_main())
     corpus = load_prepared(data, *from_main(lambda: prepare_cache(data, console=console)))
     console.print(str(corpus.facts))
