@@ -154,7 +154,11 @@ class _DistilledSum(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    # The decorator hides the names of the arguments.
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         gradient_ND, gradient_VD = ctx.saved_tensors
         return gradient_ND * gradient, gradient_VD * gradient, None, None, None, None
 

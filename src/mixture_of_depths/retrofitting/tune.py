@@ -93,7 +93,8 @@ class DistillationTrainer(MoDTrainer):
 
     def __init__(self, *args: Any, teacher: MoDForCausalLM, share: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = nn.Module.to(teacher, self.args.device)
+        nn.Module.to(teacher, self.args.device)
+        self.teacher = teacher
         self.share = share
 
     def compute_loss(
