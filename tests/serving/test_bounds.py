@@ -1,8 +1,9 @@
 """What one body may cost is bounded."""
 
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from mixture_of_depths.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder: Path = tmp_path_factory.mktemp("bounded")
     make_checkpoint(folder)
     model, tokenizer = MoDForCausalLM.from_pretrained(folder).eval(), load_tokenizer(str(folder))
-    return TestClient(application(model, tokenizer, "name"), raise_server_exceptions=False)
+    # As the server does when it starts.
+    gc.collect()
+    gc.freeze()
+    yield TestClient(application(model, tokenizer, "name"), raise_server_exceptions=False)
+    gc.unfreeze()
 
 
 def fields(count: int, value: Any = 1) -> dict[str, Any]:
@@ -84,15 +89,12 @@ def test_a_body_of_very_many_parts_is_refused_soon_and_by_its_field(
     text = json.dumps({"model": "name", **ENDPOINTS[endpoint], **body}, separators=(",", ":"))
     assert 2**20 < len(text) < 5 * 2**20
     start = time.process_time()
-    json.loads(text)
-    reading = time.process_time() - start
-    start = time.process_time()
     answer = client.post(f"/v1/{endpoint}", content=text[: 4 * 2**20], headers={"Content-Type": "application/json"})
     seconds = time.process_time() - start
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert answer.json()["error"]["message"].startswith(message)
-    # Up to 7 times; collecting every fault took up to half a minute.
-    assert seconds < 15 * reading
+    # Collecting every fault took up to half a minute.
+    assert seconds < 5
 
 
 @pytest.mark.parametrize("levels", [101, 900, 950])

@@ -1,5 +1,6 @@
 """The commands that answer others: serve and playground."""
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,6 +89,9 @@ def serve(
     model, tokenizer = load_to_sample(Path(checkpoint), precision, place)
     from mixture_of_depths.serving.openai import serve as run
 
+    # What is there stays: else reading a body of very many parts looks through all of it again and again.
+    gc.collect()
+    gc.freeze()
     try:
         run(model, tokenizer, checkpoint, host, port, compile, tuple(keys.values()))
     except KeyboardInterrupt:
