@@ -34,8 +34,7 @@ BATCH, LENGTH, VOCABULARY = 4, 512, 49_152
 def distilled(model: MoDForCausalLM, teacher: MoDForCausalLM, input_ids: Tensor, skip_logits: bool) -> Tensor:
     """Half cross-entropy, half divergence from the teacher."""
     with torch.no_grad():
-        known = teacher(input_ids, use_cache=False, output_hidden_states=True, logits_to_keep=input_ids[0, :0])
-        teacher_BTD = known.hidden_states[-1]
+        teacher_BTD = teacher.model(input_ids, use_cache=False).last_hidden_state
     if skip_logits:
         loss = partial(distilled_loss, teacher_BTD=teacher_BTD, teacher_head_VD=teacher.lm_head.weight, share=0.5)
         return model(input_ids, labels=input_ids, skip_logits=True, use_cache=False, loss_from_hidden=loss).loss
@@ -52,7 +51,8 @@ def measure(skip_logits: bool, kind: str, bf16: bool, threads: int) -> tuple[flo
     torch.set_num_threads(threads)
     config = MoDConfig(vocab_size=VOCABULARY, hidden_size=576, num_attention_heads=9, num_hidden_layers=2)
     training = kind != "evaluation"
-    model, teacher = (MoDForCausalLM(config.changed(routed_layers=[])).train(training) for _ in range(2))
+    model = MoDForCausalLM(config.changed(routed_layers=[])).train(training)
+    teacher = MoDForCausalLM(model.config) if kind == "distillation" else None
     input_ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if training else None
@@ -61,7 +61,7 @@ def measure(skip_logits: bool, kind: str, bf16: bool, threads: int) -> tuple[flo
         start = time.perf_counter()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
         with torch.set_grad_enabled(training), precision:
-            if kind == "distillation":
+            if teacher is not None:
                 loss = distilled(model, teacher, input_ids, skip_logits)
             else:
                 loss = model(input_ids, labels=input_ids, skip_logits=skip_logits, use_cache=False).loss

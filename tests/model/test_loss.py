@@ -107,9 +107,18 @@ def test_a_distilled_loss_in_parts_is_that_of_the_logits(
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for given, exact in zip((hidden, head), leaves, strict=True):
+        assert (given.grad is None) == (not given.requires_grad)
         if given.requires_grad:
             assert given.grad.dtype == given.dtype
             assert (given.grad / 2 - exact.grad).norm() <= tolerance * exact.grad.norm()
+
+
+def test_a_loss_from_hidden_states_is_refused_where_logits_are_taken() -> None:
+    adapted = get_peft_model(tiny().float(), LoraConfig(r=2, target_modules=["lm_head"])).train()
+    input_ids = torch.randint(0, 31, (2, 12))
+    for model, skip_logits in ((adapted, True), (tiny(), False)):
+        with pytest.raises(ValueError, match="loss_from_hidden needs skip_logits=True, and a head without adapters"):
+            model(input_ids=input_ids, labels=input_ids, skip_logits=skip_logits, loss_from_hidden=chunked_loss)
 
 
 def test_a_distilled_loss_with_nothing_to_predict_is_none_and_has_gradients_of_0() -> None:

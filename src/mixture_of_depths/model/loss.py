@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import fixed_cross_entropy
 
-from mixture_of_depths.model.routing import has_autocast
+from mixture_of_depths.model.routing import full_precision, has_autocast
 
 # Tokens of which the head's logits are in memory at once, where they serve the loss alone.
 HEAD_TOKENS = 256
@@ -129,8 +129,9 @@ class _DistilledSum(Function):
         head_VD, teacher_head_VD = head_VD.to(dtype), teacher_head_VD.to(dtype)
         loss = hidden_ND.new_zeros((), dtype=precise)
         gradient_ND = torch.empty_like(hidden_ND)
-        gradient_VD = torch.zeros_like(head_VD, dtype=precise)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        # None where the head is not tuned.
+        gradient_VD = torch.zeros_like(head_VD, dtype=precise) if ctx.needs_input_grad[1] else None
+        with full_precision(hidden_ND.device):
             for start in range(0, len(hidden_ND), HEAD_TOKENS):
                 part = slice(start, start + HEAD_TOKENS)
                 target_n = target_N[part, None]
@@ -147,7 +148,7 @@ class _DistilledSum(Function):
                 gradient_nV.scatter_add_(1, target_n.clamp(min=0), gradient_nV.new_full(target_n.shape, share - 1))
                 gradient_nV = gradient_nV.masked_fill_(~kept_n, 0).to(dtype)
                 gradient_ND[part] = gradient_nV @ head_VD
-                if ctx.needs_input_grad[1]:
+                if gradient_VD is not None:
                     gradient_VD += gradient_nV.T @ hidden_nD
         ctx.save_for_backward(gradient_ND, gradient_VD)
         return loss
@@ -160,7 +161,8 @@ class _DistilledSum(Function):
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         gradient_ND, gradient_VD = ctx.saved_tensors
-        return gradient_ND * gradient, gradient_VD * gradient, None, None, None, None
+        of_head_VD = None if gradient_VD is None else gradient_VD * gradient
+        return gradient_ND * gradient, of_head_VD, None, None, None, None
 
 
 def _precision_of_products(hidden_ND: Tensor) -> torch.dtype:

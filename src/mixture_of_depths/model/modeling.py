@@ -562,6 +562,8 @@ class MoDForCausalLM(MoDPreTrainedModel, GenerationMixin):
         hidden_BTD = outputs.last_hidden_state
         logits_BTV = loss = lm_loss = router_loss = balance_loss = z_loss = None
         if not (skip_logits and self._head_is_plain(hidden_BTD.device)):
+            if "loss_from_hidden" in kwargs:
+                raise ValueError("loss_from_hidden needs skip_logits=True, and a head without adapters, bias or hooks")
             logits_BTV = self.lm_head(at_positions(hidden_BTD, logits_to_keep))
         if labels is not None:
             target_BT = kwargs.get("shift_labels")
