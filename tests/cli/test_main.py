@@ -169,6 +169,7 @@ def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_rais
         (["train", "--out", "OUT", "DATA", "--max-steps", "9" * 20], "steps; lower it to at most 2,147,483,647"),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "1000000"], "the weights alone take"),
         (["retrofit", "x", "--out", "OUT", "--lora-rank", "4"], "lora_rank=4 has no use with tune=all; leave out one"),
+        (["retrofit", "nowhere", "--out", "OUT"], "given: none (--max-steps, --max-tokens)"),
         (["retrofit", "x", "--out", "OUT", "--max-steps", "1"], "source=x is no folder, and no name of the hub either"),
         (
             ["retrofit", "./x", "--out", "OUT", "--max-steps", "1"],

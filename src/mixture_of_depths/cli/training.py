@@ -155,24 +155,25 @@ def retrofit(
     from mixture_of_depths.compiler import require_compiler
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
-    from mixture_of_depths.retrofitting.tune import check_retrofit_ready
+    from mixture_of_depths.retrofitting.tune import check_length, check_retrofit_ready
     from mixture_of_depths.retrofitting.tune import retrofit as run
     from mixture_of_depths.text.corpus import prepare
     from mixture_of_depths.text.tokenizer import check_vocabulary, checked
 
-    options = RetrofitOptions(**vars(routing))
+    options, tuning = RetrofitOptions(**vars(routing)), TrainOptions(**vars(training))
     quiet_libraries()
     place = chosen_device(device)
     if training.compile:
         require_compiler("compile", place)
     check_retrofit_ready(out, resume)
+    check_length(tuning)
     console = Console()
     dense, tokenizer = load_dense(source)
     check_vocabulary(tokenizer, dense.config.vocab_size, f"source={source}")
     corpus = prepare(DataOptions(**{**vars(data), "tokenizer": source}), checked(tokenizer, source))
     console.print(str(corpus.facts))
     nn.Module.to(dense, place)
-    _, result = run(dense, source, corpus, options, TrainOptions(**vars(training)), out, resume, console)
+    _, result = run(dense, source, corpus, options, tuning, out, resume, console)
     if not result.finished:
         console.print("stopped; go on with the same command and --resume")
         raise SystemExit(130)

@@ -55,7 +55,7 @@ from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 from mixture_of_depths.training.folder import check_free, check_ready, only_run
-from mixture_of_depths.training.horizon import horizon
+from mixture_of_depths.training.horizon import given_length, horizon
 from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
 from mixture_of_depths.training.trainer import MoDTrainer
@@ -234,17 +234,20 @@ def retrofit(
         return _retrofit(dense, source, corpus, options, training, folder, resume, console)
 
 
-def _check(dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, training: TrainOptions) -> None:
-    """Refuses what cannot be done: nothing is measured for it."""
-    if dense.config.routed_layers:
-        raise ValueError(f"routed_layers={dense.config.routed_layers} of the source: it must be a dense model")
+def check_length(training: TrainOptions) -> None:
+    """Raises ValueError unless exactly one of max_steps and max_tokens gives the length of the tuning."""
     if training.max_flops is not None:
         raise ValueError(
             f"max_flops={training.max_flops:g} cannot be kept while the capacity falls; give max_steps or max_tokens"
         )
-    lengths = [name for name in ("max_steps", "max_tokens") if getattr(training, name) is not None]
-    if len(lengths) != 1:
-        raise ValueError(f"give exactly one of max_steps and max_tokens; given: {', '.join(lengths) or 'none'}")
+    given_length(training, ("max_steps", "max_tokens"))
+
+
+def _check(dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, training: TrainOptions) -> None:
+    """Refuses what cannot be done: nothing is measured for it."""
+    if dense.config.routed_layers:
+        raise ValueError(f"routed_layers={dense.config.routed_layers} of the source: it must be a dense model")
+    check_length(training)
     if training.calibrate and len(corpus.validation) < 2:
         raise ValueError(
             "data holds out fewer than 2 sequences, and calibrating needs one of them; give more text, or raise "

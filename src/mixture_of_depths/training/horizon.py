@@ -1,6 +1,7 @@
 """The length of a run: exactly one of steps, tokens and training FLOPs, and what it is in the others."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixture_of_depths.fields import validate_fields
@@ -21,21 +22,19 @@ class Horizon:
     flops: float
 
 
-def given_length(options: TrainOptions) -> tuple[str, float]:
-    """The field that gives the length of a run, and its value.
+def given_length(
+    options: TrainOptions, names: Sequence[str] = ("max_steps", "max_tokens", "max_flops")
+) -> tuple[str, float]:
+    """The field that gives the length of a run, of those that may, and its value.
 
     Raises:
         ValueError: when not exactly one is given, or an option is out of its range.
     """
-    lengths = {
-        name: value
-        for name in ("max_steps", "max_tokens", "max_flops")
-        if (value := getattr(options, name)) is not None
-    }
+    lengths = {name: value for name in names if (value := getattr(options, name)) is not None}
     if len(lengths) != 1:
         raise ValueError(
-            f"give exactly one of max_steps, max_tokens and max_flops; given: {', '.join(lengths) or 'none'} "
-            "(--max-steps, --max-tokens, --max-flops)"
+            f"give exactly one of {', '.join(names[:-1])} and {names[-1]}; given: {', '.join(lengths) or 'none'} "
+            f"({', '.join('--' + name.replace('_', '-') for name in names)})"
         )
     validate_fields(options)
     return next(iter(lengths.items()))
