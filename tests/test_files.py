@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixture_of_depths.files import is_whole, seal, write_aside
+from mixture_of_depths.files import check_place, is_whole, seal, write_aside
 
 
 def test_a_folder_without_checksums_is_not_whole(tmp_path: Path) -> None:
@@ -28,3 +28,16 @@ def test_a_file_is_written_whole_or_keeps_what_it_held(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match="no space"):
         write_aside(path, "second")
     assert path.read_text() == "first"
+
+
+def test_a_place_where_no_folder_can_be_made_is_refused_with_its_field_and_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "new" / "newer"):
+        check_place(place, "out")
+    for place, reason in (
+        ("file", "file is a file"),
+        ("file/in/it", "file is a file"),
+        ("x" * 300, "file name too long"),
+    ):
+        with pytest.raises(ValueError, match=rf"out=\S+{place} cannot be a folder \(.*{reason}\); name another"):
+            check_place(tmp_path / place, "out")

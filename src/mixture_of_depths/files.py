@@ -13,6 +13,18 @@ from typing import Any
 CHECKSUMS = "checksums.json"
 
 
+def check_place(folder: Path, field: str) -> None:
+    """Raises ValueError, naming the field, where no folder can be made: a file is in the way, or the name too long."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if there.is_dir():
+            return
+        why = f"{there} is a file"
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+    raise ValueError(f"{field}={folder} cannot be a folder ({why}); name another")
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file.
 

@@ -357,7 +357,7 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_measured(
     monkeypatch.setattr(retrofit_module, "fit_blocks", None)
     other = replace(ROUTING, capacity=(0.5,))
     for options, name, resume, message in (
-        (ROUTING, "file", False, "file is a file; name a folder"),
+        (ROUTING, "file", False, r"file is a file\); name another"),
         (ROUTING, "run", False, "is not empty"),
         (other, "run", True, r"capacity=\[0.5\] differs from \[0.25\] of the run"),
         (ROUTING, "nowhere", True, "holds no run to resume"),

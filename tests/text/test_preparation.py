@@ -316,7 +316,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_one_in_use(tmp_path: 
     with pytest.raises(ValueError, match="is not empty, and holds no prepared text"):
         prepare_shards(opts, tmp_path / "text", processes=1)
     assert left_in(tmp_path / "text") == before
-    with pytest.raises(ValueError, match="is a file; name a folder"):
+    with pytest.raises(ValueError, match=r"is a file\); name another"):
         prepare_shards(opts, tmp_path / "text" / "000.txt")
 
 

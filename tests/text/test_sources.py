@@ -57,10 +57,14 @@ def hub_cache(folder: Path, *revisions: str) -> Path:
 
 def test_a_folder_of_the_hub_s_cache_gives_the_split_of_its_main_revision(tmp_path: Path) -> None:
     cache = hub_cache(tmp_path, "abc", "def")
-    with pytest.raises(ValueError, match="holds 2 revisions and no refs/main; name one of its snapshots/"):
+    with pytest.raises(ValueError, match="holds 2 revisions, and refs/main names none; name one of its snapshots/"):
         read(options(tmp_path, str(cache)))
     assert read(options(tmp_path, str(cache / "snapshots" / "abc")))[0] == ["abc train 0", "abc train 1"]
     (cache / "refs").mkdir()
+    for nowhere in (b"\xff\xfe", b"", b"../..", b"a\0b"):
+        (cache / "refs" / "main").write_bytes(nowhere)
+        with pytest.raises(ValueError, match="refs/main names none"):
+            read(options(tmp_path, str(cache)))
     (cache / "refs" / "main").write_text("def")
     assert read(options(tmp_path, str(cache)))[0] == ["def train 0", "def train 1"]
     assert read(options(tmp_path, str(cache), split="test"))[0] == ["def test 0", "def test 1"]

@@ -45,6 +45,14 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def check_folder(checkpoint: Path) -> None:
+    """Raises ValueError where there is no folder of a model."""
+    if not checkpoint.exists():
+        raise ValueError(f"checkpoint={checkpoint} does not exist; name the folder of a trained model")
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
+
+
 def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     """The model in a folder, on a device, and its tokenizer.
 
@@ -57,10 +65,7 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
     from mixture_of_depths.model.modeling import MoDForCausalLM
     from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
 
-    if not checkpoint.exists():
-        raise ValueError(f"checkpoint={checkpoint} does not exist; name the folder of a trained model")
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
+    check_folder(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         if config.model_type != "mixture_of_depths":

@@ -158,11 +158,13 @@ def calibrate(
     from mixture_of_depths.evaluation.calibration import calibrate as run
     from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
     from mixture_of_depths.evaluation.text import without_calibrating
+    from mixture_of_depths.files import check_place
     from mixture_of_depths.text.batches import halves
     from mixture_of_depths.text.tokenizer import end_of_text, save_tokenizer
 
     quiet_libraries()
     place = chosen_device(device)
+    check_place(out, "out")
     if out.exists():
         raise ValueError(f"out={out} exists; name another folder")
     model, tokenizer = load_checkpoint(checkpoint, place)

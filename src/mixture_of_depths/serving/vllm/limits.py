@@ -1,0 +1,82 @@
+"""What of vLLM does not go together with blocks that tokens skip: switched off, or refused by name, before loading."""
+
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from mixture_of_depths.model.configuration import MoDConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+
+class Limits(VerifyAndUpdateConfig):
+    """Called by vLLM with all of its settings, once the configuration of the model is read."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Refuses what cannot be right, and switches off what would be wrong.
+
+        Raises:
+            ValueError: naming the setting or the field, its value and the remedy.
+        """
+        config = vllm_config.model_config.hf_config
+        assert isinstance(config, MoDConfig) and config.num_key_value_heads is not None
+        if config.has_experts:
+            raise ValueError(
+                f"num_experts={config.num_experts}: this package has no experts in vLLM; leave out vLLM "
+                "(mod serve --engine transformers)"
+            )
+        if not config.routed_layers:
+            return
+        refuse_what_moves_tokens(vllm_config)
+        parts = set(map(config.routed_part, range(config.num_hidden_layers)))
+        size, heads = vllm_config.parallel_config.tensor_parallel_size, config.num_key_value_heads
+        if "block_keep_keys" in parts and heads % size:
+            raise ValueError(
+                f"tensor_parallel_size={size} does not divide num_key_value_heads={heads}, as blocks with "
+                "routed_parts='block_keep_keys' need; give a divisor"
+            )
+        if "block" in parts:
+            refuse_what_moves_keys(vllm_config)
+            if vllm_config.cache_config.enable_prefix_caching:
+                vllm_config.cache_config.enable_prefix_caching = False
+                logger.warning(
+                    "Prefix caching is off: a block with routed_parts='block' keeps the keys of the tokens that enter "
+                    "side by side, so that the page of a prefix does not hold the prefix's keys."
+                )
+        if not current_platform.is_cpu() and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+            logger.warning("CUDA graphs are off: how many tokens enter a block differs from step to step.")
+
+
+def refuse_what_moves_tokens(vllm_config: "VllmConfig") -> None:
+    """Refuses what takes the tokens of a block for all tokens of the step."""
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "enable_lora=True: an adapter finds its tokens by their place in the step, of which a routed block is given "
+            "only some; merge the adapter into the checkpoint"
+        )
+    if (size := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+        raise ValueError(f"pipeline_parallel_size={size}: give 1; tensor_parallel_size divides the blocks themselves")
+    if (size := vllm_config.parallel_config.decode_context_parallel_size) > 1:
+        raise ValueError(f"decode_context_parallel_size={size}: give 1; tensor_parallel_size divides the blocks")
+
+
+def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
+    """Refuses what takes a key's place in the cache for its token's place in the sequence."""
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative_config is given, and a token that was guessed wrongly leaves its keys in blocks with "
+            "routed_parts='block'; leave it out"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "kv_transfer_config is given, and the keys of blocks with routed_parts='block' are of no use without the "
+            "number of tokens that entered; leave it out"
+        )

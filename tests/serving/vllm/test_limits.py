@@ -1,0 +1,43 @@
+"""What does not go together with skipped tokens is refused by name, or switched off."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_engines import asked, engine, greedy, prompts_of, save, small_model
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"num_experts": 4, "routed_layers": []}, {}, "num_experts=4"),
+    ({}, {"enable_lora": True}, "enable_lora=True"),
+    ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
+    (
+        {},
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "kv_transfer_config",
+    ),
+    ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+    (
+        {"routed_parts": "block_keep_keys", "num_key_value_heads": 1},
+        {"tensor_parallel_size": 2},
+        "tensor_parallel_size=2 does not divide num_key_value_heads=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "name"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_setting_that_cannot_be_right_is_refused_by_name(
+    fields: dict[str, Any], settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    folder = save(small_model(**fields), tmp_path / "model")
+    with pytest.raises(ValueError, match=name):
+        engine(folder, **settings)
+
+
+def test_prefix_caching_is_off_where_keys_of_skipped_tokens_are_dropped(tmp_path: Path) -> None:
+    llm = engine(save(small_model(), tmp_path / "model"), enable_prefix_caching=True)
+    prompts = prompts_of([130]) * 2
+    first, second = asked(llm, prompts, greedy(20))
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
