@@ -102,7 +102,6 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-        print(
-            f"error: not enough memory; lower the sizes of model, batch or text: {in_one_line(error)}", file=sys.stderr
-        )
+        said = in_one_line(error)
+        print(f"error: not enough memory; lower the sizes of model, batch or text: {said}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -24,9 +24,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("fields", "settings", "name"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("fields", "settings", "name"), REFUSED, ids=[name for _, _, name in REFUSED])
 def test_a_setting_that_cannot_be_right_is_refused_by_name(
     fields: dict[str, Any], settings: dict[str, Any], name: str, tmp_path: Path
 ) -> None:

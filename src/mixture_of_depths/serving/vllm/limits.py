@@ -59,8 +59,8 @@ def refuse_what_moves_tokens(vllm_config: "VllmConfig") -> None:
     """Refuses what takes the tokens of a block for all tokens of the step."""
     if vllm_config.lora_config is not None:
         raise ValueError(
-            "enable_lora=True: an adapter finds its tokens by their place in the step, of which a routed block is given "
-            "only some; merge the adapter into the checkpoint"
+            "enable_lora=True: an adapter finds its tokens by their place in the step, and a routed block gets only "
+            "some of them; merge the adapter into the checkpoint"
         )
     if (size := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(f"pipeline_parallel_size={size}: give 1; tensor_parallel_size divides the blocks themselves")

@@ -143,7 +143,8 @@ def routed_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-        ):
+        ) -> Step:
+            """The facts of a step; of requests that begin with it, no token has entered yet."""
             build = functools.partial(super().build, 0)
             step = Step(common_attn_metadata, build, self.kv_cache_spec.block_size, self.num_entered)
             start, length_R = common_attn_metadata.query_start_loc, common_attn_metadata.seq_lens
@@ -154,6 +155,7 @@ def routed_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
         @functools.cached_property
         def num_entered(self) -> dict[str, Tensor]:
+            """As in `Step`."""
             pages = self.vllm_config.cache_config.num_gpu_blocks
             assert pages is not None
             return {name: torch.zeros(pages, dtype=torch.int64, device=self.device) for name in self.layer_names}
