@@ -80,13 +80,14 @@ class Meter:
             self.readings.append(self.process.memory_info().rss / 1e6)
 
 
-def tiny_model(longest: int) -> MoDForCausalLM:
+def tiny_model(longest: int, head_dim: int | None = None) -> MoDForCausalLM:
     torch.manual_seed(0)
     config = MoDConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=longest,
         initializer_range=0.3,
     )

@@ -1,6 +1,7 @@
 """32 clients at once for five minutes, of which one is killed every second: what the server answers.
 
-    python benchmarks/serving_load.py        # writes results/reliability/serving.json
+    python benchmarks/serving_load.py                  # writes results/reliability/serving.json
+    python benchmarks/serving_load.py --engine vllm    # in an environment with vLLM; writes serving-vllm.json there
 
 `mod serve` serves a tiny model; the clients are processes of `serving_client.py`. A client that is killed, with SIGKILL
 at a random moment, is replaced by another at once. Every answer is compared with what the server said to the same
@@ -8,7 +9,8 @@ request when it was the only one, before the clients came; after they are gone t
 
 A streamed answer leaves out a character that is cut off at its end, and one that is not streamed shows its bytes as
 U+FFFD: texts are compared without those. `wrong_answers` counts texts and statuses that differ, `unanswered` requests
-that got no answer, other than those whose client was killed. Memory is the server's resident one, at every kill;
+that got no answer, other than those whose client was killed. Memory is the resident one of the server and of the
+processes it has started, at every kill;
 `rss_growth_mb` is that of `memory.py`.
 """
 
@@ -42,15 +44,17 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(folder: Path, port: int, engine: str) -> subprocess.Popen[bytes]:
     """Serves a tiny model from `folder`; returns when it answers."""
-    model = tiny_model(128)
+    # vLLM has no narrower heads on a CPU.
+    model = tiny_model(128, head_dim=32 if engine == "vllm" else None)
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300)
     tokenizer.save_pretrained(str(folder))
     model.save_pretrained(folder)
-    command = [sys.executable, "-m", "mixture_of_depths", "serve", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "mixture_of_depths", "serve", str(folder), "--port", str(port), "--engine", engine]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder / "server.txt").open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     while ask(port, str(folder), 0, False)["status"] != 200:
         assert server.poll() is None, (folder / "server.txt").read_text()
         time.sleep(0.2)
@@ -72,16 +76,25 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def resident_mb(pid: int) -> float:
+    """The resident memory of a process and of those it has started."""
+    server = psutil.Process(pid)
+    return sum(process.memory_info().rss for process in [server, *server.children(recursive=True)]) / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    is_own = arguments.engine == "transformers"
+    arguments.out = arguments.out or RESULTS / ("serving.json" if is_own else "serving-vllm.json")
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as place:
         folder, port = Path(place), free_port()
-        server = start_server(folder, port)
+        server = start_server(folder, port, arguments.engine)
         alone = answers(folder, port)
         clients: list[subprocess.Popen[bytes]] = []
         started = 0
@@ -103,7 +116,7 @@ def main() -> None:
             clients[victim].wait()
             kills += 1
             clients[victim] = start_client()
-            memory.append(psutil.Process(server.pid).memory_info().rss / 1e6)
+            memory.append(resident_mb(server.pid))
         for client in clients:
             client.kill()
             client.wait()
@@ -115,6 +128,7 @@ def main() -> None:
     seconds = sorted(line["seconds"] for line in received if line["number"] >= 0)
     record = {
         "benchmark": "serving_load",
+        "engine": arguments.engine,
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "clients_killed": kills,

@@ -41,8 +41,8 @@ RUN = (
 )
 # Commands of other pages: those of reproduction.md and results.md are isoflop.md's over the committed records and
 # index.md's, that of tuning.md runs after the page's Python, and those of devices.md and scaling.md are for machines
-# with GPUs; tests/test_distributed.py runs `mod train` in several processes.
-NOT_RUN = {"reproduction.md", "results.md", "devices.md", "scaling.md", "tuning.md"}
+# with GPUs; tests/test_distributed.py runs `mod train` in several processes. That of serving.md needs vLLM.
+NOT_RUN = {"reproduction.md", "results.md", "devices.md", "scaling.md", "tuning.md", "serving.md"}
 # The command of experts.md that reads committed records.
 COMMITTED = "recipes/mode-cpu.yaml"
 SERVERS = ("serve", "playground")

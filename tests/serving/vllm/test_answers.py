@@ -128,3 +128,9 @@ def test_in_bf16_nearly_all_tokens_are_those_of_the_package_in_bf16(tmp_path: Pa
         logits = model(tokens, routing="causal", use_cache=False).logits[0, len(answer.prompt_token_ids) - 1 : -1]
         same, total = same + int((logits.argmax(dim=1) == made).sum()), total + len(made)
     assert same / total > 0.9
+
+
+def test_two_processes_that_share_each_product_give_the_same_answers(tmp_path: Path) -> None:
+    model = small_model(routed_parts=["block", "block_keep_keys", "mlp"], bypass_rank=4)
+    llm = engine(save(model, tmp_path / "model"), tensor_parallel_size=2, max_num_batched_tokens=96, max_num_seqs=8)
+    check(model, asked(llm, prompts_of([1, 33, 150, 64, 7]), greedy(40)))
