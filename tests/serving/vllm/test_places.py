@@ -63,8 +63,7 @@ def test_tokens_take_the_next_places_of_their_request_in_the_order_of_the_sequen
 
 def test_a_token_that_asks_sees_the_tokens_up_to_itself() -> None:
     step = step_of([[1, 2], [3, 4]], [3, 2], [2, 0], torch.zeros(10, dtype=torch.int64))
-    position_N, index_K = torch.tensor([2, 3, 4, 0, 1]), torch.tensor([0, 2, 4])
-    metadata = step.one_by_one(position_N, index_K)
+    metadata = step.one_by_one(torch.tensor([2, 4, 1]), torch.tensor([0, 2, 4]))
     assert metadata.seq_lens.tolist() == [3, 5, 2]
     assert metadata.block_table_tensor.tolist() == [[1, 2], [1, 2], [3, 4]]
     assert metadata.query_start_loc.tolist() == [0, 1, 2, 3]

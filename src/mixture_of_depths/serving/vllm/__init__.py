@@ -5,6 +5,8 @@ like any other (`vllm serve runs/mod`). `model.py` has the blocks, `places.py` w
 `limits.py` what does not go together with them.
 """
 
+# pyright: reportMissingImports=false
+
 ARCHITECTURE = "MoDForCausalLM"
 
 

@@ -1,5 +1,7 @@
 """What of vLLM does not go together with blocks that tokens skip: switched off, or refused by name, before loading."""
 
+# pyright: reportMissingImports=false
+
 from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode

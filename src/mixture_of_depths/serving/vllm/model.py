@@ -4,9 +4,10 @@ Dense blocks, embedding, final norm and head are vLLM's own; so are the products
 What is added is the choice of tokens, by the checkpoint's router under causal routing (`model/routing.py`), and where
 their keys lie (`places.py`). It computes what `model/modeling.py` computes.
 
-Shapes: N tokens of the step, K tokens that enter, S tokens that skip, D hidden size, H heads of this process, h head
-width.
+Shapes: N tokens of the step, K tokens that enter, D hidden size, H heads of this process, h head width.
 """
+
+# pyright: reportMissingImports=false
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -57,47 +58,46 @@ class Attention(LlamaAttention):
 
 
 class ChosenAttention(Attention):
-    """Attention of tokens that are chosen; which they are, differs from step to step."""
+    """Attention of chosen tokens to one another; which they are differs from step to step."""
 
     def __init__(self, config: MoDConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.attn.attn_backend = routed_backend(self.attn.attn_backend)
 
-    def chosen(self, positions: Tensor, hidden_ND: Tensor, index_K: Tensor, norm: RMSNorm, step: Step | None) -> Tensor:
+    def chosen(self, positions_K: Tensor, normed_KD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
         """What the chosen tokens get from those they attend to, of shape [K, D].
 
         Args:
-            positions (torch.Tensor): positions in the sequence, of shape [N].
-            hidden_ND (torch.Tensor): the residual stream of all tokens.
-            index_K (torch.Tensor): which tokens are chosen, rising.
-            norm: the norm before attention.
+            positions_K (torch.Tensor): their positions in the sequence.
+            normed_KD (torch.Tensor): their normed hidden states.
+            index_K (torch.Tensor): which tokens of the step they are, rising; at least one.
             step: what is known of the step; None when vLLM tries how much memory it takes, and nothing is stored.
         """
-        query, key, value = self.qkv_proj(norm(hidden_ND.index_select(0, index_K)))[0].split(
-            [self.q_size, self.kv_size, self.kv_size], dim=-1
-        )
-        query, key = self.turned(positions.index_select(0, index_K), query, key)
+        query, key, value = self.qkv_proj(normed_KD)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key = self.turned(positions_K, query, key)
         if step is None:
             return self.o_proj(torch.zeros_like(query))[0]
         metadata, slots = step.side_by_side(self.attn.layer_name, index_K)
         self.store(key, value, slots)
-        return self.o_proj(self.attend(query, key, value, metadata))[0]
+        return self.o_proj(self.attend(query, metadata))[0]
 
     def store(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Puts keys and values, of shape [*, H * h], into slots of the cache."""
         key, value = self.by_head(key), self.by_head(value)
         self.attn.impl.do_kv_cache_update(self.attn, key, value, self.attn.kv_cache, slots)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
+    def attend(self, query: Tensor, metadata: Any) -> Tensor:
         """Attention of queries, of shape [K, H * h], to what is stored."""
-        attended = torch.empty_like(self.by_head(query), memory_format=torch.contiguous_format)
-        states = [self.by_head(states) for states in (query, key, value)]
-        self.attn.impl.forward(self.attn, *states, self.attn.kv_cache, metadata, output=attended)
+        query = self.by_head(query)
+        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+        # Keys and values are in the cache already, and given for their number of heads alone.
+        given = query[:, : self.num_kv_heads]
+        self.attn.impl.forward(self.attn, query, given, given, self.attn.kv_cache, metadata, output=attended)
         return attended.flatten(-2)
 
 
 class AskingAttention(ChosenAttention):
-    """Attention of tokens that are chosen to the keys and values of all tokens."""
+    """Attention of chosen tokens to the keys and values of all tokens."""
 
     def __init__(self, config: MoDConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -112,20 +112,18 @@ class AskingAttention(ChosenAttention):
             self.hidden_size, [width, width], prefix=f"{prefix}.key_value_proj", **shared
         )
 
-    def chosen(self, positions: Tensor, hidden_ND: Tensor, index_K: Tensor, norm: RMSNorm, step: Step | None) -> Tensor:
-        """As above; no token may be chosen at all."""
-        normed_ND = norm(hidden_ND)
+    def keys_and_values(self, positions: Tensor, normed_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all tokens, each of shape [N, H * h]."""
         key, value = self.key_value_proj(normed_ND)[0].split([self.kv_size, self.kv_size], dim=-1)
-        key, _ = self.rotary_emb(positions, self.normed(key, self.k_norm))
-        if step is not None:
-            self.store(key, value, step.common.slot_mapping)
-        if len(index_K) == 0:
-            return hidden_ND[:0]
-        query = self.normed(self.query_proj(normed_ND.index_select(0, index_K))[0], self.q_norm)
-        query, _ = self.rotary_emb(positions.index_select(0, index_K), query)
+        return self.rotary_emb(positions, self.normed(key, self.k_norm))[0], value
+
+    def chosen(self, positions_K: Tensor, normed_KD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
+        """As above, once the keys and values of all tokens are stored."""
+        query = self.normed(self.query_proj(normed_KD)[0], self.q_norm)
+        query, _ = self.rotary_emb(positions_K, query)
         if step is None:
             return self.o_proj(torch.zeros_like(query))[0]
-        return self.o_proj(self.attend(query, key, value, step.one_by_one(positions, index_K)))[0]
+        return self.o_proj(self.attend(query, step.one_by_one(positions_K, index_K)))[0]
 
 
 class Bypass(nn.Module):
@@ -137,13 +135,17 @@ class Bypass(nn.Module):
         self.down = ReplicatedLinear(width, rank, bias=False, prefix=f"{prefix}.down")
         self.up = ReplicatedLinear(rank, width, bias=False, prefix=f"{prefix}.up")
 
-    def forward(self, normed_SD: Tensor) -> Tensor:
-        """Of the shape of the normed hidden states."""
-        return self.up(self.down(normed_SD)[0])[0]
+    def forward(self, normed_ND: Tensor, entered_N: Tensor) -> Tensor:
+        """Of the shape of the normed hidden states; 0 for tokens that entered."""
+        return self.up(self.down(normed_ND)[0].masked_fill(entered_N[:, None], 0))[0]
 
 
 class RoutedBlock(LlamaDecoderLayer):
-    """A block of which only some tokens enter the routed part."""
+    """A block of which only some tokens enter the routed part.
+
+    What all tokens need is traced with the model's other blocks; `added` is not, since the number of tokens that enter
+    is known in the step alone.
+    """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: MoDConfig = vllm_config.model_config.hf_config
@@ -164,12 +166,21 @@ class RoutedBlock(LlamaDecoderLayer):
 
         So do vLLM's blocks, of which the next one's norm takes the sum. The stream given is such a sum, too.
         """
-        if residual is None:
-            residual = torch.zeros_like(hidden_states)
+        hidden_ND = hidden_states if residual is None else hidden_states + residual
         if self.part == "mlp":
-            normed, residual = self.input_layernorm(hidden_states, residual)
-            hidden_states = self.self_attn(positions=positions, hidden_states=normed)
-        return torch.ops.mixture_of_depths.routed_part(hidden_states, residual, positions, self.name)
+            attended_ND = self.self_attn(positions=positions, hidden_states=self.input_layernorm(hidden_ND))
+            hidden_ND = hidden_ND + attended_ND
+        normed_ND = (self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm)(hidden_ND)
+        entered_N, gate_N = self.entered(hidden_ND, positions)
+        key = value = None
+        if isinstance(self.self_attn, AskingAttention):
+            key, value = self.self_attn.keys_and_values(positions, normed_ND)
+        added_ND = torch.ops.mixture_of_depths.routed_part(
+            hidden_ND, normed_ND, entered_N, gate_N, positions, key, value, self.name
+        )
+        if self.bypass is not None:
+            hidden_ND = hidden_ND + self.bypass(normed_ND, entered_N)
+        return added_ND, hidden_ND
 
     def entered(self, hidden_ND: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens enter, bool, and the factor of what the routed part adds to them; both of shape [N]."""
@@ -179,50 +190,83 @@ class RoutedBlock(LlamaDecoderLayer):
             entered_N = entered_N | (positions == 0)
         return entered_N, self.router.gate(logits_1N[0])
 
-    def route(self, hidden_ND: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The routed part: what it adds, and the residual stream with the bypass of the tokens that skip."""
-        entered_N, gate_N = self.entered(hidden_ND, positions)
-        metadata = get_forward_context().attn_metadata
+    def added(
+        self,
+        hidden_ND: Tensor,
+        normed_ND: Tensor,
+        entered_N: Tensor,
+        gate_N: Tensor,
+        positions: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+    ) -> Tensor:
+        """What the routed part adds to the residual stream, 0 for tokens that skip; of shape [N, D].
+
+        Args:
+            hidden_ND (torch.Tensor): the residual stream.
+            normed_ND (torch.Tensor): the same, by the norm of the routed part.
+            entered_N (torch.Tensor): which tokens enter.
+            gate_N (torch.Tensor): the factor of what is added.
+            positions (torch.Tensor): positions in the sequence, of shape [N].
+            key, value (torch.Tensor | None): of all tokens, where those that skip keep them; of shape [N, H * h].
+        """
+        attention, metadata = self.self_attn, get_forward_context().attn_metadata
         step = None
         if metadata is None:
             # As many as can ever enter.
             entered_N = torch.ones_like(entered_N)
-        elif self.part != "mlp":
-            step = metadata[self.self_attn.attn.layer_name]
-            entered_N[step.common.num_actual_tokens :] = False
+        elif isinstance(attention, ChosenAttention):
+            step = metadata[attention.attn.layer_name]
+            # What is behind fills up the step.
+            entered_N = entered_N[: step.common.num_actual_tokens]
+            if key is not None:
+                attention.store(key, value, step.common.slot_mapping)
         index_K = entered_N.nonzero().flatten()
-        added_ND = torch.zeros_like(hidden_ND)
-        if len(index_K) or self.part == "block_keep_keys":
-            delta_KD = self.delta(positions, hidden_ND, index_K, step)
-            gate_K1 = gate_N.index_select(0, index_K)[:, None]
-            added_ND.index_copy_(0, index_K, (gate_K1 * delta_KD).to(added_ND.dtype))
-        if self.bypass is not None and len(index_K) < len(hidden_ND):
-            norm = self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm
-            index_S = (~entered_N).nonzero().flatten()
-            bypass_SD = self.bypass(norm(hidden_ND.index_select(0, index_S)))
-            hidden_ND = hidden_ND.index_add(0, index_S, bypass_SD)
-        return added_ND, hidden_ND
-
-    def delta(self, positions: Tensor, hidden_ND: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
-        """What the routed part would add to the tokens that enter, of shape [K, D]."""
-        if self.part == "mlp":
-            return self.mlp(self.post_attention_layernorm(hidden_ND.index_select(0, index_K)))
-        attended_KD = self.self_attn.chosen(positions, hidden_ND, index_K, self.input_layernorm, step)
         if len(index_K) == 0:
-            return attended_KD
-        chosen_KD = hidden_ND.index_select(0, index_K)
-        return attended_KD + self.mlp(self.post_attention_layernorm(chosen_KD + attended_KD))
+            return torch.zeros_like(hidden_ND)
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if len(index_K) == len(tensor) else tensor.index_select(0, index_K)
+
+        if isinstance(attention, ChosenAttention):
+            attended_KD = attention.chosen(chosen(positions), chosen(normed_ND), index_K, step)
+            normed_KD = self.post_attention_layernorm(chosen(hidden_ND) + attended_KD)
+            delta_KD = attended_KD + self.mlp(normed_KD)
+        else:
+            delta_KD = self.mlp(chosen(normed_ND))
+        added_KD = (chosen(gate_N)[:, None] * delta_KD).to(hidden_ND.dtype)
+        if len(index_K) == len(hidden_ND):
+            return added_KD
+        return torch.zeros_like(hidden_ND).index_copy_(0, index_K, added_KD)
 
 
-def routed_part(added: Tensor, residual: Tensor, positions: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """One operator for the compiler, since the number of tokens that enter is known in the step alone."""
+def routed_part(
+    hidden: Tensor,
+    normed: Tensor,
+    entered: Tensor,
+    gate: Tensor,
+    positions: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    name: str,
+) -> Tensor:
+    """`RoutedBlock.added` of the block of that name, as one operator."""
     block = get_forward_context().no_compile_layers[name]
-    return block.route(added + residual, positions)
+    return block.added(hidden, normed, entered, gate, positions, key, value)
 
 
-def as_shaped(added: Tensor, residual: Tensor, positions: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Tensors of the operator's shapes."""
-    return torch.empty_like(added), torch.empty_like(residual)
+def as_shaped(
+    hidden: Tensor,
+    normed: Tensor,
+    entered: Tensor,
+    gate: Tensor,
+    positions: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    name: str,
+) -> Tensor:
+    """A tensor of the operator's shape, for the compiler."""
+    return torch.empty_like(hidden)
 
 
 library = Library("mixture_of_depths", "FRAGMENT")

@@ -11,6 +11,8 @@ runs. A request that begins, or begins again because its pages were taken from i
 Shapes: N tokens of the step, R requests, K tokens that enter, Q requests of which tokens enter, P pages of a request.
 """
 
+# pyright: reportMissingImports=false
+
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,24 +109,30 @@ class Step:
         )
         return metadata, slot_K
 
-    def one_by_one(self, position_N: Tensor, index_K: Tensor) -> Any:
+    @functools.cached_property
+    def whole(self) -> Any:
+        """The attention's metadata of all tokens."""
+        return self.build(self.common)
+
+    def one_by_one(self, position_K: Tensor, index_K: Tensor) -> Any:
         """The attention's metadata of tokens that see all tokens of their request up to themselves.
 
         Each is a request of its own: those between them do not ask, and attention takes the tokens that ask for the
         last of a sequence.
 
         Args:
-            position_N (torch.Tensor): positions in the sequence.
-            index_K (torch.Tensor): which tokens of the step ask, rising; at least one.
+            position_K (torch.Tensor): their positions in the sequence.
+            index_K (torch.Tensor): which tokens of the step they are, rising; at least one.
         """
+        if len(index_K) == self.common.num_actual_tokens == self.common.num_reqs:
+            return self.whole
         request_K = self.request_of.index_select(0, index_K)
         start = torch.arange(len(index_K) + 1, dtype=torch.int32, device=index_K.device)
-        length_K = (position_N.index_select(0, index_K) + 1).int()
         return self.told(
             request_K,
             query_start_loc=start,
             query_start_loc_cpu=start.cpu(),
-            seq_lens=length_K,
+            seq_lens=(position_K + 1).int(),
             num_reqs=len(index_K),
             max_query_len=1,
             max_seq_len=self.common.max_seq_len,
