@@ -61,12 +61,12 @@ def _ctrl_c_heeded_in_imports() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@_ctrl_c_heeded_in_imports()
 def in_one_line(error: Exception) -> str:
     """What an error says; those of libraries may have several lines."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
+@_ctrl_c_heeded_in_imports()
 def main() -> None:
     """Runs the command line; what a user can mend ends with status 2 and one line, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -15,7 +15,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import mixture_of_depths.model.configuration  # noqa: F401
+    # It loads the configuration, too, which makes itself known to transformers.
     from mixture_of_depths.serving.vllm.limits import Limits
 
     ModelRegistry.register_model(ARCHITECTURE, "mixture_of_depths.serving.vllm.model:MoDForCausalLM")
