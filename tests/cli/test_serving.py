@@ -234,7 +234,8 @@ def test_serve_becomes_vllm_s_server_with_what_it_was_given(
     for name in ("MOD_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     asked = ["serve", str(checkpoint), "--engine", "vllm", "--host", "0.0.0.0", "--port", "8123"]
-    common = ["-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--host", "0.0.0.0", "--port", "8123"]
+    common = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    common += ["--host", "0.0.0.0", "--port", "8123"]
     for arguments, expected, key in (
         ([], ["--dtype", "float32"], None),
         (["--precision", "bf16", "--api-key", "one"], ["--dtype", "bfloat16"], "one"),

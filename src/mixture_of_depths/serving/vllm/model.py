@@ -219,7 +219,7 @@ class RoutedBlock(LlamaDecoderLayer):
             step = metadata[attention.attn.layer_name]
             # What is behind fills up the step.
             entered_N = entered_N[: step.common.num_actual_tokens]
-            if key is not None:
+            if key is not None and value is not None:
                 attention.store(key, value, step.common.slot_mapping)
         index_K = entered_N.nonzero().flatten()
         if len(index_K) == 0:
