@@ -34,10 +34,16 @@ def test_a_place_where_no_folder_can_be_made_is_refused_with_its_field_and_the_r
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "new" / "newer"):
         check_place(place, "out")
+    (tmp_path / "nowhere").symlink_to("absent")
+    (tmp_path / "loop").symlink_to("loop")
+    long = "x" * 256
     for place, reason in (
         ("file", "file is a file"),
         ("file/in/it", "file is a file"),
-        ("x" * 300, "file name too long"),
+        (long, "file name too long"),
+        (f"new/{long}/it", "file name too long"),
+        ("nowhere", "a link that leads nowhere"),
+        ("loop/in/it", "a link that leads nowhere"),
     ):
         with pytest.raises(ValueError, match=rf"out=\S+{place} cannot be a folder \(.*{reason}\); name another"):
             check_place(tmp_path / place, "out")

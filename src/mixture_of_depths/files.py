@@ -1,5 +1,6 @@
 """Files that are whole or not there: JSON and records, written aside, sealed with checksums, locked."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,18 +12,43 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
+# Bytes, on every file system in use.
+LONGEST_NAME = 255
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_place(folder: Path, field: str) -> None:
     """Raises ValueError, naming the field, where no folder can be made: a file is in the way, or the name too long."""
-    try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        if there.is_dir():
+    for place in (folder, *folder.parents):
+        if len(os.fsencode(place.name)) > LONGEST_NAME:
+            raise _no_folder(folder, field, "file name too long")
+        if os.path.isdir(place):
             return
-        why = f"{there} is a file"
+        # A link may lead nowhere, or to itself.
+        if os.path.lexists(place):
+            raise _no_folder(
+                folder, field, f"{place} is a {'link that leads nowhere' if place.is_symlink() else 'file'}"
+            )
+
+
+def make_folder(folder: Path, field: str) -> None:
+    """Makes a folder, and those that it lies in, if it is not there.
+
+    Raises:
+        ValueError: naming the field, where none can be made.
+        OSError: when the disk is full.
+    """
+    check_place(folder, field)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-    raise ValueError(f"{field}={folder} cannot be a folder ({why}); name another")
+        if error.errno in DISK_FULL:
+            raise
+        raise _no_folder(folder, field, (error.strerror or str(error)).lower()) from error
+
+
+def _no_folder(folder: Path, field: str, why: str) -> ValueError:
+    return ValueError(f"{field}={folder} cannot be a folder ({why}); name another")
 
 
 def read_json(path: Path) -> Any:

@@ -552,5 +552,15 @@ def test_a_file_that_changes_while_it_is_prepared_is_noticed(
 
 def test_text_that_is_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"a\.txt is too little text to train on and hold some out; give more"):
+    with pytest.raises(
+        ValueError, match=r"a\.txt is too little text to train on and hold some out: with validation_fr"
+    ):
         prepare_shards(options(tmp_path, str(tmp_path / "a.txt")), tmp_path / "out", processes=1)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(300)))
+    for fraction, nothing in (
+        (1e-30, "nothing is held out; give more, or raise"),
+        (1 - 1e-10, "nothing is trained on"),
+    ):
+        opts = options(tmp_path, str(tmp_path / "a.jsonl"), validation_fraction=fraction)
+        with pytest.raises(ValueError, match=nothing):
+            prepare_shards(opts, tmp_path / f"out-{fraction}", processes=1)

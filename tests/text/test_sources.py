@@ -60,6 +60,8 @@ def test_a_folder_of_the_hub_s_cache_gives_the_split_of_its_main_revision(tmp_pa
     with pytest.raises(ValueError, match="holds 2 revisions, and refs/main names none; name one of its snapshots/"):
         read(options(tmp_path, str(cache)))
     assert read(options(tmp_path, str(cache / "snapshots" / "abc")))[0] == ["abc train 0", "abc train 1"]
+    # Only folders are revisions.
+    (cache / "snapshots" / ".DS_Store").write_text("")
     (cache / "refs").mkdir()
     for nowhere in (b"\xff\xfe", b"", b"../..", b"a\0b"):
         (cache / "refs" / "main").write_bytes(nowhere)
@@ -134,3 +136,10 @@ def test_a_number_that_is_not_written_as_a_weight_is_refused_with_how_it_is(tmp_
     assert unweighted(f"{path}:0.5") == str(path)
     with pytest.raises(ValueError, match="has the weight NaN, which is not a positive number"):
         weighted([f"{path}:NaN"])
+
+
+def test_a_name_that_no_file_can_have_does_not_exist_and_a_stream_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist; give"):
+        read(options(tmp_path, "x" * 300))
+    with pytest.raises(ValueError, match="data=/dev/null is no regular file"):
+        read(options(tmp_path, "/dev/null"))

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from mixture_of_depths.device import chosen_device
-from mixture_of_depths.files import check_place, locked, read_records, write_aside
+from mixture_of_depths.files import locked, make_folder, read_records, write_aside
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.corpus import Corpus
@@ -92,8 +92,7 @@ def carry_out(
 
 def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console, device: torch.device) -> bool:
     """Carries out what is missing on a device, but for what another process is at; False when a signal stopped it."""
-    check_place(out, "out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     done = open_records(out, planned)
     missing = [item for item in planned if item.run.name not in done]
     for number, item in enumerate(missing, start=1):
@@ -141,10 +140,9 @@ def run_on_ray(
         from ray.exceptions import RayTaskError
     except ImportError as error:
         raise ValueError("ray needs the package: pip install 'mixture-of-depths[ray]'") from error
-    check_place(out, "out")
     # Workers have working folders of their own.
     out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     done = open_records(out, planned)
     missing = [item for item in planned if item.run.name not in done]
     try:

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from mixture_of_depths.compiler import require_compiler
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation, evaluate, mean_of
-from mixture_of_depths.files import write_aside
+from mixture_of_depths.files import make_folder, write_aside
 from mixture_of_depths.model.loss import distilled_loss
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
@@ -229,7 +229,7 @@ def retrofit(
     console = console or Console()
     _check(dense, corpus, options, training)
     check_retrofit_ready(folder, resume)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "out")
     with only_run(folder):
         return _retrofit(dense, source, corpus, options, training, folder, resume, console)
 

@@ -170,8 +170,8 @@ def prepare_cache(
     options: DataOptions, tokenizer: PreTrainedTokenizerFast | None = None, console: Console | None = None
 ) -> tuple[str, Skipped | None]:
     """Puts prepared text into the cache if it is not there; returns its key, and what was left out; see `prepare`."""
-    check_place(options.cache_dir, "cache_dir")
     check_text(options, tokenizer)
+    check_place(options.cache_dir, "cache_dir")
     if _is_for_shards(options):
         return _prepare_sharded(options, tokenizer, console), None
     return _prepare_in_memory(options, tokenizer)

@@ -338,24 +338,22 @@ def value_of(record: Any, column: str) -> tuple[bool, Any]:
 
 
 def _read_parquet(path: Path, column: str, skipped: Skipped, span: Span) -> Iterator[str]:
-    if path.suffix in COMPRESSIONS:
+    # The library opens no file whose name is not UTF-8.
+    with _opened(path) as file:
         # What is read from its end cannot be streamed.
-        with _opened(path) as file:
-            content: Any = BytesIO(file.read())
-    else:
-        content = path
-    try:
-        with parquet.ParquetFile(content) as table:
-            check_column(path, table.schema_arrow, column)
-            groups = range(span.begin, table.num_row_groups if span.end is None else span.end)
-            for group in groups:
-                described = table.metadata.row_group(group)
-                size = described.total_byte_size / max(1, described.num_rows)
-                rows = max(1, min(ROWS, int(BATCH / max(1, size))))
-                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
-                    yield from texts_of(_values(_nested(batch, column), skipped), column, path, skipped)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"data={path} is not a Parquet file: {error}") from error
+        content = BytesIO(file.read()) if path.suffix in COMPRESSIONS else file
+        try:
+            with parquet.ParquetFile(content) as table:
+                check_column(path, table.schema_arrow, column)
+                groups = range(span.begin, table.num_row_groups if span.end is None else span.end)
+                for group in groups:
+                    described = table.metadata.row_group(group)
+                    size = described.total_byte_size / max(1, described.num_rows)
+                    rows = max(1, min(ROWS, int(BATCH / max(1, size))))
+                    for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+                        yield from texts_of(_values(_nested(batch, column), skipped), column, path, skipped)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"data={path} is not a Parquet file: {error}") from error
 
 
 def check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
@@ -372,6 +370,9 @@ def check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
         if names.count(part) > 1:
             raise ValueError(f"text_column={column} is the name of {names.count(part)} columns of {path}; rename one")
         fields = fields.field(part).type
+    if pyarrow.types.is_temporal(fields):
+        # Before one is read, whose time zone may not be known here.
+        raise ValueError(f"text_column={column} of {path} holds {fields}, not text")
 
 
 def _nested(batch: pyarrow.RecordBatch, column: str) -> Any:
@@ -390,9 +391,6 @@ def _values(values: Any, skipped: Skipped) -> Iterator[object]:
             yield value.as_py()
         except UnicodeDecodeError:
             skipped.not_utf8 += 1
-        except OverflowError:
-            # A date that Python has no name for; no column of text has it.
-            yield None
 
 
 def texts_of(values: Iterable[object], column: str, source: object, skipped: Skipped) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import isdir
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ def facts_of_hub(name: str, split: str) -> list[FileFacts]:
         ValueError: when the hub cannot be reached.
     """
     place, _ = _place_on_hub(name)
-    if Path(place).is_dir():
+    if isdir(place):
         paths = (path for path in sorted(Path(place).rglob("*")) if path.is_file())
         return [file_facts(path) for path in paths if not _is_hidden(path.relative_to(place))]
     with _reading_hub(name, split):
@@ -62,7 +63,7 @@ def _is_hidden(path: Path) -> bool:
 def _place_on_hub(name: str) -> tuple[str, str | None]:
     """The name and the configuration of a data set."""
     # A folder may hold a colon, and has no configuration.
-    if Path(name).is_dir() and name:
+    if isdir(name):
         return name, None
     name, _, config = name.partition(":")
     if not name:

@@ -128,11 +128,12 @@ def _pieces_of_files(
 def _row_groups(path: Path, column: str, size: int) -> tuple[list[int], list[int | None]]:
     """The first row groups of about equal parts of a table, and those after their last."""
     try:
-        metadata, schema = parquet.read_metadata(path), parquet.read_schema(path)
+        # The library opens no file whose name is not UTF-8.
+        with path.open("rb") as file, parquet.ParquetFile(file) as table:
+            groups, schema = table.num_row_groups, table.schema_arrow
     except (OSError, ValueError) as error:
         raise ValueError(f"data={path} is not a Parquet file: {error}") from error
     check_column(path, schema, column)
-    groups = metadata.num_row_groups
     parts = max(1, min(groups, size // PIECE))
     places = [groups * part // parts for part in range(parts)]
     return places, [*places[1:], None]

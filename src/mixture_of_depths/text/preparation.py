@@ -1,6 +1,5 @@
 """Text of any size on its way into a folder of shards: what is there of it, what it is made from, its tokenizer."""
 
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_depths.fields import refuse_without_use, validate_fields
-from mixture_of_depths.files import check_place, locked, sync_folder, write_aside
+from mixture_of_depths.files import DISK_FULL, check_place, locked, make_folder, sync_folder, write_aside
 from mixture_of_depths.options import DataOptions
 from mixture_of_depths.text.documents import Skipped, cut_tail, digest, holds_conversations, is_held_out
 from mixture_of_depths.text.plan import Plan, conversations_in, facts_of, holds_tokens, plan_of, read_piece
@@ -127,7 +126,7 @@ def prepare_shards(
         # Another process may finish it, and remove the plan.
         with suppress(FileNotFoundError):
             read_record(kind, folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "out")
     # Whoever looks at finished text is soon done.
     with locked(folder / LOCK, wait=(folder / PREPARED).is_file()) as ours:
         if not ours:
@@ -135,7 +134,7 @@ def prepare_shards(
         try:
             return _prepare(options, folder, own, plan, processes or os.cpu_count() or 1, console)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             raise OSError(
                 error.errno,
@@ -287,7 +286,11 @@ def _fill(
         if split == "documents":
             return None
         _clear(folder)
-        raise ValueError(f"data={' '.join(options.data)} is too little text to train on and hold some out; give more")
+        missing, change = ("held out", "raise") if shards["train"] else ("trained on", "lower")
+        raise ValueError(
+            f"data={' '.join(options.data)} is too little text to train on and hold some out: with validation_fraction="
+            f"{options.validation_fraction:g} nothing is {missing}; give more, or {change} that"
+        )
     shards = {side: with_samples(folder, shards[side]) for side in SIDES}
     return Prepared(
         version=VERSION,
@@ -378,6 +381,6 @@ def shared_tokenizer(options: DataOptions, cache: Path, console: Console | None 
             yield from _sample(text, plan, "tails", characters) if first is None else chain([first], by_documents)
 
     folder = cache / f"tokenizer-{name_of(options, None)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "cache_dir")
     with locked(folder / LOCK):
         return _tokenizer(options, folder, None, sample(), console or Console(quiet=True))[0]

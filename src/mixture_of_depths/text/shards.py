@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -230,10 +229,11 @@ def open_prepared(folder: Path) -> Prepared:
 
 def changed_file(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str | None:
     """The first file whose facts are not what they were, or there is one more or less; None where all are."""
-    for old, new in zip_longest(before, now):
-        if old != new:
-            return str((old or new).get("path"))
-    return None
+    there = {facts["path"]: facts for facts in now}
+    for old in before:
+        if there.pop(old["path"], None) != old:
+            return str(old["path"])
+    return next(iter(there), None)
 
 
 def read_record(kind: Any, path: Path) -> Any:

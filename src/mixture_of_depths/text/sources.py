@@ -8,6 +8,9 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
+
+# Of names that are too long pathlib's own raise errors.
+from os.path import exists, isdir, isfile, join
 from pathlib import Path
 
 from mixture_of_depths.options import BUILTIN
@@ -47,7 +50,7 @@ class Weighted:
 def unweighted(source: str) -> str:
     """A source without its weight."""
     match = WEIGHT.fullmatch(source)
-    if match is None or Path(source).exists():
+    if match is None or exists(source):
         _check_no_weight(source)
         return source
     return match[1]
@@ -56,7 +59,7 @@ def unweighted(source: str) -> str:
 def _check_no_weight(source: str) -> None:
     """Raises ValueError for the name of a file with a number that is not written as weights are."""
     name, _, number = source.rpartition(":")
-    if not name or Path(source).exists() or not (name == BUILTIN or Path(name).exists()):
+    if not name or exists(source) or not (name == BUILTIN or exists(name)):
         return
     try:
         float(number)
@@ -119,7 +122,7 @@ def shares_of(weights: Sequence[float]) -> list[int]:
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a folder of prepared text."""
-    return bool(source) and (Path(source) / PREPARED).is_file()
+    return bool(source) and isfile(join(source, PREPARED))
 
 
 def hub_name(source: str) -> str | None:
@@ -134,11 +137,11 @@ def hub_name(source: str) -> str | None:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("datasets--"):
         return source
     revisions = path / "snapshots"
-    if not path.name.startswith("datasets--") or not revisions.is_dir():
+    if not path.name.startswith("datasets--") or not isdir(revisions):
         return None
-    there = sorted(revisions.iterdir())
+    there = sorted(revision for revision in revisions.iterdir() if revision.is_dir())
     main = path / "refs" / "main"
-    if main.is_file():
+    if isfile(main):
         meant = main.read_text(errors="replace").strip()
         for revision in there:
             if revision.name == meant:
@@ -187,18 +190,20 @@ def find_files(source: str) -> list[Path]:
         # As a path it would be the working directory.
         raise ValueError(f"data={source!r} names no text; give a file, folder, glob, hub:NAME or {BUILTIN}")
     path = Path(source)
-    if path.is_file():
+    if isfile(path):
         if not kind_of(path) and not is_tokens(path):
             raise ValueError(f"data={source} is not one of {NAMES}; rename or convert")
         return [path]
     if is_prepared(source):
         raise ValueError(f"data={source} holds prepared text, which only training reads; give the text itself")
-    if path.is_dir():
+    if isdir(path):
         paths = sorted(p for p in path.rglob("*") if p.is_file() and _is_among_others(p))
     elif has_magic(source):
         there = [Path(p) for p in _matches(source)]
         on_purpose = source.endswith(JSON)
         paths = sorted(p for p in there if p.is_file() and (_is_among_others(p) or is_tokens(p) or on_purpose))
+    elif exists(path):
+        raise ValueError(f"data={source} is no regular file, which cannot be read again; write its text to a file")
     else:
         raise ValueError(f"data={source} does not exist; give a file, folder, glob, hub:NAME or {BUILTIN}")
     if not paths:

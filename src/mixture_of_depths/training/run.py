@@ -26,7 +26,7 @@ from mixture_of_depths.distributed import failing_together, from_main, is_main, 
 from mixture_of_depths.evaluation.calibration import calibrate
 from mixture_of_depths.evaluation.loss import Evaluation
 from mixture_of_depths.evaluation.text import held_out_of, without_calibrating
-from mixture_of_depths.files import write_aside
+from mixture_of_depths.files import make_folder, write_aside
 from mixture_of_depths.inspect.curves import training_curve
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import model_parameters, training_flops_per_token
@@ -148,7 +148,7 @@ def train(
         def begin() -> tuple[Path, int] | None:
             prepared = tuning.prepared if tuning else None
             check_folder(folder, resume, prepared or ())
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, "out")
             if prepared is None:
                 held.enter_context(only_run(folder))
             facts = tuning.facts if tuning else {}
