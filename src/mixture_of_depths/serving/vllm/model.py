@@ -4,7 +4,8 @@ Dense blocks, embedding, final norm and head are vLLM's own; so are the products
 What is added is the choice of tokens, by the checkpoint's router under causal routing (`model/routing.py`), and where
 their keys lie (`places.py`). It computes what `model/modeling.py` computes.
 
-Shapes: N tokens of the step, K tokens that enter, D hidden size, H heads of this process, h head width.
+Shapes: N tokens of the step, K tokens that enter, R rows of their products (K, and some for nothing), D hidden size,
+H heads of this process, h head width.
 """
 
 # pyright: reportMissingImports=false
@@ -16,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -28,6 +30,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.serving.vllm.places import Step, routed_backend
+from mixture_of_depths.serving.vllm.untraced import SiluAndMul, normed, num_rows, turn
 
 
 class Attention(LlamaAttention):
@@ -42,18 +45,15 @@ class Attention(LlamaAttention):
         """Of shape [*, H, h], for states [*, H * h]."""
         return states.unflatten(-1, (-1, self.head_dim))
 
-    def normed(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
+    def by_norm(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
         """Queries or keys, of shape [*, H * h], with their norm if there is one."""
         return states if norm is None else norm(self.by_head(states)).flatten(-2)
-
-    def turned(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the same tokens, with their norms, and turned by RoPE."""
-        return self.rotary_emb(positions, self.normed(query, self.q_norm), self.normed(key, self.k_norm))
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """What all tokens get from those they attend to, of shape [N, D], for normed hidden states of that shape."""
         query, key, value = self.qkv_proj(hidden_states)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        query, key = self.turned(positions, query, key)
+        query, key = self.by_norm(query, self.q_norm), self.by_norm(key, self.k_norm)
+        query, key = self.rotary_emb(positions, query, key)
         return self.o_proj(self.attn(query, key, value))[0]
 
 
@@ -64,22 +64,27 @@ class ChosenAttention(Attention):
         super().__init__(config, **kwargs)
         self.attn.attn_backend = routed_backend(self.attn.attn_backend)
 
-    def chosen(self, positions_K: Tensor, normed_KD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
-        """What the chosen tokens get from those they attend to, of shape [K, D].
+    def chosen(self, positions_R: Tensor, normed_RD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
+        """What the chosen tokens get from those they attend to, of shape [R, D]; rows behind theirs mean nothing.
 
         Args:
-            positions_K (torch.Tensor): their positions in the sequence.
-            normed_KD (torch.Tensor): their normed hidden states.
+            positions_R (torch.Tensor): their positions in the sequence.
+            normed_RD (torch.Tensor): their normed hidden states.
             index_K (torch.Tensor): which tokens of the step they are, rising; at least one.
             step: what is known of the step; None when vLLM tries how much memory it takes, and nothing is stored.
         """
-        query, key, value = self.qkv_proj(normed_KD)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        query, key = self.turned(positions_K, query, key)
+        query, key, value = self.qkv_proj(normed_RD)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key = self.by_norm_untraced(query, self.q_norm), self.by_norm_untraced(key, self.k_norm)
+        turn(self.rotary_emb, positions_R, query, key)
         if step is None:
             return self.o_proj(torch.zeros_like(query))[0]
         metadata, slots = step.side_by_side(self.attn.layer_name, index_K)
-        self.store(key, value, slots)
+        self.store(key[: len(index_K)], value[: len(index_K)], slots)
         return self.o_proj(self.attend(query, metadata))[0]
+
+    def by_norm_untraced(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
+        """As `by_norm`."""
+        return states if norm is None else normed(self.by_head(states), norm).flatten(-2)
 
     def store(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Puts keys and values, of shape [*, H * h], into slots of the cache."""
@@ -87,9 +92,9 @@ class ChosenAttention(Attention):
         self.attn.impl.do_kv_cache_update(self.attn, key, value, self.attn.kv_cache, slots)
 
     def attend(self, query: Tensor, metadata: Any) -> Tensor:
-        """Attention of queries, of shape [K, H * h], to what is stored."""
+        """Attention of queries, of shape [R, H * h], to what is stored; 0 for rows of which nothing is told."""
         query = self.by_head(query)
-        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+        attended = torch.zeros_like(query, memory_format=torch.contiguous_format)
         # Keys and values are in the cache already, and given for their number of heads alone.
         given = query[:, : self.num_kv_heads]
         self.attn.impl.forward(self.attn, query, given, given, self.attn.kv_cache, metadata, output=attended)
@@ -115,15 +120,15 @@ class AskingAttention(ChosenAttention):
     def keys_and_values(self, positions: Tensor, normed_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Of all tokens, each of shape [N, H * h]."""
         key, value = self.key_value_proj(normed_ND)[0].split([self.kv_size, self.kv_size], dim=-1)
-        return self.rotary_emb(positions, self.normed(key, self.k_norm))[0], value
+        return self.rotary_emb(positions, self.by_norm(key, self.k_norm))[0], value
 
-    def chosen(self, positions_K: Tensor, normed_KD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
+    def chosen(self, positions_R: Tensor, normed_RD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
         """As above, once the keys and values of all tokens are stored."""
-        query = self.normed(self.query_proj(normed_KD)[0], self.q_norm)
-        query, _ = self.rotary_emb(positions_K, query)
+        query = self.by_norm_untraced(self.query_proj(normed_RD)[0], self.q_norm)
+        turn(self.rotary_emb, positions_R, query)
         if step is None:
             return self.o_proj(torch.zeros_like(query))[0]
-        return self.o_proj(self.attend(query, step.one_by_one(positions_K, index_K)))[0]
+        return self.o_proj(self.attend(query, step.one_by_one(positions_R[: len(index_K)], index_K)))[0]
 
 
 class Bypass(nn.Module):
@@ -156,6 +161,7 @@ class RoutedBlock(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, attn_layer_type=kinds[part])
         self.part, self.name = part, prefix
         self.first_token_enters = config.first_token_enters
+        self.mlp.act_fn = SiluAndMul()
         self.router = Router(config, layer_idx).eval()
         self.bypass = Bypass(config, f"{prefix}.bypass") if config.bypass_rank else None
         # Where the operator below finds the block.
@@ -222,22 +228,23 @@ class RoutedBlock(LlamaDecoderLayer):
             if key is not None and value is not None:
                 attention.store(key, value, step.common.slot_mapping)
         index_K = entered_N.nonzero().flatten()
-        if len(index_K) == 0:
+        count, all_enter = len(index_K), len(index_K) == len(hidden_ND)
+        if count == 0:
             return torch.zeros_like(hidden_ND)
+        rows = num_rows(count) if hidden_ND.is_cpu else count
+        index_R = functional.pad(index_K, (0, rows - count)) if rows > count else index_K
 
         def chosen(tensor: Tensor) -> Tensor:
-            return tensor if len(index_K) == len(tensor) else tensor.index_select(0, index_K)
+            return tensor if all_enter else tensor.index_select(0, index_R)
 
         if isinstance(attention, ChosenAttention):
-            attended_KD = attention.chosen(chosen(positions), chosen(normed_ND), index_K, step)
-            normed_KD = self.post_attention_layernorm(chosen(hidden_ND) + attended_KD)
-            delta_KD = attended_KD + self.mlp(normed_KD)
+            attended_RD = attention.chosen(chosen(positions), chosen(normed_ND), index_K, step)
+            middle_RD = normed(chosen(hidden_ND) + attended_RD, self.post_attention_layernorm)
+            delta_RD = attended_RD + self.mlp(middle_RD)
         else:
-            delta_KD = self.mlp(chosen(normed_ND))
-        added_KD = (chosen(gate_N)[:, None] * delta_KD).to(hidden_ND.dtype)
-        if len(index_K) == len(hidden_ND):
-            return added_KD
-        return torch.zeros_like(hidden_ND).index_copy_(0, index_K, added_KD)
+            delta_RD = self.mlp(chosen(normed_ND))
+        added_RD = (chosen(gate_N)[:, None] * delta_RD).to(hidden_ND.dtype)
+        return added_RD if all_enter else torch.zeros_like(hidden_ND).index_copy_(0, index_K, added_RD[:count])
 
 
 def routed_part(

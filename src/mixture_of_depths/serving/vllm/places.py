@@ -57,6 +57,11 @@ class Step:
         requests = torch.arange(len(start) - 1, device=start.device)
         return requests.repeat_interleave(start.diff(), output_size=self.common.num_actual_tokens)
 
+    @functools.cached_property
+    def counting(self) -> Tensor:
+        """0, 1 … N, as starts of requests of one token each."""
+        return torch.arange(self.common.num_actual_tokens + 1, dtype=torch.int32, device=self.common.seq_lens.device)
+
     def told(self, request_K: Tensor, **facts: Any) -> Any:
         """The attention's metadata with other facts, of which the requests of tokens K are the last."""
         common = self.common.replace(
@@ -124,10 +129,11 @@ class Step:
             position_K (torch.Tensor): their positions in the sequence.
             index_K (torch.Tensor): which tokens of the step they are, rising; at least one.
         """
-        if len(index_K) == self.common.num_actual_tokens == self.common.num_reqs:
+        each_is_a_request = self.common.num_actual_tokens == self.common.num_reqs
+        if each_is_a_request and len(index_K) == self.common.num_reqs:
             return self.whole
-        request_K = self.request_of.index_select(0, index_K)
-        start = torch.arange(len(index_K) + 1, dtype=torch.int32, device=index_K.device)
+        request_K = index_K if each_is_a_request else self.request_of.index_select(0, index_K)
+        start = self.counting[: len(index_K) + 1]
         return self.told(
             request_K,
             query_start_loc=start,
