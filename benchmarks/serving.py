@@ -9,6 +9,8 @@
 DENSE is the folder of a Llama, the others are checkpoints of this package with its tokenizer. Each side is a server of
 its own, all with the same settings; those whose turn it is not stand still. Prompts are cuts of the
 text, so that routers decide as they do on text, and answers have a fixed length. `vllm bench serve` asks and measures.
+vLLM's worker keeps some cores of a CPU for itself; whatever else runs here is kept away from them, since the process
+that hands it its steps waits for it busily.
 `--own` has `mod serve --compile` of each checkpoint take turns, too, with 8 clients.
 
 Prints one JSON line. Per number of clients and side, medians over the turns: requests and tokens a second, and
@@ -30,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mixture_of_depths.provenance import provenance
@@ -84,6 +87,17 @@ class Server:
                 return answer.status == 200
         except OSError:
             return False
+
+    def leave_cores_to_worker(self) -> None:
+        """Keeps the server's other processes, and this one with those it starts, off the cores of its worker."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        workers = [process for process in processes if process.name() == "VLLM::Worker"]
+        taken = {core for worker in workers for core in worker.cpu_affinity()}
+        others = set(range(psutil.cpu_count() or 1)) - taken
+        if taken and others:
+            for process in [*processes, psutil.Process()]:
+                for thread in [] if process in workers else process.threads():
+                    os.sched_setaffinity(thread.id, others)
 
     def send(self, signal_number: int) -> None:
         os.killpg(self.process.pid, signal_number)
@@ -175,6 +189,8 @@ def main() -> None:
             name = f"{side} by mod serve"
             servers[name] = Server(command, Path(folders[side]), arguments.logs / f"serving-own-{side}.log", {})
             servers[name].send(signal.SIGSTOP)
+        for side in folders:
+            servers[side].leave_cores_to_worker()
         with tempfile.TemporaryDirectory() as folder:
             short = prompts_of(text, tokenizer, PROMPT, 256, Path(folder) / "short.jsonl")
             long = prompts_of(text, tokenizer, LONG, 16, Path(folder) / "long.jsonl")

@@ -26,6 +26,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "routed_parts": ["block", "block_keep_keys", "mlp"],
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
     },
+    "widths that are no whole vectors": {
+        "routed_parts": ["block", "block_keep_keys", "mlp"],
+        "hidden_size": 68,
+        "intermediate_size": 100,
+        "head_dim": 32,
+    },
     "dense": {"routed_layers": []},
 }
 

@@ -16,6 +16,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "kv_transfer_config",
     ),
     ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+    ({}, {"kv_offloading_size": 0.1}, "kv_offloading_size=0.1"),
+    ({}, {"ubatch_size": 2}, "ubatch_size"),
+    ({"routed_parts": "block_keep_keys"}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
     (
         {"routed_parts": "block_keep_keys", "num_key_value_heads": 1},
         {"tensor_parallel_size": 2},

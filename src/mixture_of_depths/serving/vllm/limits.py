@@ -8,6 +8,7 @@ from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from mixture_of_depths.model.configuration import MoDConfig
 
@@ -44,6 +45,8 @@ class Limits(VerifyAndUpdateConfig):
                 f"tensor_parallel_size={size} does not divide num_key_value_heads={heads}, as blocks with "
                 "routed_parts='block_keep_keys' need; give a divisor"
             )
+        if parts & {"block", "block_keep_keys"}:
+            refuse_what_turns_keys_into_fewer_bits(vllm_config)
         if "block" in parts:
             refuse_what_moves_keys(vllm_config)
             if vllm_config.cache_config.enable_prefix_caching:
@@ -66,8 +69,18 @@ def refuse_what_moves_tokens(vllm_config: "VllmConfig") -> None:
         )
     if (size := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(f"pipeline_parallel_size={size}: give 1; tensor_parallel_size divides the blocks themselves")
+    if vllm_config.parallel_config.use_ubatching:
+        raise ValueError("enable_dbo or ubatch_size is given: a routed block takes a step as one; leave it out")
     if (size := vllm_config.parallel_config.decode_context_parallel_size) > 1:
         raise ValueError(f"decode_context_parallel_size={size}: give 1; tensor_parallel_size divides the blocks")
+
+
+def refuse_what_turns_keys_into_fewer_bits(vllm_config: "VllmConfig") -> None:
+    """Refuses a cache for which queries would have to be quantised, too: those of chosen tokens are not."""
+    if is_quantized_kv_cache(dtype := vllm_config.cache_config.cache_dtype):
+        raise ValueError(
+            f"kv_cache_dtype={dtype!r}: blocks in which attention is routed take keys as they are; give 'auto'"
+        )
 
 
 def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
@@ -76,6 +89,11 @@ def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "speculative_config is given, and a token that was guessed wrongly leaves its keys in blocks with "
             "routed_parts='block'; leave it out"
+        )
+    if (size := vllm_config.cache_config.kv_offloading_size) is not None:
+        raise ValueError(
+            f"kv_offloading_size={size}: the keys of blocks with routed_parts='block' are of no use without the number "
+            "of tokens that entered; leave it out"
         )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(

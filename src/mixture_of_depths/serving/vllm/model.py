@@ -4,8 +4,8 @@ Dense blocks, embedding, final norm and head are vLLM's own; so are the products
 What is added is the choice of tokens, by the checkpoint's router under causal routing (`model/routing.py`), and where
 their keys lie (`places.py`). It computes what `model/modeling.py` computes.
 
-Shapes: N tokens of the step, K tokens that enter, R rows of their products (K, and some for nothing), D hidden size,
-H heads of this process, h head width.
+Shapes: N tokens of the step, K tokens that enter, R rows of their products (K, and some for nothing if fewer than N),
+D hidden size, H heads of this process, h head width.
 """
 
 # pyright: reportMissingImports=false
@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.serving.vllm.places import Step, routed_backend
-from mixture_of_depths.serving.vllm.untraced import SiluAndMul, normed, num_rows, turn
+from mixture_of_depths.serving.vllm.untraced import Activation, normed, num_rows, turn
 
 
 class Attention(LlamaAttention):
@@ -161,7 +161,7 @@ class RoutedBlock(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, attn_layer_type=kinds[part])
         self.part, self.name = part, prefix
         self.first_token_enters = config.first_token_enters
-        self.mlp.act_fn = SiluAndMul()
+        self.mlp.act_fn = Activation()
         self.router = Router(config, layer_idx).eval()
         self.bypass = Bypass(config, f"{prefix}.bypass") if config.bypass_rank else None
         # Where the operator below finds the block.
@@ -231,8 +231,9 @@ class RoutedBlock(LlamaDecoderLayer):
         count, all_enter = len(index_K), len(index_K) == len(hidden_ND)
         if count == 0:
             return torch.zeros_like(hidden_ND)
-        rows = num_rows(count) if hidden_ND.is_cpu else count
-        index_R = functional.pad(index_K, (0, rows - count)) if rows > count else index_K
+        index_R = index_K
+        if hidden_ND.is_cpu and not all_enter:
+            index_R = functional.pad(index_K, (0, num_rows(count) - count))
 
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if all_enter else tensor.index_select(0, index_R)
