@@ -90,14 +90,14 @@ class Server:
 
     def leave_cores_to_worker(self) -> None:
         """Keeps the server's other processes, and this one with those it starts, off the cores of its worker."""
-        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        server = psutil.Process(self.process.pid)
+        processes = [server, *server.children(recursive=True), psutil.Process()]
         workers = [process for process in processes if process.name() == "VLLM::Worker"]
         taken = {core for worker in workers for core in worker.cpu_affinity()}
         others = set(range(psutil.cpu_count() or 1)) - taken
         if taken and others:
-            for process in [*processes, psutil.Process()]:
-                for thread in [] if process in workers else process.threads():
-                    os.sched_setaffinity(thread.id, others)
+            for thread in [thread for process in processes if process not in workers for thread in process.threads()]:
+                os.sched_setaffinity(thread.id, others)
 
     def send(self, signal_number: int) -> None:
         os.killpg(self.process.pid, signal_number)
@@ -189,6 +189,7 @@ def main() -> None:
             name = f"{side} by mod serve"
             servers[name] = Server(command, Path(folders[side]), arguments.logs / f"serving-own-{side}.log", {})
             servers[name].send(signal.SIGSTOP)
+        # Once all have started: a server has no more cores than what starts it.
         for side in folders:
             servers[side].leave_cores_to_worker()
         with tempfile.TemporaryDirectory() as folder:
