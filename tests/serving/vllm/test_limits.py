@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from vllm_engines import asked, engine, greedy, prompts_of, save, small_model
 
+from mixture_of_depths.serving.vllm import limits
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_experts": 4, "routed_layers": []}, {}, "num_experts=4"),
     ({}, {"enable_lora": True}, "enable_lora=True"),
@@ -42,3 +44,14 @@ def test_prefix_caching_is_off_where_keys_of_skipped_tokens_are_dropped(tmp_path
     first, second = asked(llm, prompts, greedy(20))
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+
+
+def test_what_vllm_has_compiled_for_one_version_of_this_package_is_not_taken_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(small_model(), tmp_path / "model")
+    keys = set()
+    for version in ("1.0", "1.1"):
+        monkeypatch.setattr(limits, "__version__", version)
+        keys.add(engine(folder, additional_config={"other": 1}).llm_engine.vllm_config.compute_hash())
+    assert len(keys) == 2

@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
+from mixture_of_depths import __version__
 from mixture_of_depths.model.configuration import MoDConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Limits(VerifyAndUpdateConfig):
             )
         if not config.routed_layers:
             return
+        if isinstance(vllm_config.additional_config, dict):
+            # In the key under which vLLM keeps what it has compiled: that calls operators of this version.
+            vllm_config.additional_config["mixture_of_depths"] = __version__
         refuse_what_moves_tokens(vllm_config)
         parts = set(map(config.routed_part, range(config.num_hidden_layers)))
         size, heads = vllm_config.parallel_config.tensor_parallel_size, config.num_key_value_heads
@@ -90,13 +94,13 @@ def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
             "speculative_config is given, and a token that was guessed wrongly leaves its keys in blocks with "
             "routed_parts='block'; leave it out"
         )
-    if (size := vllm_config.cache_config.kv_offloading_size) is not None:
-        raise ValueError(
-            f"kv_offloading_size={size}: the keys of blocks with routed_parts='block' are of no use without the number "
-            "of tokens that entered; leave it out"
-        )
-    if vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "kv_transfer_config is given, and the keys of blocks with routed_parts='block' are of no use without the "
-            "number of tokens that entered; leave it out"
-        )
+    moving = {
+        "kv_offloading_size": vllm_config.cache_config.kv_offloading_size,
+        "kv_transfer_config": vllm_config.kv_transfer_config and vllm_config.kv_transfer_config.kv_connector,
+    }
+    for name, value in moving.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value}: the keys of blocks with routed_parts='block' are of no use without the number of "
+                "tokens that entered; leave it out"
+            )

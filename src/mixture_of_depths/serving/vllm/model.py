@@ -30,7 +30,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.serving.vllm.places import Step, routed_backend
-from mixture_of_depths.serving.vllm.untraced import Activation, normed, num_rows, turn
+
+# A number of rows has at most so many leading bits that are not zeros.
+LEADING_BITS = 4
 
 
 class Attention(LlamaAttention):
@@ -64,27 +66,49 @@ class ChosenAttention(Attention):
         super().__init__(config, **kwargs)
         self.attn.attn_backend = routed_backend(self.attn.attn_backend)
 
-    def chosen(self, positions_R: Tensor, normed_RD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
-        """What the chosen tokens get from those they attend to, of shape [R, D]; rows behind theirs mean nothing.
+    def chosen(self, positions: Tensor, normed_ND: Tensor, entered_N: Tensor, index_R: Tensor, name: str) -> Tensor:
+        """What the chosen tokens get from those they attend to, of shape [R, D].
 
         Args:
-            positions_R (torch.Tensor): their positions in the sequence.
-            normed_RD (torch.Tensor): their normed hidden states.
-            index_K (torch.Tensor): which tokens of the step they are, rising; at least one.
-            step: what is known of the step; None when vLLM tries how much memory it takes, and nothing is stored.
+            positions (torch.Tensor): positions in the sequence, of shape [N].
+            normed_ND (torch.Tensor): normed hidden states.
+            entered_N (torch.Tensor): which tokens enter.
+            index_R (torch.Tensor): the tokens whose rows are multiplied.
+            name: the block's name.
         """
+        query, key, value = self.projected(positions, normed_ND, normed_ND.index_select(0, index_R))
+        positions_R = positions.index_select(0, index_R)
+        return self.o_proj(torch.ops.mixture_of_depths.attended(positions_R, query, key, value, entered_N, name))[0]
+
+    def projected(self, positions: Tensor, normed_ND: Tensor, normed_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the chosen tokens, without RoPE; of shape [R, H * h]."""
         query, key, value = self.qkv_proj(normed_RD)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        query, key = self.by_norm_untraced(query, self.q_norm), self.by_norm_untraced(key, self.k_norm)
-        turn(self.rotary_emb, positions_R, query, key)
-        if step is None:
-            return self.o_proj(torch.zeros_like(query))[0]
+        return self.by_norm(query, self.q_norm), self.by_norm(key, self.k_norm), value
+
+    def attended(
+        self, positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, index_K: Tensor, step: Step
+    ) -> Tensor:
+        """What is attended to, of the shape of the queries; rows behind the chosen tokens' mean nothing.
+
+        Args:
+            positions_R (torch.Tensor): positions in the sequence.
+            query, key, value (torch.Tensor): as projected.
+            index_K (torch.Tensor): the tokens of the step that enter, rising.
+            step: what is known of the step.
+        """
+        if len(index_K) == 0:
+            return torch.zeros_like(query, memory_format=torch.contiguous_format)
+        query, key = self.turned(positions_R, query, key)
         metadata, slots = step.side_by_side(self.attn.layer_name, index_K)
         self.store(key[: len(index_K)], value[: len(index_K)], slots)
-        return self.o_proj(self.attend(query, metadata))[0]
+        return self.attend(query, metadata)
 
-    def by_norm_untraced(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
-        """As `by_norm`."""
-        return states if norm is None else normed(self.by_head(states), norm).flatten(-2)
+    def turned(self, positions: Tensor, *queries_and_keys: Tensor) -> tuple[Tensor, ...]:
+        """Queries, and keys if they are given, by RoPE; of shape [R, H * h]."""
+        turned = tuple(states.clone(memory_format=torch.contiguous_format) for states in queries_and_keys)
+        # One kernel, in place; on a CPU vLLM calls the same.
+        self.rotary_emb.forward_cuda(positions, *turned)
+        return turned
 
     def store(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Puts keys and values, of shape [*, H * h], into slots of the cache."""
@@ -117,18 +141,21 @@ class AskingAttention(ChosenAttention):
             self.hidden_size, [width, width], prefix=f"{prefix}.key_value_proj", **shared
         )
 
-    def keys_and_values(self, positions: Tensor, normed_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all tokens, each of shape [N, H * h]."""
+    def projected(self, positions: Tensor, normed_ND: Tensor, normed_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the chosen tokens, without RoPE, and keys, with it, and values of all tokens."""
+        query = self.by_norm(self.query_proj(normed_RD)[0], self.q_norm)
         key, value = self.key_value_proj(normed_ND)[0].split([self.kv_size, self.kv_size], dim=-1)
-        return self.rotary_emb(positions, self.by_norm(key, self.k_norm))[0], value
+        return query, self.rotary_emb(positions, self.by_norm(key, self.k_norm))[0], value
 
-    def chosen(self, positions_R: Tensor, normed_RD: Tensor, index_K: Tensor, step: Step | None) -> Tensor:
-        """As above, once the keys and values of all tokens are stored."""
-        query = self.by_norm_untraced(self.query_proj(normed_RD)[0], self.q_norm)
-        turn(self.rotary_emb, positions_R, query)
-        if step is None:
-            return self.o_proj(torch.zeros_like(query))[0]
-        return self.o_proj(self.attend(query, step.one_by_one(positions_R[: len(index_K)], index_K)))[0]
+    def attended(
+        self, positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, index_K: Tensor, step: Step
+    ) -> Tensor:
+        """As above, for keys and values of all tokens."""
+        self.store(key, value, step.common.slot_mapping)
+        if len(index_K) == 0:
+            return torch.zeros_like(query, memory_format=torch.contiguous_format)
+        (query,) = self.turned(positions_R, query)
+        return self.attend(query, step.one_by_one(positions_R[: len(index_K)], index_K))
 
 
 class Bypass(nn.Module):
@@ -148,8 +175,8 @@ class Bypass(nn.Module):
 class RoutedBlock(LlamaDecoderLayer):
     """A block of which only some tokens enter the routed part.
 
-    What all tokens need is traced with the model's other blocks; `added` is not, since the number of tokens that enter
-    is known in the step alone.
+    How many is known in the step alone. Two operators see the tokens themselves; all else is traced, once for any
+    number of them.
     """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -161,10 +188,9 @@ class RoutedBlock(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, attn_layer_type=kinds[part])
         self.part, self.name = part, prefix
         self.first_token_enters = config.first_token_enters
-        self.mlp.act_fn = Activation()
         self.router = Router(config, layer_idx).eval()
         self.bypass = Bypass(config, f"{prefix}.bypass") if config.bypass_rank else None
-        # Where the operator below finds the block.
+        # Where the operators below find the block.
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,17 +199,22 @@ class RoutedBlock(LlamaDecoderLayer):
         So do vLLM's blocks, of which the next one's norm takes the sum. The stream given is such a sum, too.
         """
         hidden_ND = hidden_states if residual is None else hidden_states + residual
+        attention = self.self_attn
         if self.part == "mlp":
-            attended_ND = self.self_attn(positions=positions, hidden_states=self.input_layernorm(hidden_ND))
+            attended_ND = attention(positions=positions, hidden_states=self.input_layernorm(hidden_ND))
             hidden_ND = hidden_ND + attended_ND
         normed_ND = (self.post_attention_layernorm if self.part == "mlp" else self.input_layernorm)(hidden_ND)
         entered_N, gate_N = self.entered(hidden_ND, positions)
-        key = value = None
-        if isinstance(self.self_attn, AskingAttention):
-            key, value = self.self_attn.keys_and_values(positions, normed_ND)
-        added_ND = torch.ops.mixture_of_depths.routed_part(
-            hidden_ND, normed_ND, entered_N, gate_N, positions, key, value, self.name
-        )
+        index_R, row_N = torch.ops.mixture_of_depths.rows(entered_N, self.name)
+        if isinstance(attention, ChosenAttention):
+            attended_RD = attention.chosen(positions, normed_ND, entered_N, index_R, self.name)
+            middle_RD = self.post_attention_layernorm(hidden_ND.index_select(0, index_R) + attended_RD)
+            delta_RD = attended_RD + self.mlp(middle_RD)
+        else:
+            delta_RD = self.mlp(normed_ND.index_select(0, index_R))
+        added_RD = (gate_N.index_select(0, index_R)[:, None] * delta_RD).to(hidden_ND.dtype)
+        # Tokens that skip take the last row.
+        added_ND = torch.cat([added_RD, torch.zeros_like(hidden_ND[:1])]).index_select(0, row_N)
         if self.bypass is not None:
             hidden_ND = hidden_ND + self.bypass(normed_ND, entered_N)
         return added_ND, hidden_ND
@@ -196,89 +227,78 @@ class RoutedBlock(LlamaDecoderLayer):
             entered_N = entered_N | (positions == 0)
         return entered_N, self.router.gate(logits_1N[0])
 
-    def added(
-        self,
-        hidden_ND: Tensor,
-        normed_ND: Tensor,
-        entered_N: Tensor,
-        gate_N: Tensor,
-        positions: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-    ) -> Tensor:
-        """What the routed part adds to the residual stream, 0 for tokens that skip; of shape [N, D].
+    def step(self) -> Any:
+        """What attention is told of the step, which is a `Step` where attention is routed.
 
-        Args:
-            hidden_ND (torch.Tensor): the residual stream.
-            normed_ND (torch.Tensor): the same, by the norm of the routed part.
-            entered_N (torch.Tensor): which tokens enter.
-            gate_N (torch.Tensor): the factor of what is added.
-            positions (torch.Tensor): positions in the sequence, of shape [N].
-            key, value (torch.Tensor | None): of all tokens, where those that skip keep them; of shape [N, H * h].
+        None when vLLM tries how much memory a step takes, and nothing is stored.
         """
-        attention, metadata = self.self_attn, get_forward_context().attn_metadata
-        step = None
-        if metadata is None:
-            # As many as can ever enter.
-            entered_N = torch.ones_like(entered_N)
-        elif isinstance(attention, ChosenAttention):
-            step = metadata[attention.attn.layer_name]
-            # What is behind fills up the step.
-            entered_N = entered_N[: step.common.num_actual_tokens]
-            if key is not None and value is not None:
-                attention.store(key, value, step.common.slot_mapping)
-        index_K = entered_N.nonzero().flatten()
-        count, all_enter = len(index_K), len(index_K) == len(hidden_ND)
-        if count == 0:
-            return torch.zeros_like(hidden_ND)
-        index_R = index_K
-        if hidden_ND.is_cpu and not all_enter:
-            index_R = functional.pad(index_K, (0, num_rows(count) - count))
-
-        def chosen(tensor: Tensor) -> Tensor:
-            return tensor if all_enter else tensor.index_select(0, index_R)
-
-        if isinstance(attention, ChosenAttention):
-            attended_RD = attention.chosen(chosen(positions), chosen(normed_ND), index_K, step)
-            middle_RD = normed(chosen(hidden_ND) + attended_RD, self.post_attention_layernorm)
-            delta_RD = attended_RD + self.mlp(middle_RD)
-        else:
-            delta_RD = self.mlp(chosen(normed_ND))
-        added_RD = (chosen(gate_N)[:, None] * delta_RD).to(hidden_ND.dtype)
-        return added_RD if all_enter else torch.zeros_like(hidden_ND).index_copy_(0, index_K, added_RD[:count])
+        metadata = get_forward_context().attn_metadata
+        return None if metadata is None else metadata[self.self_attn.attn.layer_name]
 
 
-def routed_part(
-    hidden: Tensor,
-    normed: Tensor,
-    entered: Tensor,
-    gate: Tensor,
-    positions: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    name: str,
-) -> Tensor:
-    """`RoutedBlock.added` of the block of that name, as one operator."""
-    block = get_forward_context().no_compile_layers[name]
-    return block.added(hidden, normed, entered, gate, positions, key, value)
+def block_of(name: str) -> RoutedBlock:
+    """The block of that name."""
+    return get_forward_context().no_compile_layers[name]
 
 
-def as_shaped(
-    hidden: Tensor,
-    normed: Tensor,
-    entered: Tensor,
-    gate: Tensor,
-    positions: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    name: str,
+def rows(entered_N: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The tokens whose rows are multiplied, of shape [R], and which of these rows each token takes, of shape [N].
+
+    The last row, R, is that of the tokens that skip. When vLLM tries how much memory a step takes, all tokens enter.
+    """
+    step = block_of(name).step()
+    row_N = torch.empty_like(entered_N, dtype=torch.int64)
+    if step is None:
+        entered_N = torch.ones_like(entered_N)
+    elif isinstance(step, Step):
+        entered_N = step.taken(entered_N)
+    index_K = entered_N.nonzero().flatten()
+    count = len(index_K)
+    num_rows = rounded_up(count) if entered_N.is_cpu else count
+    row_N.fill_(num_rows).index_copy_(0, index_K, torch.arange(count, device=row_N.device))
+    index_R = functional.pad(index_K, (0, num_rows - count)) if num_rows > count else index_K
+    return index_R, row_N
+
+
+def rounded_up(count: int) -> int:
+    """The number of rows to multiply, at least `count`, of which there are few different ones.
+
+    On a CPU, oneDNN makes a kernel for every number of rows that it meets, which takes about a millisecond for each
+    matrix. Rounded up, it soon has met them all, and at most one row in eight is for nothing.
+    """
+    step = 1 << max(0, (count - 1).bit_length() - LEADING_BITS)
+    return -(-count // step) * step
+
+
+def rows_as_shaped(entered_N: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Tensors of the operator's shapes, for the compiler."""
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return entered_N.new_empty(num_rows, dtype=torch.int64), torch.empty_like(entered_N, dtype=torch.int64)
+
+
+def attended(positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, entered_N: Tensor, name: str) -> Tensor:
+    """`ChosenAttention.attended` of the block of that name."""
+    block = block_of(name)
+    step = block.step()
+    if step is None:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
+    assert isinstance(block.self_attn, ChosenAttention)
+    index_K = step.taken(entered_N).nonzero().flatten()
+    return block.self_attn.attended(positions_R, query, key, value, index_K, step)
+
+
+def attended_as_shaped(
+    positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, entered_N: Tensor, name: str
 ) -> Tensor:
     """A tensor of the operator's shape, for the compiler."""
-    return torch.empty_like(hidden)
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 library = Library("mixture_of_depths", "FRAGMENT")
-direct_register_custom_op("routed_part", routed_part, fake_impl=as_shaped, target_lib=library)
+direct_register_custom_op("rows", rows, fake_impl=rows_as_shaped, target_lib=library)
+direct_register_custom_op("attended", attended, fake_impl=attended_as_shaped, target_lib=library)
+# The number of rows is known to `rows` alone.
+torch._dynamo.config.capture_dynamic_output_shape_ops = True
 
 
 def block(vllm_config: VllmConfig, prefix: str) -> LlamaDecoderLayer:

@@ -62,6 +62,10 @@ class Step:
         """0, 1 … N, as starts of requests of one token each."""
         return torch.arange(self.common.num_actual_tokens + 1, dtype=torch.int32, device=self.common.seq_lens.device)
 
+    def taken(self, entered_N: Tensor) -> Tensor:
+        """Without what is behind the tokens of the step and fills it up."""
+        return entered_N[: self.common.num_actual_tokens]
+
     def told(self, request_K: Tensor, **facts: Any) -> Any:
         """The attention's metadata with other facts, of which the requests of tokens K are the last."""
         common = self.common.replace(
