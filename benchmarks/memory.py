@@ -80,16 +80,16 @@ class Meter:
             self.readings.append(self.process.memory_info().rss / 1e6)
 
 
-def tiny_model(longest: int, head_dim: int | None = None) -> MoDForCausalLM:
+def tiny_model(longest: int, **fields: Any) -> MoDForCausalLM:
     torch.manual_seed(0)
     config = MoDConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
-        head_dim=head_dim,
         max_position_embeddings=longest,
         initializer_range=0.3,
+        **fields,
     )
     return MoDForCausalLM(config).eval()
 

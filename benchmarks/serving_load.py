@@ -2,6 +2,7 @@
 
     python benchmarks/serving_load.py                  # writes results/reliability/serving.json
     python benchmarks/serving_load.py --engine vllm    # in an environment with vLLM; writes serving-vllm.json there
+    python benchmarks/serving_load.py --engine vllm --dense    # writes serving-vllm-dense.json there
 
 `mod serve` serves a tiny model; the clients are processes of `serving_client.py`. A client that is killed, with SIGKILL
 at a random moment, is replaced by another at once. Every answer is compared with what the server said to the same
@@ -11,13 +12,14 @@ A streamed answer leaves out a character that is cut off at its end, and one tha
 U+FFFD: texts are compared without those. `wrong_answers` counts texts and statuses that differ, `unanswered` requests
 that got no answer, other than those whose client was killed. Memory is the resident one of the server and of the
 processes it has started, at every kill;
-`rss_growth_mb` is that of `memory.py`.
+`rss_growth_mb` is that of `memory.py`. `--dense` routes no block: what still grows is not the routing's.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -44,10 +46,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start_server(folder: Path, port: int, engine: str) -> subprocess.Popen[bytes]:
+def start_server(folder: Path, port: int, engine: str, dense: bool) -> subprocess.Popen[bytes]:
     """Serves a tiny model from `folder`; returns when it answers."""
     # vLLM has no narrower heads on a CPU.
-    model = tiny_model(128, head_dim=32 if engine == "vllm" else None)
+    fields = {"head_dim": 32} if engine == "vllm" else {}
+    model = tiny_model(128, **fields, **({"routed_layers": []} if dense else {}))
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300)
     tokenizer.save_pretrained(str(folder))
     model.save_pretrained(folder)
@@ -87,15 +90,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--dense", action="store_true", help="serve a model without routed blocks")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    is_own = arguments.engine == "transformers"
-    arguments.out = arguments.out or RESULTS / ("serving.json" if is_own else "serving-vllm.json")
+    name = "serving" + ("-vllm" if arguments.engine == "vllm" else "") + ("-dense" if arguments.dense else "")
+    arguments.out = arguments.out or RESULTS / f"{name}.json"
+    # As an exception, so that the server and the clients end with the benchmark.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as place:
         folder, port = Path(place), free_port()
-        server = start_server(folder, port, arguments.engine)
-        alone = answers(folder, port)
+        server = start_server(folder, port, arguments.engine, arguments.dense)
         clients: list[subprocess.Popen[bytes]] = []
         started = 0
 
@@ -106,29 +111,34 @@ def main() -> None:
             with (folder / f"client{started}.jsonl").open("wb") as output:
                 return subprocess.Popen(command, stdout=output)
 
-        clients += [start_client() for _ in range(arguments.clients)]
-        memory, kills, began = [], 0, time.monotonic()
-        while time.monotonic() - began < arguments.seconds and server.poll() is None:
-            time.sleep(2 * draw.random())
-            victim = draw.randrange(len(clients))
-            assert clients[victim].poll() is None, "a client ended by itself"
-            clients[victim].kill()
-            clients[victim].wait()
-            kills += 1
-            clients[victim] = start_client()
-            memory.append(resident_mb(server.pid))
-        for client in clients:
-            client.kill()
-            client.wait()
-        served = server.poll() is None and answers(folder, port) == alone
-        server.terminate()
-        server.wait()
+        try:
+            alone = answers(folder, port)
+            clients += [start_client() for _ in range(arguments.clients)]
+            memory, kills, began = [], 0, time.monotonic()
+            while time.monotonic() - began < arguments.seconds and server.poll() is None:
+                time.sleep(2 * draw.random())
+                victim = draw.randrange(len(clients))
+                assert clients[victim].poll() is None, "a client ended by itself"
+                clients[victim].kill()
+                clients[victim].wait()
+                kills += 1
+                clients[victim] = start_client()
+                memory.append(resident_mb(server.pid))
+            for client in clients:
+                client.kill()
+                client.wait()
+            served = server.poll() is None and answers(folder, port) == alone
+        finally:
+            for process in [*clients, server]:
+                process.terminate()
+                process.wait()
         received = [line for number in range(1, started + 1) for line in lines(folder / f"client{number}.jsonl")]
         tracebacks = (folder / "server.txt").read_text().count("Traceback")
     seconds = sorted(line["seconds"] for line in received if line["number"] >= 0)
     record = {
         "benchmark": "serving_load",
         "engine": arguments.engine,
+        "dense": arguments.dense,
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "clients_killed": kills,
