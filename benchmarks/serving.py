@@ -39,7 +39,7 @@ from mixture_of_depths.provenance import provenance
 
 PROMPT, NEW, LONG = 128, 128, 1500
 # Requests a turn, by clients; so many that the slower side takes some half a minute.
-REQUESTS = {1: 6, 8: 24, 32: 64, 128: 256}
+REQUESTS = {1: 6, 8: 24, 32: 64, 128: 128}
 FIGURES = {
     "requests_per_s": "request_throughput",
     "tokens_per_s": "output_throughput",
