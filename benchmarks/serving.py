@@ -11,7 +11,8 @@ its own, all with the same settings; those whose turn it is not stand still. Pro
 text, so that routers decide as they do on text, and answers have a fixed length. `vllm bench serve` asks and measures.
 vLLM's worker keeps some cores of a CPU for itself; whatever else runs here is kept away from them, since the process
 that hands it its steps waits for it busily.
-`--own` has `mod serve --compile` of each checkpoint take turns, too, with 8 clients.
+`--own` has `mod serve --compile` of each checkpoint take turns, too, with 8 clients. It knows no `ignore_eos`, so that its
+answers may be shorter; tokens a second count what was answered.
 
 Prints one JSON line. Per number of clients and side, medians over the turns: requests and tokens a second, and
 milliseconds to the first token and between tokens (`ttft`, `itl`; the median and the 99th percentile). `over_dense`
@@ -116,18 +117,18 @@ def prompts_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int, count
 
 
 def turn(
-    server: Server, clients: int, requests: int, prompts: Path, new: int, temperature: float, seed: int
+    server: Server, clients: int, requests: int, prompts: Path, new: int, temperature: float, seed: int, by_vllm: bool
 ) -> dict[str, float]:
     """What `vllm bench serve` measures of a server that goes on for this turn alone."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", BENCH, "--port", str(server.port)]
         command += ["--model", str(server.folder), "--tokenizer", str(server.folder)]
         command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", str(new)]
-        command += ["--skip-chat-template", "--ignore-eos"]
+        command += ["--skip-chat-template", *(["--ignore-eos"] if by_vllm else [])]
         command += ["--temperature", str(temperature), "--seed", str(seed)]
         command += ["--max-concurrency", str(clients), "--num-prompts", str(requests), "--num-warmups", "1"]
         command += ["--metric-percentiles", "99", "--percentile-metrics", "ttft,itl"]
-        command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
+        command += ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
         server.send(signal.SIGCONT)
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -137,7 +138,8 @@ def turn(
             raise SystemExit(f"vllm bench serve failed:\n{run.stdout[-1000:]}{run.stderr[-2000:]}")
         result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
     if result["completed"] != requests:
-        raise SystemExit(f"{requests - result['completed']} of {requests} requests failed")
+        first = next(filter(None, result["errors"]), "")
+        raise SystemExit(f"{requests - result['completed']} of {requests} requests failed: {first}")
     return {name: result[key] for name, key in FIGURES.items()}
 
 
@@ -204,7 +206,16 @@ def main() -> None:
                     shift = number % len(taking_part)
                     for side in taking_part[shift:] + taking_part[:shift]:
                         turns[side].append(
-                            turn(servers[side], clients, requests, prompts, new, arguments.temperature, number)
+                            turn(
+                                servers[side],
+                                clients,
+                                requests,
+                                prompts,
+                                new,
+                                arguments.temperature,
+                                number,
+                                by_vllm=side in folders,
+                            )
                         )
                 record[case] = compared(turns)
                 print(f"{case}: {json.dumps(record[case])}", file=sys.stderr, flush=True)
