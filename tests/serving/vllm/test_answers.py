@@ -117,9 +117,9 @@ def test_a_prefix_that_is_cached_gives_the_same_answers(tmp_path: Path) -> None:
     assert hits.value > 0
 
 
-@pytest.mark.parametrize("parts", ["block", "block_keep_keys", "mlp"])
-def test_compiled_answers_are_the_package_s(parts: str, tmp_path: Path) -> None:
-    model = small_model(routed_parts=parts, bypass_rank=4)
+@pytest.mark.parametrize("kind", ["block", "keys kept", "mlp", "norms of queries and keys, biases, tied"])
+def test_compiled_answers_are_the_package_s(kind: str, tmp_path: Path) -> None:
+    model = small_model(**KINDS[kind], bypass_rank=4, first_token_enters=kind == "mlp")
     llm = engine(save(model, tmp_path / "model"), enforce_eager=False, max_num_batched_tokens=96, max_num_seqs=8)
     check(model, asked(llm, prompts_of([1, 33, 150, 64, 7]), greedy(40)))
 

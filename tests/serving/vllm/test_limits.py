@@ -19,6 +19,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
     ({}, {"kv_offloading_size": 0.1}, "kv_offloading_size=0.1"),
+    (
+        {"routed_parts": "block_keep_keys"},
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "kv_transfer_config=ExampleConnector",
+    ),
     ({}, {"ubatch_size": 2}, "ubatch_size"),
     ({"routed_parts": "block_keep_keys"}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
     (

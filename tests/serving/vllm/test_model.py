@@ -1,7 +1,7 @@
 """Rows of the chosen tokens: whose they are, which of them a token takes, and how many there are."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mixture_of_depths.serving.vllm import model
 from mixture_of_depths.serving.vllm.model import rounded_up, rows
+from mixture_of_depths.serving.vllm.places import Step
 
 
 def rows_of(entered: list[bool], step: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +25,13 @@ def test_every_token_takes_its_own_row_or_the_one_behind_all(entered: list[bool]
     assert len(index_R) == rounded_up(sum(entered))
     for token, row in enumerate(row_N.tolist()):
         assert index_R[row] == token if entered[token] else row == len(index_R)
+
+
+def test_what_fills_up_a_step_behind_its_tokens_never_enters(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(cast(Any, SimpleNamespace(num_actual_tokens=3)), lambda common: common, 32, {})
+    index_R, row_N = rows_of([True, False, True, True, True], step, monkeypatch)
+    assert index_R.tolist() == [0, 2]
+    assert row_N.tolist() == [0, 2, 1, 2, 2]
 
 
 def test_all_tokens_enter_when_memory_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,9 @@ class Limits(VerifyAndUpdateConfig):
             )
         if parts & {"block", "block_keep_keys"}:
             refuse_what_turns_keys_into_fewer_bits(vllm_config)
-        if "block" in parts:
             refuse_what_moves_keys(vllm_config)
+        if "block" in parts:
+            refuse_guesses(vllm_config)
             if vllm_config.cache_config.enable_prefix_caching:
                 vllm_config.cache_config.enable_prefix_caching = False
                 logger.warning(
@@ -88,12 +89,7 @@ def refuse_what_turns_keys_into_fewer_bits(vllm_config: "VllmConfig") -> None:
 
 
 def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
-    """Refuses what takes a key's place in the cache for its token's place in the sequence."""
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "speculative_config is given, and a token that was guessed wrongly leaves its keys in blocks with "
-            "routed_parts='block'; leave it out"
-        )
+    """Refuses what takes keys out of the cache and puts them there, which it does where vLLM's attention begins."""
     moving = {
         "kv_offloading_size": vllm_config.cache_config.kv_offloading_size,
         "kv_transfer_config": vllm_config.kv_transfer_config and vllm_config.kv_transfer_config.kv_connector,
@@ -101,6 +97,15 @@ def refuse_what_moves_keys(vllm_config: "VllmConfig") -> None:
     for name, value in moving.items():
         if value is not None:
             raise ValueError(
-                f"{name}={value}: the keys of blocks with routed_parts='block' are of no use without the number of "
-                "tokens that entered; leave it out"
+                f"{name}={value}: the keys of blocks in which attention is routed are stored by this package, which "
+                "moves none between caches; leave it out"
             )
+
+
+def refuse_guesses(vllm_config: "VllmConfig") -> None:
+    """Refuses what takes a key's place in the cache for its token's place in the sequence."""
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative_config is given, and a token that was guessed wrongly leaves its keys in blocks with "
+            "routed_parts='block'; leave it out"
+        )

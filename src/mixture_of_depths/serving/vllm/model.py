@@ -78,21 +78,22 @@ class ChosenAttention(Attention):
         """
         query, key, value = self.projected(positions, normed_ND, normed_ND.index_select(0, index_R))
         positions_R = positions.index_select(0, index_R)
-        return self.o_proj(torch.ops.mixture_of_depths.attended(positions_R, query, key, value, entered_N, name))[0]
+        attended = torch.ops.mixture_of_depths.chosen_attention(positions_R, query, key, value, entered_N, name)
+        return self.o_proj(attended)[0]
 
     def projected(self, positions: Tensor, normed_ND: Tensor, normed_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the chosen tokens, without RoPE; of shape [R, H * h]."""
         query, key, value = self.qkv_proj(normed_RD)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         return self.by_norm(query, self.q_norm), self.by_norm(key, self.k_norm), value
 
-    def attended(
+    def attend_in_step(
         self, positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, index_K: Tensor, step: Step
     ) -> Tensor:
         """What is attended to, of the shape of the queries; rows behind the chosen tokens' mean nothing.
 
         Args:
             positions_R (torch.Tensor): positions in the sequence.
-            query, key, value (torch.Tensor): as projected.
+            query, key, value (torch.Tensor): as `projected`.
             index_K (torch.Tensor): the tokens of the step that enter, rising.
             step: what is known of the step.
         """
@@ -147,7 +148,7 @@ class AskingAttention(ChosenAttention):
         key, value = self.key_value_proj(normed_ND)[0].split([self.kv_size, self.kv_size], dim=-1)
         return query, self.rotary_emb(positions, self.by_norm(key, self.k_norm))[0], value
 
-    def attended(
+    def attend_in_step(
         self, positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, index_K: Tensor, step: Step
     ) -> Tensor:
         """As above, for keys and values of all tokens."""
@@ -276,18 +277,24 @@ def rows_as_shaped(entered_N: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return entered_N.new_empty(num_rows, dtype=torch.int64), torch.empty_like(entered_N, dtype=torch.int64)
 
 
-def attended(positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, entered_N: Tensor, name: str) -> Tensor:
-    """`ChosenAttention.attended` of the block of that name."""
+def chosen_attention(
+    positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, entered_N: Tensor, name: str
+) -> Tensor:
+    """`ChosenAttention.attend_in_step` of the block of that name.
+
+    It writes to the cache and counts, which vLLM's own operator for that does not declare either: its result is used,
+    and no other operator sees what it writes.
+    """
     block = block_of(name)
     step = block.step()
     if step is None:
         return torch.zeros_like(query, memory_format=torch.contiguous_format)
     assert isinstance(block.self_attn, ChosenAttention)
     index_K = step.taken(entered_N).nonzero().flatten()
-    return block.self_attn.attended(positions_R, query, key, value, index_K, step)
+    return block.self_attn.attend_in_step(positions_R, query, key, value, index_K, step)
 
 
-def attended_as_shaped(
+def attention_as_shaped(
     positions_R: Tensor, query: Tensor, key: Tensor, value: Tensor, entered_N: Tensor, name: str
 ) -> Tensor:
     """A tensor of the operator's shape, for the compiler."""
@@ -296,7 +303,7 @@ def attended_as_shaped(
 
 library = Library("mixture_of_depths", "FRAGMENT")
 direct_register_custom_op("rows", rows, fake_impl=rows_as_shaped, target_lib=library)
-direct_register_custom_op("attended", attended, fake_impl=attended_as_shaped, target_lib=library)
+direct_register_custom_op("chosen_attention", chosen_attention, fake_impl=attention_as_shaped, target_lib=library)
 # The number of rows is known to `rows` alone.
 torch._dynamo.config.capture_dynamic_output_shape_ops = True
 

@@ -174,8 +174,10 @@ def routed_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         @functools.cached_property
         def num_entered(self) -> dict[str, Tensor]:
             """As in `Step`."""
-            pages = self.vllm_config.cache_config.num_gpu_blocks
-            assert pages is not None
+            cache = self.vllm_config.cache_config
+            assert cache.num_gpu_blocks is not None
+            # A backend may have pages that are parts of vLLM's.
+            pages = cache.num_gpu_blocks * cache.block_size // self.kv_cache_spec.block_size
             return {name: torch.zeros(pages, dtype=torch.int64, device=self.device) for name in self.layer_names}
 
     return subclass_attention_backend("Routed", backend, Builder)
