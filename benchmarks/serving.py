@@ -174,6 +174,8 @@ def main() -> None:
     # Servers that stand still outlive their benchmark, unless it ends by an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folders = {"dense": arguments.dense, **dict(one.split("=", 1) for one in arguments.checkpoints)}
+    if unknown := set(arguments.own) - set(folders):
+        parser.error(f"--own {' '.join(sorted(unknown))} is none of the checkpoints: {', '.join(list(folders)[1:])}")
     tokenizer = AutoTokenizer.from_pretrained(str(next(iter(reversed(folders.values())))))
     text = arguments.text.read_text()
     servers: dict[str, Server] = {}
