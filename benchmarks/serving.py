@@ -4,14 +4,14 @@
     python benchmarks/serving.py DENSE 80%=runs/80 65%=runs/65 --text wikitext2_test.txt
     python benchmarks/serving.py DENSE 80%=runs/80 --text wikitext2_test.txt --clients 1 8 --own 80%
     python benchmarks/serving_sides.py runs/80 runs/B && python benchmarks/serving.py runs/B/dense 12.5%=runs/B/mod \
-        --text wikitext2_test.txt --temperature 1e6    # random weights
+        --text wikitext2_test.txt --temperature 2    # random weights
 
 DENSE is the folder of a Llama, the others are checkpoints of this package with its tokenizer. Each side is a server of
 its own, all with the same settings; those whose turn it is not stand still. Prompts are cuts of the
 text, so that routers decide as they do on text, and answers have a fixed length. `vllm bench serve` asks and measures.
 vLLM's worker keeps some cores of a CPU for itself; whatever else runs here is kept away from them, since the process
 that hands it its steps waits for it busily.
-`--own` has `mod serve --compile` of these checkpoints take turns, too, with 8 clients. It knows no `ignore_eos`, so that its
+`--own` has `mod serve --compile` of these checkpoints take turns, too, with 8 clients. It has no `ignore_eos`, so its
 answers may be shorter; tokens a second count what was answered.
 
 Prints one JSON line. Per number of clients and side, medians over the turns: requests and tokens a second, and
@@ -167,7 +167,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], choices=list(REQUESTS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--temperature", type=float, default=0.0, help="1e6 makes every token as likely as any other")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="2, the most that vLLM takes, draws nearly at random from random weights",
+    )
     parser.add_argument("--own", nargs="+", default=[], metavar="NAME", help="have mod serve take turns, too")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
     python benchmarks/serving_sides.py TOKENIZER runs/B        # runs/B/mod and runs/B/dense, of shape B
 
 TOKENIZER is a folder that has one. Thresholds are calibrated on random tokens, so that the benchmark has to draw tokens
-at random, too (`--temperature 1e6`).
+at random, too (`--temperature 2`).
 """
 
 import argparse
