@@ -63,3 +63,8 @@ def load_native(source: str) -> Any:
 def compiler_cache() -> Path:
     """The folder where compiled graphs are kept."""
     return Path(cache_dir())
+
+
+def trace_unknown_sizes() -> None:
+    """Has the compiler, from now on, trace operators whose results have sizes that only the step knows."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True

@@ -27,6 +27,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from mixture_of_depths.compiler import trace_unknown_sizes
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.routing import Router
 from mixture_of_depths.serving.vllm.places import Step, routed_backend
@@ -304,8 +305,7 @@ def attention_as_shaped(
 library = Library("mixture_of_depths", "FRAGMENT")
 direct_register_custom_op("rows", rows, fake_impl=rows_as_shaped, target_lib=library)
 direct_register_custom_op("chosen_attention", chosen_attention, fake_impl=attention_as_shaped, target_lib=library)
-# The number of rows is known to `rows` alone.
-torch._dynamo.config.capture_dynamic_output_shape_ops = True
+trace_unknown_sizes()
 
 
 def block(vllm_config: VllmConfig, prefix: str) -> LlamaDecoderLayer:
