@@ -8,6 +8,8 @@ profiler, which itself takes time, and with it those of every operator, others i
 `products` has, for oneDNN's on a CPU, the microseconds of one by its width of input and output and its number of rows.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import json
 import os
