@@ -179,8 +179,9 @@ def main() -> None:
     # Servers that stand still outlive their benchmark, unless it ends by an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folders = {"dense": arguments.dense, **dict(one.split("=", 1) for one in arguments.checkpoints)}
-    if unknown := set(arguments.own) - set(folders):
-        parser.error(f"--own {' '.join(sorted(unknown))} is none of the checkpoints: {', '.join(list(folders)[1:])}")
+    ours = list(folders)[1:]
+    if unknown := set(arguments.own) - set(ours):
+        parser.error(f"--own {' '.join(sorted(unknown))} is none of the checkpoints: {', '.join(ours)}")
     tokenizer = AutoTokenizer.from_pretrained(str(next(iter(reversed(folders.values())))))
     text = arguments.text.read_text()
     servers: dict[str, Server] = {}
