@@ -1,5 +1,6 @@
 """What does not go together with skipped tokens is refused by name, or switched off."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,15 @@ def test_prefix_caching_is_off_where_keys_of_skipped_tokens_are_dropped(tmp_path
     assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
 
 
-def test_what_vllm_has_compiled_for_one_version_of_this_package_is_not_taken_by_another(
+def test_what_vllm_has_compiled_is_not_taken_once_the_files_of_the_plugin_have_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(small_model(), tmp_path / "model")
-    keys = set()
-    for version in ("1.0", "1.1"):
-        monkeypatch.setattr(limits, "__version__", version)
-        keys.add(engine(folder, additional_config={"other": 1}).llm_engine.vllm_config.compute_hash())
-    assert len(keys) == 2
+    sources = shutil.copytree(Path(limits.__file__).parent, tmp_path / "sources")
+    monkeypatch.setattr(limits, "__file__", str(sources / "limits.py"))
+    keys = []
+    for change in ("", "", "\n# another line"):
+        with (sources / "model.py").open("a") as file:
+            file.write(change)
+        keys.append(engine(folder, additional_config={"other": 1}).llm_engine.vllm_config.compute_hash())
+    assert keys[0] == keys[1] != keys[2]

@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode
@@ -10,13 +12,17 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
-from mixture_of_depths import __version__
 from mixture_of_depths.model.configuration import MoDConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
+
+
+def sources_digest(folder: Path) -> str:
+    """A number for what the Python files of a folder say: a version's name is the same while it is worked on."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
 
 
 class Limits(VerifyAndUpdateConfig):
@@ -39,8 +45,8 @@ class Limits(VerifyAndUpdateConfig):
         if not config.routed_layers:
             return
         if isinstance(vllm_config.additional_config, dict):
-            # In the key under which vLLM keeps what it has compiled: that calls operators of this version.
-            vllm_config.additional_config["mixture_of_depths"] = __version__
+            # In the key under which vLLM keeps what it has compiled, which calls the operators of these files.
+            vllm_config.additional_config["mixture_of_depths"] = sources_digest(Path(__file__).parent)
         refuse_what_moves_tokens(vllm_config)
         parts = set(map(config.routed_part, range(config.num_hidden_layers)))
         size, heads = vllm_config.parallel_config.tensor_parallel_size, config.num_key_value_heads
