@@ -11,7 +11,6 @@ Needs trl.
 import argparse
 import copy
 import json
-import random
 import tempfile
 import time
 from itertools import chain
@@ -21,6 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from retrofit_questions import questions_to_tune_on
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -31,19 +31,6 @@ from mixture_of_depths.provenance import provenance
 LENGTH = 512
 # No token is this, so that positions go on from one turn to the next.
 NO_END = -1
-FORMS = (
-    "What is {}?",
-    "Explain {} to a child.",
-    "Write a short story about {}.",
-    "Give me three facts about {}.",
-    "Why is {} important?",
-)
-TOPICS = """
-Paris, the moon, bread, photosynthesis, Python lists, football, the Roman Empire, cats, electricity, rain, the heart,
-chess, Japan, volcanoes, music, democracy, the ocean, sleep, coffee, bicycles, Mozart, gravity, bees, the internet,
-mountains, painting, trains, vitamins, dreams, glass, Brazil, dinosaurs, money, books, snow, sugar, robots, tea,
-the sun, castles, a lost dog, courage, winter, gardens, maps, clocks, friendship, bridges, stars, salt
-"""
 UNSEEN = (
     "What is the capital of France?",
     "What is the capital of Italy?",
@@ -108,8 +95,7 @@ def main() -> None:
     tokenizer.padding_side = "left"
     states: dict[str, dict[str, Any]] = {}
 
-    questions = [form.format(topic.strip()) for topic in TOPICS.split(",") for form in FORMS]
-    random.Random(0).shuffle(questions)
+    questions = questions_to_tune_on()
     rounded = copy.deepcopy(dense)
     torch.nn.Module.to(rounded, torch.bfloat16)
     sampling = {"max_new_tokens": 180, "do_sample": True, "temperature": 0.8, "top_p": 0.95}

@@ -10,14 +10,17 @@ fewest blocks at one capacity, whole blocks skipped, without maps, routers fitte
 adds; `dropped`, the blocks taken out that cost least to take out; `linear`, those replaced by their maps, which
 are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
 `dense` the model as it came. All are tuned on the files of `--tune`, as many characters of the built-in corpus'
-training part, and `--conversations`, answers of the dense model itself (`mod answer`); `--distillation` is the
-share of the loss that is the divergence from its predictions. `--max-steps 0` tests a side as it starts.
+training part, and `--conversations`, answers of the dense model itself; `--distillation` is the share of the loss
+that is the divergence from its predictions. `--max-steps 0` tests a side as it starts. Conversations are made by
 
-A side is a line in `--out`/pilot.jsonl once it is done, with all settings: loss and perplexity on the files of
-`--test`, on the built-in corpus' held-out part (`code`) and on held-out conversations; `answers_right`, of the
-questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the dense model's. A call stops after
-`--minutes` with what it has, and the same call goes on. What sides are chosen by is measured once, and kept in
-`--runs`.
+    python benchmarks/retrofit_questions.py > questions.jsonl
+    mod answer SmolLM2-135M-Instruct.Q4_1.gguf --data questions.jsonl --max-new-tokens 180 --out chats.jsonl
+
+A side is a line in `--out`/pilot.jsonl once it is done, with all settings and numbers for the contents of what is
+read: loss and perplexity on the files of `--test`, on the built-in corpus' held-out part (`code`) and on held-out
+conversations; `answers_right`, of the questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the
+dense model's. A call stops after `--minutes` with what it has, and the same call goes on. What sides are chosen by is
+measured once, and kept in `--runs`.
 
     python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl
     python benchmarks/retrofit.py SOURCE summary ...     of the lines with these settings, summary.json
@@ -27,6 +30,7 @@ vLLM, that with the dense model, too.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -56,7 +60,7 @@ from mixture_of_depths import (
 )
 from mixture_of_depths.files import read_records, write_aside
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofitting.choose import decode_share, flops_share
+from mixture_of_depths.retrofitting.choose import check_share, decode_share, flops_share
 from mixture_of_depths.retrofitting.measure import routers_of
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer
 from mixture_of_depths.sampling.bench import decode_seconds, in_precision
@@ -68,7 +72,7 @@ WINDOW = 1024
 # Turns of every side after each prompt.
 TURNS = 4
 ROWS = (1, 8)
-# What makes a line another one; files may have moved.
+# What makes a line another one, with the contents of what is read: files may have moved.
 SETTINGS = (
     "max_steps",
     "batch_size",
@@ -123,16 +127,55 @@ def tuned(
     return model, result.train_seconds / 60
 
 
+def test_file(text: str) -> tuple[str, Path]:
+    """NAME=FILE of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else, or a file that is not there.
+    """
+    name, equals, file = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=FILE; write wikitext={text}")
+    return name, existing(file)
+
+
+def existing(file: str) -> Path:
+    """A file of the command line; raises argparse.ArgumentTypeError where there is none."""
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{file} is no file")
+    return Path(file)
+
+
+def share_of_flops(text: str) -> float:
+    """A share of the command line; raises argparse.ArgumentTypeError for one that is not between 0 and 1."""
+    share = float(text)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
+
+
+def contents(path: Path) -> str:
+    """A number for what is in a file, or in the weights of a folder; the path itself where it is neither."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return str(path)
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("side", choices=[*SIDES, "decode", "summary"])
-    parser.add_argument("--share", type=float, default=0.8)
+    parser.add_argument("--share", type=share_of_flops, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--tune", nargs="+", required=True)
-    parser.add_argument("--conversations")
-    parser.add_argument("--test", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--tune", type=existing, nargs="+", required=True)
+    parser.add_argument("--conversations", type=existing)
+    parser.add_argument("--test", type=test_file, nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=200)
@@ -147,6 +190,14 @@ def main() -> None:
     parser.add_argument("--fit-sequences", type=int, default=RetrofitOptions.fit_sequences)
     parser.add_argument("--vllm", metavar="PYTHON")
     arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
     if arguments.minutes is not None:
         timer = threading.Timer(60 * arguments.minutes, lambda: os.kill(os.getpid(), signal.SIGINT))
         timer.daemon = True
@@ -155,7 +206,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    shared = {"settings": settings, "with_conversations": arguments.conversations is not None}
+    tests = dict(arguments.test)
+    inputs = {
+        "source": contents(Path(arguments.source)),
+        "tune": [contents(file) for file in arguments.tune],
+        "conversations": None if arguments.conversations is None else contents(arguments.conversations),
+        "test": {name: contents(file) for name, file in tests.items()},
+    }
+    shared = {"settings": settings, "inputs": inputs}
     records = arguments.out / "pilot.jsonl"
     if arguments.side == "summary":
         print(json.dumps(summarise(read_records(records), shared, arguments.out), indent=2))
@@ -168,10 +226,12 @@ def main() -> None:
             return
     dense, loaded = load_dense(arguments.source)
     tokenizer = checked(loaded, arguments.source)
+    if share is not None:
+        check_share(dense.config, RetrofitOptions(flops_share=share), arguments.sequence_length)
     texts = texts_of(
-        arguments.tune,
-        arguments.conversations,
-        dict(text.split("=", 1) for text in arguments.test),
+        [str(file) for file in arguments.tune],
+        None if arguments.conversations is None else str(arguments.conversations),
+        {name: str(file) for name, file in tests.items()},
         tokenizer,
         arguments.sequence_length,
         WINDOW,

@@ -1,5 +1,44 @@
-"""Questions with checkable answers: one of the words must be in what a model says. Written for these measurements."""
+"""Questions: those to tune on, and those with checkable answers. Written for these measurements.
 
+    python benchmarks/retrofit_questions.py > questions.jsonl
+
+writes the 250 to tune on, as `mod answer` reads them.
+"""
+
+import json
+import random
+import re
+
+FORMS = (
+    "What is {}?",
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "Give me three facts about {}.",
+    "Why is {} important?",
+)
+TOPICS = """
+Paris, the moon, bread, photosynthesis, Python lists, football, the Roman Empire, cats, electricity, rain, the heart,
+chess, Japan, volcanoes, music, democracy, the ocean, sleep, coffee, bicycles, Mozart, gravity, bees, the internet,
+mountains, painting, trains, vitamins, dreams, glass, Brazil, dinosaurs, money, books, snow, sugar, robots, tea,
+the sun, castles, a lost dog, courage, winter, gardens, maps, clocks, friendship, bridges, stars, salt
+"""
+
+
+def questions_to_tune_on() -> list[str]:
+    """Every topic in every form, in an order that mixes them."""
+    questions = [form.format(topic.strip()) for topic in TOPICS.split(",") for form in FORMS]
+    random.Random(0).shuffle(questions)
+    return questions
+
+
+def is_right(said: str, words: tuple[str, ...]) -> bool:
+    """Whether one of the words stands in what is said, by itself and not as a part of another word or number."""
+    # A sign, as of degrees, may be followed by a letter.
+    patterns = (rf"(?<![\w.]){re.escape(word)}" + (r"(?!\w|\.\d)" if word[-1].isalnum() else "") for word in words)
+    return any(re.search(pattern, said, re.IGNORECASE) for pattern in patterns)
+
+
+# One of the words must be in what a model says.
 QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("What is the capital of France?", ("Paris",)),
     ("What is the capital of Italy?", ("Rome",)),
@@ -43,10 +82,10 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("What is the opposite of up?", ("down",)),
     ("What is the opposite of day?", ("night",)),
     ("What is the plural of mouse, the animal?", ("mice",)),
-    ("What is a baby cat called?", ("kitten",)),
+    ("What is a baby cat called?", ("kitten", "kittens")),
     ("What is a baby dog called?", ("puppy",)),
     ("Which animal gives us wool?", ("sheep",)),
-    ("Which insect makes honey?", ("bee",)),
+    ("Which insect makes honey?", ("bee", "bees", "honeybee", "honeybees")),
     ("Which organ pumps blood through the body?", ("heart",)),
     ("With which organ do we think?", ("brain",)),
     ("Who wrote the play Romeo and Juliet?", ("Shakespeare",)),
@@ -56,9 +95,14 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
     ("Which language is spoken in Brazil?", ("Portuguese",)),
     ("Which language is spoken in France?", ("French",)),
     ("What is the currency of Japan?", ("yen",)),
-    ("What is the currency of the United States?", ("dollar",)),
+    ("What is the currency of the United States?", ("dollar", "dollars")),
     ("Which season comes after winter?", ("spring",)),
     ("Which day comes after Monday?", ("Tuesday",)),
     ("Which month comes after March?", ("April",)),
     ("What do you call the person who flies an airplane?", ("pilot",)),
 ]
+
+
+if __name__ == "__main__":
+    for question in questions_to_tune_on():
+        print(json.dumps({"messages": [{"role": "user", "content": question}]}))

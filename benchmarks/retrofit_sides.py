@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import torch
-from retrofit_questions import QUESTIONS
+from retrofit_questions import QUESTIONS, is_right
 from rich.progress import track
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -142,11 +142,8 @@ def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
         for start in range(0, len(asked), 16)
         for one in answered(model.eval(), tokenizer, asked[start : start + 16], ANSWER)
     ]
-    is_right = [
-        any(answer.lower() in text.lower() for answer in right)
-        for text, (_, right) in zip(said, QUESTIONS, strict=True)
-    ]
-    return {"answers_right": sum(is_right), "questions": len(is_right), "answers": said}
+    right = sum(is_right(text, words) for text, (_, words) in zip(said, QUESTIONS, strict=True))
+    return {"answers_right": right, "questions": len(said), "answers": said}
 
 
 def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:
