@@ -19,10 +19,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM when it is imported: no process of its own, and no binding to cores that others use, too.
+# Read by vLLM when it is imported: no process of its own, no binding to cores that others use, too, and no words where
+# the record goes.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
