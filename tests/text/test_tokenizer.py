@@ -61,3 +61,13 @@ def test_a_model_has_an_entry_for_every_token_also_where_numbers_are_left_out(tm
     described["model"]["vocab"][last] = 5000
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     assert model_config(ModelOptions(), load_tokenizer(str(tmp_path)), 16).vocab_size == 5001
+
+
+def test_a_tokenizer_with_one_number_for_two_tokens_is_refused(tmp_path: Path) -> None:
+    sentence_tokenizer().save_pretrained(str(tmp_path))
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    numbers = described["model"]["vocab"]
+    numbers["".join(described["model"]["merges"][0])] = numbers["".join(described["model"]["merges"][1])]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"tokenizer=.* has a damaged tokenizer.json: .* out of vocabulary"):
+        load_tokenizer(str(tmp_path))

@@ -115,8 +115,8 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
     """The tokenizer that comes from `source`.
 
     Raises:
-        ValueError: when it is not a fast one, has no end-of-text token or no vocabulary, or a longest text that is no
-            number.
+        ValueError: when it is not a fast one, has no end-of-text token or no vocabulary, a longest text that is no
+            number, or parts that contradict one another.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer={source} has no tokenizer.json; save it as a fast tokenizer")
@@ -129,6 +129,12 @@ def checked(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokeni
         raise ValueError(f"tokenizer={source} has no end-of-text token; set eos_token in its tokenizer_config.json")
     if not set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens):
         raise ValueError(f"tokenizer={source} has no vocabulary but special tokens; give a folder with tokenizer.json")
+    try:
+        # A file with one number for two tokens is read, but not what is made of it again.
+        Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:
+        # The tokenizers' reader raises Exception itself.
+        raise ValueError(f"tokenizer={source} has a damaged tokenizer.json: {error}; save it anew") from error
     # State of an earlier use, which each use sets anew: without it the tokenizer is the same before and after one.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
