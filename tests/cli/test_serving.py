@@ -157,7 +157,10 @@ def server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, -signal.SIGTERM)],
+)
 def test_a_signal_ends_a_server_that_has_work_soon_with_its_status_and_tells_all_who_wait(
     checkpoint: Path, stop: signal.Signals, status: int
 ) -> None:
