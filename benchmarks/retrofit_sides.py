@@ -31,7 +31,15 @@ from mixture_of_depths import (
 from mixture_of_depths.files import read_json, write_aside
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
-from mixture_of_depths.retrofitting.fit import Fit, fit_blocks, passes, router_weights, scaled, with_constant
+from mixture_of_depths.retrofitting.fit import (
+    Fit,
+    fit_blocks,
+    fit_to_skipping,
+    passes,
+    router_weights,
+    scaled,
+    with_constant,
+)
 from mixture_of_depths.retrofitting.measure import (
     BlockImportance,
     measure_importance,
@@ -231,6 +239,11 @@ class Sides:
         text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
         return self._measured(f"rank-{rank}").fit_once(lambda: fit_blocks(self.dense, text, end, rank, self.bf16))
 
+    def fit_to_skipping(self, capacities: dict[int, float]) -> Fit:
+        """The same with maps for those that skip at these capacities."""
+        text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
+        return fit_to_skipping(self.dense, self.fit(self.rank), capacities, text, end, self.bf16)
+
     @property
     def rank(self) -> int:
         return routed_kind(self.dense.config, self.options)["bypass_rank"]
@@ -279,7 +292,10 @@ class Sides:
             capacities = self.capacities(options)
             if side == "random":
                 options = RetrofitOptions(router_type="random", bypass_rank=self.options.bypass_rank)
-            return fitted_start(dense, self.fit(self.rank), options, capacities), {"capacities": capacities}
+                return fitted_start(dense, self.fit(self.rank), options, capacities), {"capacities": capacities}
+            return fitted_start(dense, self.fit_to_skipping(capacities), options, capacities), {
+                "capacities": capacities
+            }
         if side == "former":
             text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
             fit = self._measured("former").fit_once(lambda: fit_norms(dense, text, end, self.bf16))

@@ -22,9 +22,10 @@ from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
 from mixture_of_depths.retrofitting.choose import decode_share, flops_share
+from mixture_of_depths.retrofitting.fit import fit_blocks, fit_to_skipping
 from mixture_of_depths.retrofitting.measure import routed_from, routers_of
 from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
-from mixture_of_depths.text.batches import batches
+from mixture_of_depths.text.batches import batches, spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
 from mixture_of_depths.training.run import train
@@ -100,6 +101,29 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, tune: 
     found = evaluate(model, calibrated, corpus.end_of_text, 1.0)
     for share in found.causal_routers["threshold"].share_entering.values():
         assert share == pytest.approx(0.25, abs=0.005)
+
+
+def test_tuning_begins_with_maps_that_are_fitted_to_the_tokens_that_skip(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, begun = dense_for(corpus), []
+
+    def beginning(*arguments: Any) -> Any:
+        begun.append(arguments[6].model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrofit_module, "train", beginning)
+    with pytest.raises(KeyboardInterrupt):
+        retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
+    text = spread(corpus.train, ROUTING.fit_sequences)
+    fit = fit_blocks(dense, text, corpus.end_of_text, 2)
+    again = fit_to_skipping(dense, fit, {1: 0.25, 2: 0.25}, text, corpus.end_of_text)
+    for block in (1, 2):
+        assert not torch.equal(again.up_LDR[block], fit.up_LDR[block])
+        layer = begun[0].model.layers[block]
+        assert torch.equal(layer.bypass.up.weight, again.up_LDR[block])
+        assert torch.equal(layer.bypass.down.weight, again.down_LRD[block])
+        assert torch.equal(layer.router.proj.weight[0], fit.router_LD[block])
 
 
 def test_what_calibrates_and_what_is_compared_are_the_two_halves_of_the_held_out_text(

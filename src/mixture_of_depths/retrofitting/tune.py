@@ -41,7 +41,7 @@ from mixture_of_depths.retrofitting.choose import (
     routed_kind,
     spread_budget,
 )
-from mixture_of_depths.retrofitting.fit import Fit, fit_blocks
+from mixture_of_depths.retrofitting.fit import Fit, fit_blocks, fit_to_skipping
 from mixture_of_depths.retrofitting.measure import (
     BlockImportance,
     measure_importance,
@@ -298,6 +298,9 @@ def _retrofit(
         importance, capacities = [], given_capacities(options)
     chosen = {block: f"{100 * capacity:.1f} %" for block, capacity in sorted(capacities.items())}
     console.print(f"routing blocks at a capacity of {chosen}")
+    if fit is not None and fit.down_LRD is not None and options.router_type == "learned":
+        text = spread(corpus.train, options.fit_sequences)
+        fit = fit_to_skipping(dense, fit, capacities, text, corpus.end_of_text, bf16)
     # Predictors and adapters start at random, whatever was measured before.
     set_seed(training.seed)
     model = fitted_start(dense, fit, options, capacities)
