@@ -245,6 +245,7 @@ def test_serve_becomes_vllm_s_server_with_what_it_was_given(
     for arguments, expected, key in (
         ([], ["--dtype", "float32"], None),
         (["--precision", "bf16", "--api-key", "one"], ["--dtype", "bfloat16"], "one"),
+        (["--api-key=-one"], ["--dtype", "float32"], "-one"),
         (["--api-key", "a", "--api-key", "b"], ["--dtype", "float32", "--api-key", "a", "b"], None),
     ):
         assert run(monkeypatch, capsys, *asked, *arguments)[0] == 0
@@ -264,13 +265,15 @@ def test_serve_by_vllm_refuses_what_vllm_decides_and_says_how_to_get_it(
         ([str(checkpoint), "--compile"], "compile=True is decided by vLLM"),
         ([str(checkpoint), "--device", "cpu"], "device=cpu is decided by vLLM"),
         ([str(checkpoint), "--port", "70000"], "port=70000"),
+        ([str(checkpoint), "--api-key", "good", "--api-key=-secret"], "as number 2, begins with -"),
         ([str(tmp_path / "absent")], "absent does not exist"),
+        ([str(checkpoint / "config.json")], "config.json is a file; name the folder"),
         ([str(tmp_path / "llama")], "it is a llama model"),
         ([str(tmp_path / "experts")], "num_experts=2"),
         ([str(checkpoint), "--port", str(port)], f"port={port} of host=127.0.0.1 cannot be listened on"),
     ):
         status, _, errors = run(monkeypatch, capsys, "serve", *arguments, "--engine", "vllm")
-        assert (status, message in errors) == (2, True)
+        assert (status, message in errors, "secret" in errors) == (2, True, False)
     taken.close()
     there[0] = False
     status, _, errors = run(monkeypatch, capsys, "serve", str(checkpoint), "--engine", "vllm")

@@ -50,6 +50,8 @@ def check_folder(checkpoint: Path) -> None:
     """Raises ValueError where there is no folder of a model."""
     if not checkpoint.exists():
         raise ValueError(f"checkpoint={checkpoint} does not exist; name the folder of a trained model")
+    if not checkpoint.is_dir():
+        raise ValueError(f"checkpoint={checkpoint} is a file; name the folder of a trained model")
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"checkpoint={checkpoint} holds no config.json; name the folder of a trained model")
 

@@ -95,6 +95,11 @@ def serve(
         for name, value, default in (("compile", compile, False), ("device", device, "auto")):
             if value != default:
                 raise ValueError(f"{name}={value} is decided by vLLM; leave it out with engine=vllm")
+        for name, key in keys.items():
+            if len(keys) > 1 and key.startswith("-"):
+                raise ValueError(
+                    f"{name} begins with -, which vLLM takes for an option; choose another, or give one key"
+                )
         _check_port(port)
         _serve_by_vllm(checkpoint, host, port, precision, tuple(keys.values()))
     place = _check_before_loading(port, compile, device, "serve", "fastapi", "uvicorn")
