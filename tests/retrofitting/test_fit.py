@@ -136,6 +136,17 @@ def test_maps_fitted_again_leave_those_that_skip_the_least_error_for_the_norm_of
     assert torch.equal(after.router_LD, before.router_LD)
 
 
+def test_a_token_with_an_embedding_of_zeros_does_no_harm_to_what_is_fitted_and_measured(corpus: Corpus) -> None:
+    dense = dense_for(corpus)
+    dense.model.embed_tokens.weight.data[5] = 0
+    sequences = some_sequences(dense)
+    sequences = datasets.Dataset.from_dict({"input_ids": [[*row[:3], 5, *row[4:]] for row in sequences["input_ids"]]})
+    fit = fit_to_skipping(dense, fit_blocks(dense, sequences, 0, 2), {0: 0.25}, sequences, 0)
+    assert fit.up_LDR is not None
+    assert fit.up_LDR.isfinite().all()
+    assert missed_shares(dense, fit, sequences, 0).isfinite().all()
+
+
 def test_a_map_of_that_rank_is_found_again() -> None:
     x_ND, map_DD = torch.randn(200, 8).double(), torch.randn(8, 2).double() @ torch.randn(2, 8).double()
     y_ND = x_ND @ map_DD.T

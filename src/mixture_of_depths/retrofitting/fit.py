@@ -138,7 +138,8 @@ def fit_to_skipping(
             scores_N = scaled_ND @ fit.router_LD[block].to(scaled_ND)
             # First tokens, which are not here, are among those that enter.
             skipping_S = scores_N.argsort()[: length - capacity_tokens(capacity, length)]
-            norm_S1 = hidden_ND[skipping_S].norm(dim=-1, keepdim=True)
+            # A token may have an embedding of zeros.
+            norm_S1 = hidden_ND[skipping_S].norm(dim=-1, keepdim=True).clamp(min=1e-6)
             inputs_SD = _normed(layers[block], hidden_ND[skipping_S]) / norm_S1
             outputs_SD = delta_ND[skipping_S] / norm_S1
             products = (inputs_SD.T @ inputs_SD, inputs_SD.T @ outputs_SD)
@@ -209,7 +210,8 @@ def missed_shares(
             missed_ND = fit.missed(layer_idx, _normed(layers[layer_idx], hidden_ND), delta_ND)
             scaled_ND = scaled(dense, hidden_ND)
             scores[layer_idx].append((scaled_ND @ fit.router_LD[layer_idx].to(scaled_ND)).cpu())
-            squares[layer_idx].append((missed_ND.square().sum(-1) / hidden_ND.square().sum(-1)).cpu().double())
+            size_N = hidden_ND.square().sum(-1).clamp(min=1e-12)
+            squares[layer_idx].append((missed_ND.square().sum(-1) / size_N).cpu().double())
     shares = []
     for scores_of, squares_of in zip(scores, squares, strict=True):
         order_N = torch.cat(scores_of).argsort(descending=True)
