@@ -47,6 +47,10 @@ class Fit:
     down_LRD: Tensor | None = None
     up_LDR: Tensor | None = None
 
+    def scores(self, layer_idx: int, scaled_ND: Tensor) -> Tensor:
+        """By how much a block's router prefers tokens, of shape [N], for states of a root mean square of 1."""
+        return scaled_ND @ self.router_LD[layer_idx].to(scaled_ND)
+
     def missed(self, layer_idx: int, normed_ND: Tensor, delta_ND: Tensor) -> Tensor:
         """What tokens miss that skip a block, of shape [N, D]: what it adds to them, less the map."""
         if self.down_LRD is None or self.up_LDR is None:
@@ -134,8 +138,7 @@ def fit_to_skipping(
     for blocks in passes(dense, sequences, end_of_text, bf16):
         for block, capacity in capacities.items():
             hidden_ND, delta_ND = blocks[block]
-            scaled_ND = scaled(dense, hidden_ND)
-            scores_N = scaled_ND @ fit.router_LD[block].to(scaled_ND)
+            scores_N = fit.scores(block, scaled(dense, hidden_ND))
             # First tokens, which are not here, are among those that enter.
             skipping_S = scores_N.argsort()[: length - capacity_tokens(capacity, length)]
             # A token may have an embedding of zeros.
@@ -208,8 +211,7 @@ def missed_shares(
     for blocks in passes(dense, sequences, end_of_text, bf16):
         for layer_idx, (hidden_ND, delta_ND) in enumerate(blocks):
             missed_ND = fit.missed(layer_idx, _normed(layers[layer_idx], hidden_ND), delta_ND)
-            scaled_ND = scaled(dense, hidden_ND)
-            scores[layer_idx].append((scaled_ND @ fit.router_LD[layer_idx].to(scaled_ND)).cpu())
+            scores[layer_idx].append(fit.scores(layer_idx, scaled(dense, hidden_ND)).cpu())
             size_N = hidden_ND.square().sum(-1).clamp(min=1e-12)
             squares[layer_idx].append((missed_ND.square().sum(-1) / size_N).cpu().double())
     shares = []
