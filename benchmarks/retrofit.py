@@ -42,7 +42,7 @@ from statistics import mean, median
 from typing import Any, cast
 
 import torch
-from retrofit_sides import SIDES, Sides, Texts, answers_right, tested, texts_of
+from retrofit_sides import METHOD, SIDES, Sides, Texts, answers_right, tested, texts_of
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -113,7 +113,12 @@ def tuned(
     share = arguments.distillation
     tuning = Tuning(
         model,
-        {"side": arguments.side, "distillation": share},
+        {
+            "side": arguments.side,
+            "distillation": share,
+            "lowering_fraction": arguments.lowering_fraction,
+            "method": METHOD,
+        },
         partial(DistillationTrainer, teacher=dense, share=share) if share else MoDTrainer,
         cast(tuple[TrainerCallback, ...], (schedule,) if schedule is not None else ()),
         finish,
@@ -213,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
         "conversations": None if arguments.conversations is None else contents(arguments.conversations),
         "test": {name: contents(file) for name, file in tests.items()},
     }
-    shared = {"settings": settings, "inputs": inputs}
+    shared = {"method": METHOD, "settings": settings, "inputs": inputs}
     records = arguments.out / "pilot.jsonl"
     if arguments.side == "summary":
         print(json.dumps(summarise(read_records(records), shared, arguments.out), indent=2))

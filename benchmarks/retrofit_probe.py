@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retrofit_sides import Sides, texts_of, without
+from retrofit_sides import METHOD, Sides, texts_of, without
 
 from mixture_of_depths import MoDForCausalLM, RetrofitOptions, calibrate, evaluate, load_dense
 from mixture_of_depths.files import read_records
@@ -44,8 +44,6 @@ SPREAD: dict[str, dict[str, Any]] = {
     "spread, 65 % of the FLOPs": {"flops_share": 0.65},
     "spread, 80 % of the bytes": {"decode_share": 0.8},
 }
-# What is added to the names of their rows where the maps are fitted again, to those that skip.
-AGAIN = "maps fitted again"
 
 
 def main() -> None:
@@ -69,7 +67,10 @@ def main() -> None:
     texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
     options = RetrofitOptions(fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences)
     sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options, bf16)
-    done = {record["row"] for record in read_records(arguments.out)}
+    settings = {name: getattr(arguments, name) for name in ("fit_sequences", "measure_sequences", "precision")}
+    done = {
+        record["row"] for record in read_records(arguments.out) if {name: record[name] for name in settings} == settings
+    }
 
     def keep(row: str, model: MoDForCausalLM, **facts: Any) -> None:
         perplexity: dict[str, dict[str, float]] = {"top_k": {}, "causal": {}}
@@ -87,9 +88,7 @@ def main() -> None:
             "flops_ratio": flops_share(model.config, dense.config, LENGTH),
             "decode_ratio": decode_share(model.config, dense.config, LENGTH),
             **facts,
-            "fit_sequences": arguments.fit_sequences,
-            "measure_sequences": arguments.measure_sequences,
-            "precision": arguments.precision,
+            **settings,
             **provenance(dense.device),
         }
         with arguments.out.open("a") as file:
@@ -121,11 +120,14 @@ def main() -> None:
             fit = sides.fit(kind.get("bypass_rank", sides.rank))
             keep(row, fitted_start(dense, fit, RetrofitOptions(**kind), capacities), capacities=capacities)
     for row, share in SPREAD.items():
-        if wanted(row) or wanted(f"{row}, {AGAIN}"):
+        again = f"{row}, {METHOD}"
+        if wanted(row) or wanted(again):
             capacities = sides.capacities(RetrofitOptions(**share))
-            for name, fit in ((row, sides.fit(sides.rank)), (f"{row}, {AGAIN}", sides.fit_to_skipping(capacities))):
-                if wanted(name):
-                    keep(name, fitted_start(dense, fit, RetrofitOptions(), capacities), capacities=capacities)
+            model = fitted_start(dense, sides.fit(sides.rank), RetrofitOptions(), capacities)
+            if wanted(row):
+                keep(row, model, capacities=capacities)
+            if wanted(again):
+                keep(again, sides.fitted_to_skipping(model), capacities=capacities)
 
 
 if __name__ == "__main__":

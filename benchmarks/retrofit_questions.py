@@ -34,7 +34,7 @@ def questions_to_tune_on() -> list[str]:
 def is_right(said: str, words: tuple[str, ...]) -> bool:
     """Whether one of the words stands in what is said, by itself and not as a part of another word or number."""
     # A sign, as of degrees, may be followed by a letter.
-    patterns = (rf"(?<![\w.]){re.escape(word)}" + (r"(?!\w|\.\d)" if word[-1].isalnum() else "") for word in words)
+    patterns = (rf"(?<![\w.]){re.escape(word)}" + (r"(?!\w|[.,]\d)" if word[-1].isalnum() else "") for word in words)
     return any(re.search(pattern, said, re.IGNORECASE) for pattern in patterns)
 
 

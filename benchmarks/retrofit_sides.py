@@ -34,7 +34,6 @@ from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, sp
 from mixture_of_depths.retrofitting.fit import (
     Fit,
     fit_blocks,
-    fit_to_skipping,
     passes,
     router_weights,
     scaled,
@@ -50,6 +49,7 @@ from mixture_of_depths.retrofitting.measure import (
     top_k_loss,
 )
 from mixture_of_depths.retrofitting.record import Measured
+from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.retrofitting.tune import fitted_start
 from mixture_of_depths.sampling.answers import answered
 from mixture_of_depths.text.batches import batches, kinds, spread
@@ -57,6 +57,8 @@ from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.text.documents import Skipped, split_documents
 from mixture_of_depths.text.packing import Sequences
 
+# What the starts of sides are made by; another name for every change, since records of before are of other starts.
+METHOD = "maps fitted block after block to the tokens that skip"
 # The capacity of the former retrofit, at which its blocks were chosen.
 FORMER_CAPACITY = 0.125
 # At an answer's end, or where none comes.
@@ -174,7 +176,14 @@ def map_fields(fit: Fit, blocks: list[int], length: int) -> dict[str, Any]:
     """Fields of a model of which blocks are replaced by their maps: of a sequence the first token alone enters."""
     assert fit.down_LRD is not None
     rank = fit.down_LRD.shape[1]
-    return {"routed_layers": blocks, "capacity": 1 / length, "bypass_rank": rank, "causal_router": "threshold"}
+    return {
+        "routed_layers": blocks,
+        "capacity": 1 / length,
+        "bypass_rank": rank,
+        "causal_router": "threshold",
+        # First tokens of later documents in a row enter, too; under top-k there would be a place for one alone.
+        "training_routing": "causal",
+    }
 
 
 def replaced(dense: MoDForCausalLM, fit: Fit, blocks: list[int], length: int) -> MoDForCausalLM:
@@ -239,10 +248,12 @@ class Sides:
         text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
         return self._measured(f"rank-{rank}").fit_once(lambda: fit_blocks(self.dense, text, end, rank, self.bf16))
 
-    def fit_to_skipping(self, capacities: dict[int, float]) -> Fit:
-        """The same with maps for those that skip at these capacities."""
+    def fitted_to_skipping(self, model: MoDForCausalLM) -> MoDForCausalLM:
+        """The model, its maps fitted to the tokens that skip; in place."""
         text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
-        return fit_to_skipping(self.dense, self.fit(self.rank), capacities, text, end, self.bf16)
+        if model.config.bypass_rank:
+            fit_to_skipping(model, text, end, self.bf16)
+        return model
 
     @property
     def rank(self) -> int:
@@ -262,7 +273,7 @@ class Sides:
 
     def rises(self, name: str, variant: Callable[[int], MoDForCausalLM]) -> list[float]:
         """By how much the loss rises in a variant of the model for each block, under top-k routing."""
-        path = self.folder / f"{name}.json"
+        path = self._measured(name).place / "rises.json"
         known: list[float] = read_json(path) if path.exists() else []
         end, before = self.texts.corpus.end_of_text, None
         text = list(batches(self.measuring, range(len(self.measuring)), end, 1, self.dense.device))
@@ -292,10 +303,8 @@ class Sides:
             capacities = self.capacities(options)
             if side == "random":
                 options = RetrofitOptions(router_type="random", bypass_rank=self.options.bypass_rank)
-                return fitted_start(dense, self.fit(self.rank), options, capacities), {"capacities": capacities}
-            return fitted_start(dense, self.fit_to_skipping(capacities), options, capacities), {
-                "capacities": capacities
-            }
+            model = fitted_start(dense, self.fit(self.rank), options, capacities)
+            return self.fitted_to_skipping(model), {"capacities": capacities}
         if side == "former":
             text, end = spread(self.texts.corpus.train, self.options.fit_sequences), self.texts.corpus.end_of_text
             fit = self._measured("former").fit_once(lambda: fit_norms(dense, text, end, self.bf16))
@@ -322,11 +331,11 @@ class Sides:
         if side == "linear":
             fit = self.fit(self.rank)
 
-            rises = self.rises("linear", lambda block: replaced(dense, fit, [block], length))
+            rises = self.rises(f"linear-{self.rank}", lambda block: replaced(dense, fit, [block], length))
             blocks = self.cheapest(
                 rises, lambda some: routed_config(dense.config, **map_fields(fit, some, length)), share
             )
-            return replaced(dense, fit, blocks, length), {"blocks": blocks}
+            return self.fitted_to_skipping(replaced(dense, fit, blocks, length)), {"blocks": blocks}
         raise ValueError(f"side={side} is none of {', '.join(SIDES)}")
 
 

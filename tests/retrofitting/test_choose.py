@@ -45,6 +45,17 @@ def test_no_other_choice_within_the_share_loses_clearly_less(
     assert rise(importance, chosen) <= min(losses) + 0.01
 
 
+@pytest.mark.parametrize("share", [0.99, 0.97, 0.95, 0.9, 0.8])
+def test_no_block_is_routed_that_would_cost_less_dense(corpus: Corpus, share: float) -> None:
+    dense, options = dense_for(corpus).config, replace(MEASURED, bypass_rank=6, flops_share=share)
+    # The map is dear, so that at a high capacity a routed block takes more than a dense one.
+    assert share_of(dense, {0: 63 / 64}, options, LENGTH) > 1
+    for importance in (costing(0.4, 0.1, 0.3, 0.12), [BlockImportance(0.0, (0.0,) * 9)] * 4):
+        chosen = spread_budget(importance, dense, options, LENGTH)
+        for block, capacity in chosen.items():
+            assert share_of(dense, {block: capacity}, options, LENGTH) < 1
+
+
 def test_the_cheapest_blocks_give_most_and_the_share_is_used_in_full(corpus: Corpus) -> None:
     dense, options = dense_for(corpus).config, replace(MEASURED, flops_share=0.9)
     same = [replace(block, missed=costing(1)[0].missed) for block in costing(0.4, 0.2, 0.3, 0.14)]

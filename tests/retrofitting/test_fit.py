@@ -18,7 +18,6 @@ from mixture_of_depths.retrofitting.fit import (
     MAP_RIDGE,
     ROUTER_RIDGE,
     fit_blocks,
-    fit_to_skipping,
     low_rank_map,
     missed_shares,
 )
@@ -106,42 +105,12 @@ def test_no_map_of_the_rank_leaves_less_squared_error_than_the_fitted_one(corpus
             assert error(*factors).item() >= least.item() * (1 - 1e-6)
 
 
-def test_maps_fitted_again_leave_those_that_skip_the_least_error_for_the_norm_of_their_states(corpus: Corpus) -> None:
-    dense = dense_for(corpus).double()
-    sequences = some_sequences(dense)
-    before = fit_blocks(dense, sequences, 0, 2)
-    after = fit_to_skipping(dense, before, {0: 0.5, 3: 0.75, 2: 1.0}, sequences, 0)
-    # Of the twelve tokens of a sequence ten count, and those skip that do not enter.
-    for layer_idx, skipping in ((0, 6), (3, 3)):
-        hidden_ND, delta_ND = seen_by(dense, sequences, layer_idx)
-        normed_ND = dense.model.layers[layer_idx].input_layernorm(hidden_ND).detach()
-        scaled_ND = F.rms_norm(hidden_ND, (16,), eps=dense.config.rms_norm_eps)
-        scores = (scaled_ND @ before.router_LD[layer_idx].double()).view(6, 10)
-        rows = [10 * row + token for row in range(6) for token in scores[row].argsort()[:skipping].tolist()]
-        weight_S1 = 1 / hidden_ND[rows].norm(dim=1, keepdim=True)
-        x_SD, y_SD = normed_ND[rows] * weight_S1, delta_ND[rows] * weight_S1
-        # The decay of the map is as good as a token more in each direction, to which nothing is added.
-        decay = MAP_RIDGE * (x_SD.T @ x_SD).diagonal().mean()
-        x_SD = torch.cat([x_SD, decay.sqrt() * torch.eye(16).double()])
-        y_SD = torch.cat([y_SD, torch.zeros(16, 16).double()])
-        whole_DD = torch.linalg.lstsq(x_SD, y_SD).solution
-        directions_DD = torch.linalg.svd(x_SD @ whole_DD).Vh[:2]
-        expected_DD = (whole_DD @ directions_DD.T @ directions_DD).T
-        found_DD = (after.up_LDR[layer_idx] @ after.down_LRD[layer_idx]).double()
-        torch.testing.assert_close(found_DD, expected_DD, atol=1e-5, rtol=1e-4)
-    # Others stay as they were: where all enter, too.
-    for layer_idx in set(range(dense.config.num_hidden_layers)) - {0, 3}:
-        assert torch.equal(after.up_LDR[layer_idx], before.up_LDR[layer_idx])
-        assert torch.equal(after.down_LRD[layer_idx], before.down_LRD[layer_idx])
-    assert torch.equal(after.router_LD, before.router_LD)
-
-
 def test_a_token_with_an_embedding_of_zeros_does_no_harm_to_what_is_fitted_and_measured(corpus: Corpus) -> None:
     dense = dense_for(corpus)
     dense.model.embed_tokens.weight.data[5] = 0
     sequences = some_sequences(dense)
     sequences = datasets.Dataset.from_dict({"input_ids": [[*row[:3], 5, *row[4:]] for row in sequences["input_ids"]]})
-    fit = fit_to_skipping(dense, fit_blocks(dense, sequences, 0, 2), {0: 0.25}, sequences, 0)
+    fit = fit_blocks(dense, sequences, 0, 2)
     assert fit.up_LDR is not None
     assert fit.up_LDR.isfinite().all()
     assert missed_shares(dense, fit, sequences, 0).isfinite().all()

@@ -22,9 +22,10 @@ from mixture_of_depths.evaluation.loss import evaluate
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
 from mixture_of_depths.retrofitting import tune as retrofit_module
 from mixture_of_depths.retrofitting.choose import decode_share, flops_share
-from mixture_of_depths.retrofitting.fit import fit_blocks, fit_to_skipping
+from mixture_of_depths.retrofitting.fit import fit_blocks
 from mixture_of_depths.retrofitting.measure import routed_from, routers_of
-from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, retrofit
+from mixture_of_depths.retrofitting.skipping import fit_to_skipping
+from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, fitted_start, retrofit
 from mixture_of_depths.text.batches import batches, spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
@@ -117,12 +118,13 @@ def test_tuning_begins_with_maps_that_are_fitted_to_the_tokens_that_skip(
         retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
     text = spread(corpus.train, ROUTING.fit_sequences)
     fit = fit_blocks(dense, text, corpus.end_of_text, 2)
-    again = fit_to_skipping(dense, fit, {1: 0.25, 2: 0.25}, text, corpus.end_of_text)
+    expected = fitted_start(dense, fit, ROUTING, {1: 0.25, 2: 0.25})
+    fit_to_skipping(expected, text, corpus.end_of_text)
     for block in (1, 2):
-        assert not torch.equal(again.up_LDR[block], fit.up_LDR[block])
-        layer = begun[0].model.layers[block]
-        assert torch.equal(layer.bypass.up.weight, again.up_LDR[block])
-        assert torch.equal(layer.bypass.down.weight, again.down_LRD[block])
+        layer, expected_layer = begun[0].model.layers[block], expected.model.layers[block]
+        assert not torch.equal(layer.bypass.up.weight, fit.up_LDR[block])
+        assert torch.equal(layer.bypass.up.weight, expected_layer.bypass.up.weight)
+        assert torch.equal(layer.bypass.down.weight, expected_layer.bypass.down.weight)
         assert torch.equal(layer.router.proj.weight[0], fit.router_LD[block])
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from mixture_of_depths.evaluation.adapters import Adapted, without_adapters
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
-from mixture_of_depths.model.routing import LayerRouting, Router
+from mixture_of_depths.model.routing import LayerRouting, Router, Routing
 from mixture_of_depths.options import CausalRouter
 from mixture_of_depths.text.batches import batches, spread
 from mixture_of_depths.text.packing import Lazy, Sequences
@@ -181,7 +181,7 @@ def _shift_all(
 
     A block is only ever called as a whole: its weights may be spread over processes, and come together for that.
     """
-    passing = [_entering(model, batch) for batch in batches_of_text]
+    passing = [entering_blocks(model, batch, "causal") for batch in batches_of_text]
     for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
         if causal_router is not None and layer.router is not None:
             logits, is_first = [], []
@@ -202,14 +202,14 @@ def _shift_all(
         passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
 
 
-def _entering(model: MoDForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states of a batch before the first block, and what else every block is given under causal routing."""
+def entering_blocks(model: MoDForCausalLM, batch: dict[str, Tensor], routing: Routing) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states of a batch before the first block, and what else every block is given."""
     seen: list[tuple[Tensor, dict[str, Any]]] = []
     every = model.model.layers
     hook = every[0].register_forward_pre_hook(lambda _, args, others: seen.append((args[0], others)), with_kwargs=True)
     model.model.layers = every[:1]
     try:
-        model(**batch, use_cache=False, routing="causal", logits_to_keep=1)
+        model(**batch, use_cache=False, routing=routing, logits_to_keep=1)
     finally:
         model.model.layers = every
         hook.remove()

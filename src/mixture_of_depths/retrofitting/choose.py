@@ -40,8 +40,9 @@ def spread_budget(
     """
     check_share(dense, options, sequence_length)
     (least,) = options.capacity
-    # The last stands for a dense block.
-    capacities = [least, *(step / STEPS for step in range(1, STEPS) if step / STEPS > least), 1.0]
+    capacities = [least, *(step / STEPS for step in range(1, STEPS) if step / STEPS > least)]
+    # At the highest ones router and map may take more than is skipped. The last stands for a dense block.
+    capacities = [c for c in capacities if _price(dense, options, c, sequence_length) < 0] + [1.0]
     price_C = np.array([_price(dense, options, capacity, sequence_length) for capacity in capacities])
     least_loss = float(np.median([max(block.loss, 0.0) for block in importance])) / 2
     floored = [replace(block, loss=max(block.loss, least_loss)) for block in importance]
@@ -68,7 +69,7 @@ def _filled(chosen_L: np.ndarray, rise_LC: np.ndarray, price_C: np.ndarray, budg
     while True:
         added_LC = price_C[None] - price_C[chosen_L][:, None]
         saved_LC = rise_LC[blocks_L, chosen_L][:, None] - rise_LC
-        fits_LC = (added_LC > 0) & (price_C[chosen_L].sum() + added_LC <= budget)
+        fits_LC = (added_LC > 0) & (saved_LC >= 0) & (price_C[chosen_L].sum() + added_LC <= budget)
         if not fits_LC.any():
             return chosen_L
         gain_LC = np.where(fits_LC, saved_LC / np.where(fits_LC, added_LC, 1), -np.inf)

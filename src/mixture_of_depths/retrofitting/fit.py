@@ -4,16 +4,15 @@ A token that skips a block takes a linear map of low rank of its normed state: o
 least squared error to what the block adds, by reduced-rank regression. The block's router is linear in the state scaled
 to a root mean square of 1, and fitted by least squares to the logarithm of the norm of what a token that skips misses:
 what the block adds, less the map. Both see the hidden states of the dense model. First tokens, which enter anyway, do
-not count. Once it is known how many tokens enter a block, its map is fitted again, to those alone that skip it.
+not count.
 
 Sums are kept and equations solved in float64, one matrix at a time and by Cholesky: LU of a batch fails in some builds
 of MKL once the number of threads is set.
 
-Shapes: T tokens of a sequence, N of them that count, S of these that skip, L blocks, D hidden size, R rank of the maps,
-C capacities.
+Shapes: T tokens of a sequence, N of them that count, L blocks, D hidden size, R rank of the maps, C capacities.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_depths.model.configuration import capacity_tokens
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.packing import Sequences
@@ -109,50 +107,6 @@ def fit_blocks(dense: MoDForCausalLM, sequences: Sequences, end_of_text: int, ra
     sums = zip(moments_LDD, targets_LD, strict=True)
     routers = [router_weights(moments_DD, products_D) for moments_DD, products_D in sums]
     return Fit(torch.stack(routers).float(), fit.down_LRD, fit.up_LDR)
-
-
-@torch.no_grad()
-def fit_to_skipping(
-    dense: MoDForCausalLM,
-    fit: Fit,
-    capacities: Mapping[int, float],
-    sequences: Sequences,
-    end_of_text: int,
-    bf16: bool = False,
-) -> Fit:
-    """The fit with new maps for these blocks: those with the least error for the tokens that skip.
-
-    The fitted routers choose, as many of each sequence as the capacity leaves out. Errors count as in `missed_shares`:
-    by the norm of the hidden state that the token has.
-
-    Args:
-        dense: the model that was fitted.
-        fit: what was fitted, with maps.
-        capacities: by block.
-        sequences, end_of_text, bf16: as in `fit_blocks`.
-    """
-    assert fit.down_LRD is not None and fit.up_LDR is not None
-    layers, size, home = _layers(dense), dense.config.hidden_size, precise_device(dense.device)
-    length = len(sequences[0]["input_ids"])
-    sums = {block: torch.zeros(2, size, size, dtype=torch.float64, device=home) for block in capacities}
-    for blocks in passes(dense, sequences, end_of_text, bf16):
-        for block, capacity in capacities.items():
-            hidden_ND, delta_ND = blocks[block]
-            scores_N = fit.scores(block, scaled(dense, hidden_ND))
-            # First tokens, which are not here, are among those that enter.
-            skipping_S = scores_N.argsort()[: length - capacity_tokens(capacity, length)]
-            # A token may have an embedding of zeros.
-            norm_S1 = hidden_ND[skipping_S].norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            inputs_SD = _normed(layers[block], hidden_ND[skipping_S]) / norm_S1
-            outputs_SD = delta_ND[skipping_S] / norm_S1
-            products = (inputs_SD.T @ inputs_SD, inputs_SD.T @ outputs_SD)
-            sums[block] += torch.stack(products).to(home, torch.float64)
-    down_LRD, up_LDR = fit.down_LRD.clone(), fit.up_LDR.clone()
-    for block, (moments_DD, products_DD) in sums.items():
-        # Where all tokens enter there is nothing to fit to.
-        if moments_DD.any():
-            down_LRD[block], up_LDR[block] = low_rank_map(moments_DD, products_DD, down_LRD.shape[1])
-    return Fit(fit.router_LD, down_LRD, up_LDR)
 
 
 def low_rank_map(moments_DD: Tensor, products_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -244,16 +198,17 @@ def passes(
     try:
         for batch in batches(sequences, range(len(sequences)), end_of_text, 1, dense.device):
             with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16):
-                dense.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+                dense.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, routing="top_k")
             counts_BT = batch["position_ids"] != 0
-            yield [(_precise(hidden[counts_BT]), _precise(delta[counts_BT])) for hidden, delta in seen]
+            yield [(precise(hidden[counts_BT]), precise(delta[counts_BT])) for hidden, delta in seen]
             seen.clear()
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _precise(states: Tensor) -> Tensor:
+def precise(states: Tensor) -> Tensor:
+    """The states in float32 at least."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 

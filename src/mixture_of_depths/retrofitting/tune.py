@@ -41,7 +41,7 @@ from mixture_of_depths.retrofitting.choose import (
     routed_kind,
     spread_budget,
 )
-from mixture_of_depths.retrofitting.fit import Fit, fit_blocks, fit_to_skipping
+from mixture_of_depths.retrofitting.fit import Fit, fit_blocks
 from mixture_of_depths.retrofitting.measure import (
     BlockImportance,
     measure_importance,
@@ -51,6 +51,7 @@ from mixture_of_depths.retrofitting.measure import (
     set_fit,
 )
 from mixture_of_depths.retrofitting.record import MEASURED, Measured, has_measured
+from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
@@ -298,12 +299,12 @@ def _retrofit(
         importance, capacities = [], given_capacities(options)
     chosen = {block: f"{100 * capacity:.1f} %" for block, capacity in sorted(capacities.items())}
     console.print(f"routing blocks at a capacity of {chosen}")
-    if fit is not None and fit.down_LRD is not None and options.router_type == "learned":
-        text = spread(corpus.train, options.fit_sequences)
-        fit = fit_to_skipping(dense, fit, capacities, text, corpus.end_of_text, bf16)
     # Predictors and adapters start at random, whatever was measured before.
     set_seed(training.seed)
     model = fitted_start(dense, fit, options, capacities)
+    if fit is not None and model.config.bypass_rank:
+        console.print("fitting the maps to the tokens that skip")
+        fit_to_skipping(model, spread(corpus.train, options.fit_sequences), corpus.end_of_text, bf16)
     if fit is not None and model.config.causal_routers:
         with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16):
             calibrate(model, spread(corpus.train, options.measure_sequences), corpus.end_of_text)
