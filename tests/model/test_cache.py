@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import left_padded, tiny
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
@@ -44,6 +45,27 @@ def test_a_sequence_given_in_pieces_gives_the_logits_of_the_whole(
         stored = past.layers[layer_idx].num_stored()
         entered = whole.routing[layer_idx].entered.sum(1)
         assert stored.tolist() == entered.tolist()
+
+
+def test_a_prompt_is_attended_without_a_mask_and_what_follows_it_in_routed_blocks_under_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, library, masks = tiny(routed_layers=[1]).eval(), F.scaled_dot_product_attention, []
+
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        masks.append(options["attn_mask"])
+        return library(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    past = MoDCache(config=model.config)
+    input_ids = torch.randint(1, model.config.vocab_size, (1, 40))
+    model(input_ids[:, :20], cache=past)
+    assert len(masks) == model.config.num_hidden_layers
+    assert all(mask is None for mask in masks)
+    masks.clear()
+    model(input_ids[:, 20:], cache=past)
+    assert len(masks) == model.config.num_hidden_layers
+    assert all(mask is not None for mask in masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -158,8 +158,10 @@ class Attention(nn.Module):
         is_causal = mask is None and query.shape[2] > 1
         if past is not None:
             layer = past.layers[self.layer_idx]
+            # What is stored first are the tokens that are asked for themselves.
+            is_empty = isinstance(layer, RoutedCacheLayer) and layer.keys is None
             key, value = past.update(key, value, self.layer_idx, slots=placement.slots, rows=placement.rows)
-            if isinstance(layer, RoutedCacheLayer):
+            if isinstance(layer, RoutedCacheLayer) and not is_empty:
                 is_causal, mask = False, visible(placement.slots, layer.slots_of(placement.rows))
         if asking is not None and asking.row_R is not None:
             key, value = key.index_select(0, asking.row_R), value.index_select(0, asking.row_R)
@@ -178,8 +180,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
         grouped = F.scaled_dot_product_attention(query.view(*key.shape[:2], num_groups, -1), key, value, attn_mask=mask)
         # Not a view: each kernel lays out its result as it likes.
         return grouped.reshape(query.shape)
-    if num_groups > 1 and mask is not None and query.device.type == "cuda":
-        # There no fused kernel takes a mask together with keys that are shared.
+    is_half = value.dtype in (torch.bfloat16, torch.float16)
+    if num_groups > 1 and query.device.type == "cuda" and (mask is not None or not is_half):
+        # There no fused kernel takes keys that are shared together with a mask, or in float32.
         key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
     is_shared = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=is_shared)
