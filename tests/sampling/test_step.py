@@ -18,6 +18,7 @@ from mixture_of_depths.sampling.step import (
     entering_first,
     grow,
     matvec,
+    matvecs,
     normalised,
     prefill,
     product_shapes,
@@ -105,6 +106,14 @@ def test_in_bf16_every_operation_of_the_step_rounds_as_the_models_own_pass_does(
     of_step = of(attend)(last[0][:, :, None], last[1], last[2], stored, torch.zeros(1, dtype=torch.int64))
     # Here they always do.
     assert (of_step.bfloat16()[0] == attended).float().mean() > 0.9
+
+
+def test_what_is_fastest_on_the_cpu_is_not_taken_on_another_device() -> None:
+    layer = torch.nn.Linear(8, 6, device="meta")
+    # Nothing of it runs on another device, and it is not there at all.
+    FASTEST[(2, torch.float32, 6, 8)] = "absent"
+    (output_BO,) = matvecs([layer], torch.empty(2, 8, device="meta"), torch.float32)
+    assert output_BO.shape == (2, 6)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
