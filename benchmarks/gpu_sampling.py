@@ -8,8 +8,9 @@ prompt, that entered a block.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -114,16 +115,21 @@ def prefill(size: str, scale: Scale) -> dict[str, Any]:
     peer = llama(models["dense"])
     tokens = random_tokens(peer.config.vocab_size, 1, scale.prefill_length, seed=1).to(scale.device)
 
-    @torch.no_grad()
-    def ours(model: MoDForCausalLM) -> None:
-        model(input_ids=tokens, use_cache=True, routing="causal", logits_to_keep=1)
+    def prompts() -> Iterator[torch.Tensor]:
+        """One token shorter each turn: a kernel that is planned for every length is so here, too."""
+        for cut in count():
+            yield tokens[:, : scale.prefill_length - cut]
 
     @torch.no_grad()
-    def theirs() -> None:
-        peer(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    def ours(model: MoDForCausalLM, prompts: Iterator[torch.Tensor]) -> None:
+        model(input_ids=next(prompts), use_cache=True, routing="causal", logits_to_keep=1)
 
-    sides: dict[str, Callable[[], object]] = {side: partial(ours, model) for side, model in models.items()}
-    sides["hf_llama"] = theirs
+    @torch.no_grad()
+    def theirs(prompts: Iterator[torch.Tensor]) -> None:
+        peer(input_ids=next(prompts), use_cache=True, logits_to_keep=1)
+
+    sides: dict[str, Callable[[], object]] = {side: partial(ours, model, prompts()) for side, model in models.items()}
+    sides["hf_llama"] = partial(theirs, prompts())
     for side in sides.values():
         side()
     times = in_turns(sides, scale.repeats, scale.device)

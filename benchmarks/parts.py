@@ -98,8 +98,8 @@ def failure(kind: str, message: str, lines: list[str]) -> dict[str, Any]:
 def run_part(path: Path, command: list[str], environment: Mapping[str, str], limit: float, left: float) -> None:
     """Runs a part's process, and again after each case that fails, until all is done or the time is over.
 
-    A case that is cut off by the part's own limit has failed; one cut off by the end of all time is run again next
-    time.
+    A case that is cut off by the part's own limit has failed if it had all of it, being the first. One that others left
+    too little of it, or that is cut off by the end of all time, is run again next time.
 
     Args:
         path: the part's file; what its processes print goes beside it, as .log.
@@ -110,6 +110,7 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
     """
     start = time.monotonic()
     log = path.with_suffix(".log")
+    begun_with = len(read_part(path)["cases"])
     while True:
         before = len(read_part(path)["cases"])
         seconds = min(limit, left) - (time.monotonic() - start)
@@ -131,7 +132,8 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
         elif code is None:
             cut_off = failure("TimeoutError", f"was cut off: the part has {limit:.0f} s", lines)
             # A process that was asked to end, and did so in order, is at no case.
-            error = cut_off if limit <= left and running is not None else None
+            had_all_time = limit <= left and len(part["cases"]) == begun_with
+            error = cut_off if had_all_time and running is not None else None
         else:
             error = failure(f"exit status {code}", "the process ended", lines)
         if error is not None:

@@ -96,11 +96,20 @@ def test_a_process_that_ends_before_its_first_case_fails_the_part_once(
 
 def test_a_case_that_hangs_is_cut_off_by_the_part_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
-    part = start(tmp_path, monkeypatch, "figures", "hangs", limit=2)
+    part = start(tmp_path, monkeypatch, "hangs", "figures", limit=2)
     assert time.monotonic() - begin < 20
     assert part["cases"]["hangs"]["error"]["type"] == "TimeoutError"
-    assert "process" in part["cases"]["figures"]
     assert status(part) == "failed"
+
+
+def test_a_case_to_which_others_left_too_little_of_the_limit_has_all_of_it_in_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = start(tmp_path, monkeypatch, "figures", "hangs", limit=2)
+    assert list(part["cases"]) == ["figures"]
+    assert status(part) == "stopped"
+    part = start(tmp_path, monkeypatch, "figures", "hangs", limit=2)
+    assert part["cases"]["hangs"]["error"]["type"] == "TimeoutError"
 
 
 def test_a_case_that_the_end_of_all_time_cut_off_is_run_again_and_those_before_it_are_not(
