@@ -31,7 +31,15 @@ CONFIG = MoDConfig(
     bypass_rank=16,
     query_key_norm=True,
 )
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+# What else launches have arguments for.
+OTHERS = {"causal_router": "threshold", "router_norm": True, "attention_bias": True}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def type_of(argument: Any) -> str:
@@ -68,8 +76,8 @@ def recorded() -> Iterator[dict[str, Any]]:
 def main() -> None:
     capabilities = [int(word) for word in sys.argv[1:]] or [80]
     shared: dict[str, int] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        model = MoDForCausalLM(CONFIG).eval()
+    for dtype, changes in ((torch.bfloat16, {}), (torch.float32, OTHERS), (torch.float16, OTHERS)):
+        model = MoDForCausalLM(CONFIG.changed(**changes)).eval()
         torch.nn.Module.to(model, dtype)
         with recorded() as kernels:
             for rows in (1, 64):

@@ -101,6 +101,14 @@ def test_a_line_cut_off_by_a_kill_makes_way_for_the_next(tmp_path: Path) -> None
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b"]
 
 
+def test_on_a_cluster_the_number_of_a_gpu_is_refused_before_a_cluster_is_looked_for(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path))
+    corpus = prepare(study.data)
+    with pytest.raises(ValueError, match="device='cuda:1' numbers a GPU"):
+        run_on_ray(plan(study, corpus), corpus, tmp_path / "out", "auto", 1, Console(quiet=True), "cuda:1")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_on_a_cluster_a_node_that_dies_costs_only_its_run_since_the_last_checkpoint(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster

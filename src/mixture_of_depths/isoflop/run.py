@@ -133,8 +133,11 @@ def run_on_ray(
             Ray shows a run none.
 
     Raises:
-        ValueError: when Ray is not installed or there is no cluster.
+        ValueError: when Ray is not installed or there is no cluster, and for the number of a GPU: a run sees its own
+            alone.
     """
+    if device.startswith("cuda:"):
+        raise ValueError(f"device={device!r} numbers a GPU, of which Ray chooses one for each run; give device='cuda'")
     try:
         import ray
         from ray.exceptions import RayTaskError
