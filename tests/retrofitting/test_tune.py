@@ -186,6 +186,8 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
     if not has_checkpoint:
         for checkpoint in (tmp_path / "parts").glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    else:
+        monkeypatch.setattr(retrofit_module, "fit_to_skipping", None)
     _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path / "parts", resume=True, console=QUIET)
     assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
     for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
@@ -428,3 +430,21 @@ def test_the_supervised_trainer_of_trl_takes_the_model(corpus: Corpus, tmp_path:
     assert any("mlp" in name for name in changed)
     assert any("router" in name for name in changed)
     trainer.save_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_fitted_again"), [({"router_type": "random"}, True), ({"bypass_rank": 0}, False)]
+)
+def test_maps_of_random_routing_are_fitted_again_and_none_where_there_is_none(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], is_fitted_again: bool
+) -> None:
+    fitted: list[MoDForCausalLM] = []
+
+    def recorded(model: MoDForCausalLM, *arguments: Any) -> None:
+        fitted.append(model)
+        fit_to_skipping(model, *arguments)
+
+    monkeypatch.setattr(retrofit_module, "fit_to_skipping", recorded)
+    routing = replace(ROUTING, **changes)
+    retrofit(dense_for(corpus), "dense", corpus, routing, replace(TUNING, max_steps=1), tmp_path / "out", console=QUIET)
+    assert len(fitted) == is_fitted_again
