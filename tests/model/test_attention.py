@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from mixture_of_depths.model.attention import attend
@@ -32,3 +33,25 @@ def test_heads_that_share_keys_attend_as_with_keys_of_their_own(
     own_key, own_value = (states.repeat_interleave(3, dim=1) for states in (key, value))
     expected = F.scaled_dot_product_attention(query, own_key, own_value, attn_mask=mask, is_causal=is_causal)
     assert (attend(query, key, value, mask, is_causal) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_on_cuda_the_kernel_is_given_shared_keys_in_half_precision_without_a_mask_alone(
+    dtype: torch.dtype, is_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, bool]] = []
+
+    def recorded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert key.shape == value.shape
+        given.append((key.shape[1], options["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    # Tensors of a GPU that is not there, without values.
+    with FakeTensorMode():
+        query = torch.empty(2, 6, 5, 8, dtype=dtype, device="cuda")
+        key, value = (torch.empty(2, 2, 5, 8, dtype=dtype, device="cuda") for _ in range(2))
+        mask = torch.empty(2, 1, 5, 5, dtype=torch.bool, device="cuda") if is_masked else None
+        attend(query, key, value, mask, is_causal=not is_masked)
+    assert given == [(2, True) if dtype == torch.bfloat16 and not is_masked else (6, False)]

@@ -41,9 +41,10 @@ def spread_budget(
     check_share(dense, options, sequence_length)
     (least,) = options.capacity
     capacities = [least, *(step / STEPS for step in range(1, STEPS) if step / STEPS > least)]
+    prices = {capacity: _price(dense, options, capacity, sequence_length) for capacity in capacities}
     # At the highest ones router and map may take more than is skipped. The last stands for a dense block.
-    capacities = [c for c in capacities if _price(dense, options, c, sequence_length) < 0] + [1.0]
-    price_C = np.array([_price(dense, options, capacity, sequence_length) for capacity in capacities])
+    prices = {capacity: price for capacity, price in prices.items() if price < 0} | {1.0: 0.0}
+    capacities, price_C = list(prices), np.array(list(prices.values()))
     least_loss = float(np.median([max(block.loss, 0.0) for block in importance])) / 2
     floored = [replace(block, loss=max(block.loss, least_loss)) for block in importance]
     rise_LC = np.array([[block.expected_loss(c) for c in capacities[:-1]] + [0.0] for block in floored])
@@ -78,9 +79,7 @@ def _filled(chosen_L: np.ndarray, rise_LC: np.ndarray, price_C: np.ndarray, budg
 
 
 def _price(dense: MoDConfig, options: RetrofitOptions, capacity: float, sequence_length: int) -> float:
-    """What one block at a capacity adds to the share of the model; negative, for a dense one adds 0."""
-    if capacity == 1:
-        return 0.0
+    """What one block at a capacity adds to the share of the model, where a dense one adds 0."""
     return share_of(dense, {0: capacity}, options, sequence_length) - 1
 
 
