@@ -9,9 +9,9 @@ Sides, at a share of the dense model's FLOPs per token (`--share`), all with the
 fewest blocks at one capacity, whole blocks skipped, without maps, routers fitted to the norm of what a block
 adds; `dropped`, the blocks taken out that cost least to take out; `linear`, those replaced by their maps, which
 are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
-`dense` the model as it came. All are tuned on the files of `--tune`, as many characters of the built-in corpus'
-training part, and `--conversations`, answers of the dense model itself; `--distillation` is the share of the loss
-that is the divergence from its predictions. `--max-steps 0` tests a side as it starts. Conversations are made by
+`dense` the model as it came. All are tuned on the files of `--tune`, the built-in corpus' training part, and
+`--conversations`, answers of the dense model itself, cut to as many characters of each as the conversations have;
+`--distillation` is the share of the loss that is the divergence from the dense model's predictions. `--max-steps 0` tests a side as it starts. Conversations are made by
 
     python benchmarks/retrofit_questions.py > questions.jsonl
     mod answer SmolLM2-135M-Instruct.Q4_1.gguf --data questions.jsonl --max-new-tokens 180 --out chats.jsonl
@@ -42,7 +42,7 @@ from statistics import mean, median
 from typing import Any, cast
 
 import torch
-from retrofit_sides import METHOD, SIDES, Sides, Texts, answers_right, tested, texts_of
+from retrofit_sides import METHOD, MIXED, SIDES, Sides, Texts, answers_right, tested, texts_of
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -218,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
         "conversations": None if arguments.conversations is None else contents(arguments.conversations),
         "test": {name: contents(file) for name, file in tests.items()},
     }
-    shared = {"method": METHOD, "settings": settings, "inputs": inputs}
+    shared = {"method": METHOD, "mixed": MIXED, "settings": settings, "inputs": inputs}
     records = arguments.out / "pilot.jsonl"
     if arguments.side == "summary":
         print(json.dumps(summarise(read_records(records), shared, arguments.out), indent=2))

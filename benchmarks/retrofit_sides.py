@@ -28,7 +28,7 @@ from mixture_of_depths import (
     read_documents,
     tokenize,
 )
-from mixture_of_depths.files import read_json, write_aside
+from mixture_of_depths.files import read_json, read_records, write_aside
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
 from mixture_of_depths.retrofitting.fit import (
@@ -59,6 +59,8 @@ from mixture_of_depths.text.packing import Sequences
 
 # What the starts of sides are made by; another name for every change, since records of before are of other starts.
 METHOD = "maps fitted block after block to the tokens that skip"
+# What is tuned on, of what the command names; another name for every change, too.
+MIXED = "as many characters of files, of code and of conversations"
 # The capacity of the former retrofit, at which its blocks were chosen.
 FORMER_CAPACITY = 0.125
 # At an answer's end, or where none comes.
@@ -70,7 +72,7 @@ class Texts:
     """What all sides are tuned, calibrated and tested on.
 
     Attributes:
-        corpus: to tune on: files, as many characters of Python code, and conversations.
+        corpus: to tune on: files, Python code and conversations, as many characters of each.
         windows: to test on, by kind of text.
         kinds: of the tuning text, to calibrate on, by the same kinds.
     """
@@ -78,6 +80,23 @@ class Texts:
     corpus: Corpus
     windows: dict[str, Sequences]
     kinds: dict[str, datasets.Dataset]
+
+
+def first_of(texts: list[str], characters: int) -> list[str]:
+    """The first texts, the last of them cut, with a number of characters in all."""
+    taken = []
+    for text in texts:
+        if characters <= 0:
+            break
+        taken.append(text[:characters])
+        characters -= len(text)
+    return taken
+
+
+def characters_said(conversations: str) -> int:
+    """Characters of all messages of a file of conversations."""
+    records = read_records(Path(conversations))
+    return sum(len(message["content"]) for record in records for message in record["messages"])
 
 
 def texts_of(
@@ -90,16 +109,17 @@ def texts_of(
     count: int,
     folder: Path,
 ) -> Texts:
-    """Reads the files, and writes what is tuned on into a folder, for `prepare`."""
+    """Reads the files, and writes what is tuned on into a folder, for `prepare`.
+
+    Of the files and of code as many characters as there are of conversations, where there are some.
+    """
     from_files = list(read_documents(DataOptions(data=tuple(tune)), Skipped()))
     fraction = DataOptions().validation_fraction
     every, held_out, _ = split_documents(list(read_documents(DataOptions(), Skipped())), fraction)
-    characters, code = sum(map(len, from_files)), []
-    for text in every:
-        if characters <= 0:
-            break
-        code.append(text)
-        characters -= len(text)
+    characters = sum(map(len, from_files))
+    if conversations is not None:
+        characters = min(characters, characters_said(conversations))
+    from_files, code = first_of(from_files, characters), first_of(every, characters)
     path = folder / "tuning.jsonl"
     write_aside(path, "".join(json.dumps({"text": text}) + "\n" for text in [*from_files, *code]))
     sources = (str(path),) if conversations is None else (str(path), conversations)
