@@ -99,10 +99,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="file to write, .tar.xz")
     parser.add_argument("--cache-dir", type=Path, help="where prepared text is kept, in the place of the study's")
     arguments = parser.parse_args()
+    if not arguments.study.is_file():
+        parser.error(f"study={arguments.study} is no file; name a study, such as recipes/isoflop-gpu.yaml")
     quiet_libraries()
-    options = load_study(arguments.study).data
-    corpus = prepare(replace(options, cache_dir=arguments.cache_dir) if arguments.cache_dir else options)
-    archive = archive_of(corpus)
+    try:
+        options = load_study(arguments.study).data
+        corpus = prepare(replace(options, cache_dir=arguments.cache_dir) if arguments.cache_dir else options)
+        archive = archive_of(corpus)
+    except ValueError as error:
+        parser.error(str(error))
     arguments.out.write_bytes(lzma.compress(archive, format=lzma.FORMAT_XZ, filters=FILTERS))
     size = arguments.out.stat().st_size / 1e6
     print(f"{corpus.facts}\nkey {corpus.key}, SHA-256 {hashlib.sha256(archive).hexdigest()}, {size:.1f} MB")

@@ -17,16 +17,18 @@ object with all parts; the exit status is 1 when something failed.
 
 import argparse
 import json
+import lzma
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
-from parts import Case, end_process, forget_failures, read_part, run_cases, run_part, status
+from parts import Case, end_process, forget_failures, only_owner, read_part, run_cases, run_part, status
 
 HERE = Path(__file__).resolve().parent
 # Seconds that a part may take of one start. In toy sizes none counts: how fast the CPU is says nothing of the GPU.
@@ -110,8 +112,6 @@ def run_one(part: str, out: Path, tokens: Path | None, smoke: bool, commit: str 
     from mixture_of_depths.compiler import missing_compiler
     from mixture_of_depths.provenance import provenance
 
-    if not smoke and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA GPU here; --smoke runs everything on the CPU, in toy sizes")
     if smoke:
         missing = missing_compiler(torch.device("cpu")) if part in COMPILING else None
         if missing is not None:
@@ -121,7 +121,7 @@ def run_one(part: str, out: Path, tokens: Path | None, smoke: bool, commit: str 
     torch.compiler.config.recompile_limit = 64
     origin = provenance()
     origin["git_commit"] = origin["git_commit"] or commit
-    return run_cases(out / f"{part}.json", cases_of(part, out, tokens, smoke), {"provenance": origin})
+    return run_cases(out / f"{part}.json", cases_of(part, out, tokens, smoke), {"provenance": origin, "smoke": smoke})
 
 
 def named_site_packages(sites: list[Path], out: Path) -> list[str]:
@@ -147,6 +147,50 @@ def environment_of(sites: list[str], smoke: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def check_gpu(variables: dict[str, str]) -> None:
+    """Raises ValueError where the processes of parts would find no GPU."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False, env={**os.environ, **variables})
+    if answer.returncode:
+        *_, why = answer.stderr.strip().splitlines()
+        raise ValueError(f"torch cannot be imported ({why}); install it, or name its folder by --site")
+    if answer.stdout.split() != ["True"]:
+        raise ValueError("there is no CUDA GPU here; --smoke runs everything on the CPU, in toy sizes")
+
+
+def check_mode(out: Path, parts: list[str], smoke: bool) -> None:
+    """Raises ValueError for a folder with figures of toy sizes, where real ones are to be taken, or the reverse."""
+    for name in parts:
+        if read_part(out / f"{name}.json").get("smoke", smoke) != smoke:
+            kind = "without" if smoke else "with"
+            raise ValueError(f"--out {out} holds the part {name} of a start {kind} --smoke; name another folder")
+
+
+def minutes(text: str) -> float:
+    """Minutes of the command line; raises argparse.ArgumentTypeError for what is not above 0."""
+    if not (text.replace(".", "", 1).isdigit() and float(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
+
+
+def packages(text: str) -> Path:
+    """A folder of the command line; raises argparse.ArgumentTypeError where there is none."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return Path(text)
+
+
+def check_tokens(path: Path) -> None:
+    """Raises ValueError for a file that is not, or not wholly, what `carried_tokens.py` writes."""
+    try:
+        with tarfile.open(path, "r:xz") as archive:
+            is_tokens = "corpus.json" in archive.getnames()
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise ValueError(f"--tokens {path} cannot be read ({error}); write it by carried_tokens.py") from error
+    if not is_tokens:
+        raise ValueError(f"--tokens {path} holds no text; write it by carried_tokens.py")
 
 
 def run_beside(shares: list[list[str]], command: list[str]) -> None:
@@ -175,9 +219,9 @@ def summary(out: Path, parts: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the parts' files")
-    parser.add_argument("--minutes", type=float, default=20, help="begin to end after this many minutes")
+    parser.add_argument("--minutes", type=minutes, default=20, help="begin to end after this many minutes")
     parser.add_argument(
-        "--site", type=Path, action="append", default=[], help="folder of packages; several by repeating"
+        "--site", type=packages, action="append", default=[], help="folder of packages; several by repeating"
     )
     parser.add_argument("--tokens", type=Path, help="text of the isoFLOP study, from carried_tokens.py")
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="only these parts")
@@ -186,39 +230,59 @@ def main() -> None:
     parser.add_argument("--commit", help="commit of a source tree that is not git's, for the parts' files")
     parser.add_argument("--part", choices=list(LIMITS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    arguments.out = arguments.out.resolve()
     if arguments.part:
-        raise SystemExit(run_one(arguments.part, out, arguments.tokens, arguments.smoke, arguments.commit))
-    if arguments.tokens is not None and not arguments.tokens.is_file():
-        parser.error(f"--tokens {arguments.tokens} is no file")
+        raise SystemExit(run_one(arguments.part, arguments.out, arguments.tokens, arguments.smoke, arguments.commit))
     # So that the process of a part ends with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        run(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the parts that are asked for.
+
+    Raises:
+        ValueError: for what cannot be run.
+    """
+    out, is_smoke = arguments.out, arguments.smoke
     end = time.monotonic() + arguments.minutes * 60
-    variables = environment_of(named_site_packages(arguments.site, out), arguments.smoke)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        variables = environment_of(named_site_packages(arguments.site, out), is_smoke)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); name another folder") from error
     # The study without its text is no part.
-    parts = [name for name in arguments.parts if name != "isoflop" or arguments.tokens or arguments.smoke]
+    parts = [name for name in arguments.parts if name != "isoflop" or arguments.tokens or is_smoke]
+    paths = {name: out / f"{name}.json" for name in parts}
+    check_mode(out, parts, is_smoke)
+    if arguments.tokens is not None:
+        check_tokens(arguments.tokens)
+    if not is_smoke:
+        check_gpu(variables)
     shares = [[name for name in parts if (name in LONGEST_OF_SMOKE) == is_longest] for is_longest in (True, False)]
     # A process that has one share alone runs it itself.
-    if arguments.smoke and all(shares):
+    if is_smoke and all(shares):
+        with only_owner(list(paths.values())):
+            pass
         run_beside(shares, [sys.executable, *sys.argv])
-    for name in parts:
-        path = out / f"{name}.json"
-        if arguments.retry:
-            forget_failures(path)
-        earlier = read_part(path)
-        left = end - time.monotonic()
-        if not earlier["complete"] and left > 0:
-            command = [sys.executable, str(HERE / "gpu.py"), "--out", str(out), "--part", name]
-            command += ["--smoke"] if arguments.smoke else []
-            command += ["--commit", arguments.commit] if arguments.commit else []
-            command += ["--tokens", str(arguments.tokens.resolve())] if arguments.tokens else []
-            limit = float("inf") if arguments.smoke else LIMITS[name]
-            run_part(path, command, variables, limit, left)
-        part = read_part(path)
-        print(f"{name}: {status(part)}, {len(part['cases'])} cases", file=sys.stderr, flush=True)
+    with only_owner(list(paths.values())) as descriptors:
+        for name, path in paths.items():
+            if arguments.retry:
+                forget_failures(path)
+            left = end - time.monotonic()
+            if not read_part(path)["complete"] and left > 0:
+                command = [sys.executable, str(HERE / "gpu.py"), "--out", str(out), "--part", name]
+                command += ["--smoke"] if is_smoke else []
+                command += ["--commit", arguments.commit] if arguments.commit else []
+                command += ["--tokens", str(arguments.tokens.resolve())] if arguments.tokens else []
+                run_part(path, command, variables, float("inf") if is_smoke else LIMITS[name], left, descriptors)
+            part = read_part(path)
+            print(f"{name}: {status(part)}, {len(part['cases'])} cases", file=sys.stderr, flush=True)
     figures = summary(out, parts)
-    print(json.dumps({"benchmark": "gpu", "smoke": arguments.smoke, "parts": figures}))
+    print(json.dumps({"benchmark": "gpu", "smoke": is_smoke, "parts": figures}))
     raise SystemExit(any(part["status"] == "failed" for part in figures.values()))
 
 

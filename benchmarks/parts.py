@@ -7,12 +7,14 @@ broke a GPU's context or filled its memory would break them, too. A part that is
 case. Needs nothing but Python, so that what is missing is told by the parts.
 """
 
+import fcntl
 import json
 import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,41 @@ LAST_LINES = 12
 
 
 def read_part(path: Path) -> dict[str, Any]:
-    """What is known of a part: its `cases` by name, the one that is `running`, and whether it is `complete`."""
-    return json.loads(path.read_text()) if path.exists() else {"cases": {}, "running": None, "complete": False}
+    """What is known of a part: its `cases` by name, the one that is `running`, and whether it is `complete`.
+
+    Raises:
+        ValueError: when the file holds no part.
+    """
+    if not path.exists():
+        return {"cases": {}, "running": None, "complete": False}
+    try:
+        part = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and its part is measured anew") from error
+    if not isinstance(part, dict) or not {"cases", "running", "complete"} <= part.keys():
+        raise ValueError(f"{path} is not the file of a part; name another folder, or remove it")
+    return part
+
+
+@contextmanager
+def only_owner(paths: Sequence[Path]) -> Iterator[tuple[int, ...]]:
+    """Holds parts, so that no second start runs them, too; for as long as a process has one of the descriptors.
+
+    Raises:
+        ValueError: when one of them is held.
+    """
+    with ExitStack() as files:
+        descriptors = []
+        for path in paths:
+            file = files.enter_context(path.with_suffix(".lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{path.parent} is in use: another process is at the part {path.stem}; wait for it, or end it"
+                ) from error
+            descriptors.append(file.fileno())
+        yield tuple(descriptors)
 
 
 def write_part(path: Path, part: Mapping[str, Any]) -> None:
@@ -66,6 +101,8 @@ def run_cases(path: Path, cases: Mapping[str, Case], facts: Mapping[str, Any]) -
         facts: what else the file is to say.
     """
     part = {**read_part(path), **facts}
+    # Of a process that could not begin, where this one can.
+    part.pop("error", None)
     for name, case in cases.items():
         if part["cases"].get(name, {}).get("finished", name in part["cases"]):
             continue
@@ -95,7 +132,14 @@ def failure(kind: str, message: str, lines: list[str]) -> dict[str, Any]:
     }
 
 
-def run_part(path: Path, command: list[str], environment: Mapping[str, str], limit: float, left: float) -> None:
+def run_part(
+    path: Path,
+    command: list[str],
+    environment: Mapping[str, str],
+    limit: float,
+    left: float,
+    descriptors: Sequence[int] = (),
+) -> None:
     """Runs a part's process, and again after each case that fails, until all is done or the time is over.
 
     A case that is cut off by the part's own limit has failed if it had all of it, being the first. One that others left
@@ -107,6 +151,7 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
         environment: of the process.
         limit: seconds for the part.
         left: seconds for all that is still to do.
+        descriptors: of `only_owner`: its parts are held for as long as the process lives.
     """
     start = time.monotonic()
     log = path.with_suffix(".log")
@@ -117,7 +162,9 @@ def run_part(path: Path, command: list[str], environment: Mapping[str, str], lim
         if seconds <= 0:
             return
         with log.open("ab") as output:
-            process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, env={**os.environ, **environment}, stdout=output, stderr=output, pass_fds=descriptors
+            )
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:

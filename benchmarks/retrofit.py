@@ -11,7 +11,8 @@ adds; `dropped`, the blocks taken out that cost least to take out; `linear`, tho
 are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
 `dense` the model as it came. All are tuned on the files of `--tune`, the built-in corpus' training part, and
 `--conversations`, answers of the dense model itself, cut to as many characters of each as the conversations have;
-`--distillation` is the share of the loss that is the divergence from the dense model's predictions. `--max-steps 0` tests a side as it starts. Conversations are made by
+`--distillation` is the share of the loss that is the divergence from the dense model's predictions.
+`--max-steps 0` tests a side as it starts. Conversations are made by
 
     python benchmarks/retrofit_questions.py > questions.jsonl
     mod answer SmolLM2-135M-Instruct.Q4_1.gguf --data questions.jsonl --max-new-tokens 180 --out chats.jsonl

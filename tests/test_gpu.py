@@ -429,6 +429,10 @@ def test_every_command_computes_on_the_device(
     dense_for(corpus).save_pretrained(dense)
     corpus.tokenizer.save_pretrained(dense)
     study_file(tmp_path)
+    make_checkpoint(tmp_path / "talks")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "the quick"}]}) + "\n")
+    questions = ["--data", str(chats), "--max-new-tokens", "4", "--out", str(tmp_path / "answered.jsonl")]
     text, short = data(tmp_path), ["--max-steps", "2", "--batch-size", "4"]
     retrofit = [*text[:2], *text[-2:], "--sequence-length", "16", "--capacity", "0.25", "--distillation", "0.5"]
     sizes = ["--prompt-tokens", "4", "--new-tokens", "5"]
@@ -439,6 +443,7 @@ def test_every_command_computes_on_the_device(
         ["generate", model, "--prompt", "The router", "--max-new-tokens", "4", "--compile"],
         ["bench", model, *sizes],
         ["inspect", model, "--text", "The router lets few in", "--out", str(tmp_path / "page.html")],
+        ["answer", str(tmp_path / "talks"), *questions],
         ["retrofit", dense, *retrofit, *short, "--flops-share", "0.9", "--out", str(tmp_path / "retrofitted")],
         ["demo", *text, "--max-flops", "1e10", "--out", str(tmp_path / "demo")],
         ["isoflop", "plan", study],

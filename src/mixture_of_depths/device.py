@@ -20,23 +20,23 @@ def chosen_device(device: str | torch.device = "auto") -> torch.device:
         ValueError: for another name, or a device that is not there.
     """
     name = str(device)
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is None:
+    known = re.fullmatch(r"auto|cpu|mps|cuda(?::(0|[1-9][0-9]*))?", name)
+    if known is None:
         raise ValueError(f"device={name!r} is unknown; give 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(name)
-    if chosen.type == "cuda":
+    if name.startswith("cuda"):
         if not torch.cuda.is_available():
             is_built = torch.version.cuda is not None or torch.version.hip is not None
             reason = "PyTorch finds no CUDA GPU" if is_built else "this build of PyTorch has no CUDA"
             raise ValueError(f"device={name!r} is not available: {reason}; {REMEDY}")
         count = torch.cuda.device_count()
-        if chosen.index is not None and chosen.index >= count:
+        if known[1] is not None and int(known[1]) >= count:
             there = f"the GPUs that PyTorch sees are numbered from 0 to {count - 1}"
             raise ValueError(f"device={name!r} is not available: {there}; give one of them, or device='cpu'")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
+    if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name!r} is not available: PyTorch finds no GPU of Apple's; {REMEDY}")
-    return chosen
+    return torch.device(name)
 
 
 def wait_for(device: torch.device) -> None:

@@ -4,6 +4,7 @@ import lzma
 from dataclasses import replace
 from pathlib import Path
 
+import carried_tokens
 import pytest
 from carried_tokens import archive_of, read_tokens
 from models import options, write_files
@@ -26,3 +27,12 @@ def test_a_file_of_tokens_holds_the_prepared_text_and_gives_the_same_bytes_again
     assert carried.tokenizer.get_vocab() == corpus.tokenizer.get_vocab()
     with pytest.raises(ValueError, match=r"sequence_length=16, and the study has 8; write it again"):
         read_tokens(path, replace(settings, sequence_length=8))
+
+
+def test_a_study_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["carried_tokens.py", "nowhere.yaml", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        carried_tokens.main()
+    assert "study=nowhere.yaml is no file; name a study" in capsys.readouterr().err

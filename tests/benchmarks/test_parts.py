@@ -92,6 +92,7 @@ def test_a_process_that_ends_before_its_first_case_fails_the_part_once(
     part = start(tmp_path, monkeypatch, "unknown")
     assert "KeyError" in part["error"]["last_lines"][-1]
     assert (part["cases"], status(part)) == ({}, "failed")
+    assert status(start(tmp_path, monkeypatch, "figures")) == "done"
 
 
 def test_a_case_that_hangs_is_cut_off_by_the_part_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
