@@ -154,8 +154,8 @@ def check_gpu(variables: dict[str, str]) -> None:
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False, env={**os.environ, **variables})
     if answer.returncode:
-        *_, why = answer.stderr.strip().splitlines()
-        raise ValueError(f"torch cannot be imported ({why}); install it, or name its folder by --site")
+        why = answer.stderr.strip().splitlines()[-1:] or [f"exit status {answer.returncode}"]
+        raise ValueError(f"torch cannot be imported ({why[0]}); install it, or name its folder by --site")
     if answer.stdout.split() != ["True"]:
         raise ValueError("there is no CUDA GPU here; --smoke runs everything on the CPU, in toy sizes")
 
@@ -185,6 +185,9 @@ def packages(text: str) -> Path:
 def check_tokens(path: Path) -> None:
     """Raises ValueError for a file that is not, or not wholly, what `carried_tokens.py` writes."""
     try:
+        with lzma.open(path) as whole:
+            while whole.read(2**24):
+                pass
         with tarfile.open(path, "r:xz") as archive:
             is_tokens = "corpus.json" in archive.getnames()
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
@@ -260,7 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_mode(out, parts, is_smoke)
     if arguments.tokens is not None:
         check_tokens(arguments.tokens)
-    if not is_smoke:
+    if not is_smoke and not all(read_part(path)["complete"] for path in paths.values()):
         check_gpu(variables)
     shares = [[name for name in parts if (name in LONGEST_OF_SMOKE) == is_longest] for is_longest in (True, False)]
     # A process that has one share alone runs it itself.

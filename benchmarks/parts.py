@@ -49,18 +49,20 @@ def only_owner(paths: Sequence[Path]) -> Iterator[tuple[int, ...]]:
     """Holds parts, so that no second start runs them, too; for as long as a process has one of the descriptors.
 
     Raises:
-        ValueError: when one of them is held.
+        ValueError: when one of them is held, or their folder cannot be written.
     """
     with ExitStack() as files:
         descriptors = []
         for path in paths:
-            file = files.enter_context(path.with_suffix(".lock").open("w"))
             try:
+                file = files.enter_context(path.with_suffix(".lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(
                     f"{path.parent} is in use: another process is at the part {path.stem}; wait for it, or end it"
                 ) from error
+            except OSError as error:
+                raise ValueError(f"{path.parent} cannot be written ({error.strerror}); name another folder") from error
             descriptors.append(file.fileno())
         yield tuple(descriptors)
 
@@ -155,7 +157,11 @@ def run_part(
     """
     start = time.monotonic()
     log = path.with_suffix(".log")
-    begun_with = len(read_part(path)["cases"])
+    part = read_part(path)
+    begun_with = len(part["cases"])
+    if part["running"] is not None:
+        # What an earlier start was ended at has not failed.
+        write_part(path, {**part, "running": None})
     while True:
         before = len(read_part(path)["cases"])
         seconds = min(limit, left) - (time.monotonic() - start)

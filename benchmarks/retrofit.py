@@ -10,7 +10,7 @@ fewest blocks at one capacity, whole blocks skipped, without maps, routers fitte
 adds; `dropped`, the blocks taken out that cost least to take out; `linear`, those replaced by their maps, which
 are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
 `dense` the model as it came. All are tuned on the files of `--tune`, the built-in corpus' training part, and
-`--conversations`, answers of the dense model itself, cut to as many characters of each as the conversations have;
+`--conversations`, answers of the dense model itself, of which the first two give pieces with as many characters each;
 `--distillation` is the share of the loss that is the divergence from the dense model's predictions.
 `--max-steps 0` tests a side as it starts. Conversations are made by
 

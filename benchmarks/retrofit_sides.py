@@ -28,7 +28,7 @@ from mixture_of_depths import (
     read_documents,
     tokenize,
 )
-from mixture_of_depths.files import read_json, read_records, write_aside
+from mixture_of_depths.files import read_json, write_aside
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
 from mixture_of_depths.retrofitting.fit import (
@@ -53,14 +53,17 @@ from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.retrofitting.tune import fitted_start
 from mixture_of_depths.sampling.answers import answered
 from mixture_of_depths.text.batches import batches, kinds, spread
+from mixture_of_depths.text.conversations import Conversation
 from mixture_of_depths.text.corpus import Corpus
-from mixture_of_depths.text.documents import Skipped, split_documents
+from mixture_of_depths.text.documents import Skipped, read_all, split_documents
 from mixture_of_depths.text.packing import Sequences
 
 # What the starts of sides are made by; another name for every change, since records of before are of other starts.
 METHOD = "maps fitted block after block to the tokens that skip"
 # What is tuned on, of what the command names; another name for every change, too.
-MIXED = "as many characters of files, of code and of conversations"
+MIXED = "pieces of files and of code, with as many characters each as the conversations"
+# Characters of such a piece, about a thousand tokens.
+PIECE = 4000
 # The capacity of the former retrofit, at which its blocks were chosen.
 FORMER_CAPACITY = 0.125
 # At an answer's end, or where none comes.
@@ -83,20 +86,36 @@ class Texts:
 
 
 def first_of(texts: list[str], characters: int) -> list[str]:
-    """The first texts, the last of them cut, with a number of characters in all."""
+    """The first texts with a number of characters in all, and what of the last one is more."""
     taken = []
     for text in texts:
         if characters <= 0:
             break
-        taken.append(text[:characters])
+        taken.append(text)
         characters -= len(text)
     return taken
 
 
+def pieces_of(texts: list[str], characters: int) -> list[str]:
+    """Pieces of equal length from all over the texts, with about a number of characters in all."""
+    pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text) - PIECE + 1, PIECE)]
+    count = min(characters // PIECE, len(pieces))
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
 def characters_said(conversations: str) -> int:
-    """Characters of all messages of a file of conversations."""
-    records = read_records(Path(conversations))
-    return sum(len(message["content"]) for record in records for message in record["messages"])
+    """Characters of all messages of a file of conversations.
+
+    Raises:
+        ValueError: when it holds none.
+    """
+    every = read_all(DataOptions(data=(conversations,)), Skipped())
+    characters = sum(
+        len(str(message["content"])) for one in every if isinstance(one, Conversation) for message in one.messages
+    )
+    if not characters:
+        raise ValueError(f"conversations={conversations} holds no conversation; give .jsonl with records of messages")
+    return characters
 
 
 def texts_of(
@@ -111,15 +130,20 @@ def texts_of(
 ) -> Texts:
     """Reads the files, and writes what is tuned on into a folder, for `prepare`.
 
-    Of the files and of code as many characters as there are of conversations, where there are some.
+    With conversations, pieces of the files and of code have as many characters each as these. Without them all of the
+    files counts, and as many characters of code.
     """
     from_files = list(read_documents(DataOptions(data=tuple(tune)), Skipped()))
     fraction = DataOptions().validation_fraction
     every, held_out, _ = split_documents(list(read_documents(DataOptions(), Skipped())), fraction)
     characters = sum(map(len, from_files))
-    if conversations is not None:
+    if conversations is None:
+        code = first_of(every, characters)
+    else:
         characters = min(characters, characters_said(conversations))
-    from_files, code = first_of(from_files, characters), first_of(every, characters)
+        from_files, code = pieces_of(from_files, characters), pieces_of(every, characters)
+        if not from_files:
+            raise ValueError(f"tune={tune} holds fewer than {PIECE:,} characters; give more text")
     path = folder / "tuning.jsonl"
     write_aside(path, "".join(json.dumps({"text": text}) + "\n" for text in [*from_files, *code]))
     sources = (str(path),) if conversations is None else (str(path), conversations)

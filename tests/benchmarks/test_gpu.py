@@ -100,8 +100,8 @@ def test_a_second_start_in_a_folder_is_refused_while_a_process_of_the_first_live
         (("--out", "out", "--minutes", "nan"), "argument --minutes: nan is not a number above 0"),
         (("--out", "out", "--minutes", "-3"), "argument --minutes: -3 is not a number above 0"),
         (("--out", "out", "--tokens", "nowhere"), "cannot be read ([Errno 2]"),
-        (("--out", "out", "--tokens", "file"), "cannot be read (not an lzma file); write it by carried_tokens.py"),
-        (("--out", "out", "--tokens", "cut"), "write it by carried_tokens.py"),
+        (("--out", "out", "--tokens", "file"), "cannot be read (Input format not supported by decoder); write it by"),
+        (("--out", "out", "--tokens", "cut"), "cannot be read (Compressed file ended before the end-of-stream"),
         (("--out", "out", "--tokens", "other"), "holds no text; write it by carried_tokens.py"),
         (("--out", "damaged"), "environment.json is damaged ("),
         (("--out", "list"), "environment.json is not the file of a part"),
@@ -119,7 +119,9 @@ def test_what_cannot_be_read_or_written_is_named_in_one_line(
     (tmp_path / "file").write_text("text")
     with tarfile.open(tmp_path / "other", "w:xz") as archive:
         archive.add(tmp_path / "file")
-    (tmp_path / "cut").write_bytes((tmp_path / "other").read_bytes()[:-20])
+    with tarfile.open(tmp_path / "tokens", "w:xz") as archive:
+        archive.add(tmp_path / "file", "corpus.json")
+    (tmp_path / "cut").write_bytes((tmp_path / "tokens").read_bytes()[:-20])
     for name, text in (("damaged", '{"cases": {'), ("list", "[]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "environment.json").write_text(text)

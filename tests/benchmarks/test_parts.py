@@ -131,6 +131,14 @@ def test_a_case_that_has_more_to_do_goes_on_in_the_next_start(tmp_path: Path, mo
     assert (part["cases"]["in_two_starts"]["finished"], status(part)) == (True, "done")
 
 
+def test_a_case_at_which_an_earlier_start_was_ended_has_not_failed_when_the_next_cannot_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part.json").write_text(json.dumps({"cases": {}, "running": "figures", "complete": False}))
+    part = start(tmp_path, monkeypatch, "unknown")
+    assert (part["cases"], "error" in part) == ({}, True)
+
+
 def test_what_does_not_hold_has_failed_and_is_tried_again_when_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

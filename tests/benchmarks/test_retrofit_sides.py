@@ -1,0 +1,30 @@
+"""What the sides of the retrofit's comparison are tuned on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from retrofit_sides import PIECE, characters_said, pieces_of
+
+
+def test_pieces_come_from_all_over_the_texts_and_have_one_length() -> None:
+    texts = ["".join(f"{i:8d}" for i in range(first, first + 5000)) for first in (0, 10_000, 20_000)]
+    pieces = pieces_of([*texts, "short"], 6 * PIECE + 1)
+    assert [len(piece) for piece in pieces] == [PIECE] * 6
+    assert len(set(pieces)) == 6
+    assert [sum(piece in text for piece in pieces) for text in texts] == [2, 2, 2]
+
+
+def test_there_are_no_more_pieces_than_the_texts_give() -> None:
+    assert pieces_of(["a" * PIECE + "b" * (PIECE - 1)], 10 * PIECE) == ["a" * PIECE]
+    assert pieces_of(["a" * 10], 10 * PIECE) == []
+
+
+def test_characters_are_counted_of_messages_and_a_file_without_any_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    said = [{"role": "user", "content": "12345"}, {"role": "assistant", "content": "678"}]
+    path.write_text(json.dumps({"messages": said}) + "\n" + json.dumps({"text": "no conversation"}) + "\n")
+    assert characters_said(str(path)) == 8
+    path.write_text(json.dumps({"text": "no conversation"}) + "\n")
+    with pytest.raises(ValueError, match="holds no conversation; give"):
+        characters_said(str(path))
