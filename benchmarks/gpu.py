@@ -185,11 +185,11 @@ def packages(text: str) -> Path:
 def check_tokens(path: Path) -> None:
     """Raises ValueError for a file that is not, or not wholly, what `carried_tokens.py` writes."""
     try:
-        with lzma.open(path) as whole:
-            while whole.read(2**24):
-                pass
-        with tarfile.open(path, "r:xz") as archive:
+        with lzma.open(path) as whole, tarfile.open(fileobj=whole, mode="r|") as archive:
             is_tokens = "corpus.json" in archive.getnames()
+            # What stands behind the archive's end tells whether the file is whole.
+            while whole.read(2**20):
+                pass
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
         raise ValueError(f"--tokens {path} cannot be read ({error}); write it by carried_tokens.py") from error
     if not is_tokens:
