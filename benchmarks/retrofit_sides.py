@@ -118,6 +118,12 @@ def characters_said(conversations: str) -> int:
     return characters
 
 
+def write_once(path: Path, text: str) -> None:
+    """Writes a file, unless it is there and the same: another side's call may be reading it."""
+    if not path.exists() or path.read_text() != text:
+        write_aside(path, text)
+
+
 def texts_of(
     tune: list[str],
     conversations: str | None,
@@ -145,7 +151,7 @@ def texts_of(
         if not from_files:
             raise ValueError(f"tune={tune} holds fewer than {PIECE:,} characters; give more text")
     path = folder / "tuning.jsonl"
-    write_aside(path, "".join(json.dumps({"text": text}) + "\n" for text in [*from_files, *code]))
+    write_once(path, "".join(json.dumps({"text": text}) + "\n" for text in [*from_files, *code]))
     sources = (str(path),) if conversations is None else (str(path), conversations)
     # A conversation is short: of few of them, more are to be held out.
     options = DataOptions(data=sources, sequence_length=length, tokenizer="of the source", validation_fraction=0.06)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from retrofit_sides import PIECE, characters_said, pieces_of
+from retrofit_sides import PIECE, characters_said, pieces_of, write_once
 
 
 def test_pieces_come_from_all_over_the_texts_and_have_one_length() -> None:
@@ -28,3 +28,13 @@ def test_characters_are_counted_of_messages_and_a_file_without_any_is_refused(tm
     path.write_text(json.dumps({"text": "no conversation"}) + "\n")
     with pytest.raises(ValueError, match="holds no conversation; give"):
         characters_said(str(path))
+
+
+def test_a_file_that_is_there_and_the_same_is_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.jsonl"
+    write_once(path, "one")
+    first = path.stat().st_ino
+    write_once(path, "one")
+    assert path.stat().st_ino == first
+    write_once(path, "another")
+    assert path.read_text() == "another"
