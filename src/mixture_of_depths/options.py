@@ -155,9 +155,16 @@ class TrainOptions:
     """Steps between checkpoints; by default a fifth of the run."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of initialisation, data order and random routing."""
+    data_seed: Annotated[int, Ge(0), Lt(2**32)] | None = None
+    """Seed of the data order, so that runs of several seeds see the same text in the same order; by default seed."""
     calibrate: bool = True
     """Whether half of the held-out text sets the causal routers at the end, so that the capacity enters, and the other
     half evaluates; --no-calibrate leaves them as trained and evaluates on all of it."""
+
+    @property
+    def order_seed(self) -> int:
+        """The seed that decides the data order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 @dataclass(frozen=True)

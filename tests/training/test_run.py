@@ -23,7 +23,8 @@ from mixture_of_depths.sampling.stream import require_known_layers
 from mixture_of_depths.text.batches import halves
 from mixture_of_depths.text.corpus import Corpus, prepare
 from mixture_of_depths.training import run as run_module
-from mixture_of_depths.training.run import in_order, train
+from mixture_of_depths.training.run import Tuning, in_order, train
+from mixture_of_depths.training.trainer import MoDTrainer
 
 
 class Stop(TrainerCallback):
@@ -352,3 +353,34 @@ def test_the_order_of_shards_is_that_of_the_run_and_no_list_of_its_sequences(tmp
     assert [order[place]["sequence"] for place in range(3900, 4000)] == [
         again[place]["sequence"] for place in range(3900, 4000)
     ]
+
+
+def test_runs_of_one_data_seed_see_the_same_text_from_other_weights(corpus: Corpus, tmp_path: Path) -> None:
+    batches: list[list[int]] = []
+
+    class Noting(MoDTrainer):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            samples = super().get_batch_samples(*args, **kwargs)
+            batches.extend(part.tolist() for part in self._sequences)
+            return samples
+
+    def seen(name: str, **seeds: int) -> tuple[list[list[int]], float]:
+        batches.clear()
+        options = TrainOptions(max_steps=3, batch_size=4, eval_sequences=1, **seeds)
+        config = config_for(corpus)
+        torch.manual_seed(options.seed)
+        tuning = Tuning(MoDForCausalLM(config), {}, trainer=Noting)
+        train(config, corpus, options, tmp_path / name, console=QUIET, tuning=tuning)
+        return list(batches), records(tmp_path / name)[0]["loss"]
+
+    first, again, other = seen("0-0", seed=0), seen("1-0", seed=1, data_seed=0), seen("1-1", seed=1)
+    assert first[0] == again[0] != other[0]
+    assert first[1] != again[1]
+    places = range(8)
+    shards = sharded(tmp_path, 0.3, 0.7)
+    orders = [
+        in_order(shards, TrainOptions(max_steps=2, batch_size=4, **seeds), 2)
+        for seeds in ({"seed": 0}, {"seed": 1, "data_seed": 0}, {"seed": 1})
+    ]
+    numbers = [[order[place]["sequence"] for place in places] for order in orders]
+    assert numbers[0] == numbers[1] != numbers[2]

@@ -248,7 +248,7 @@ def in_order(corpus: Corpus, options: TrainOptions, steps: int) -> datasets.Data
         # Whole batches only: every step then costs the same, and the horizon is exact.
         whole = np.arange(len(corpus.train) // options.batch_size * options.batch_size)
         return corpus.train.select(range(len(whole))).add_column("sequence", cast(Any, whole))
-    return Order(corpus.train, corpus.weights, options.seed, steps * options.batch_size)
+    return Order(corpus.train, corpus.weights, options.order_seed, steps * options.batch_size)
 
 
 def _run(

@@ -166,7 +166,7 @@ def trainer_arguments(
         save_steps=options.save_every or part,
         save_total_limit=2,
         seed=options.seed,
-        data_seed=options.seed,
+        data_seed=options.order_seed,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
