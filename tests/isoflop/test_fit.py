@@ -1,11 +1,20 @@
 """Optima and comparisons, on curves whose optimum is known."""
 
 import math
+import random
 from typing import Any
 
 import pytest
 
-from mixture_of_depths.isoflop.fit import comparisons, curve, optima, ratio_interval, smallest_as_good, summarise
+from mixture_of_depths.isoflop.fit import (
+    comparisons,
+    curve,
+    optima,
+    ratio_interval,
+    seed_deviation,
+    smallest_as_good,
+    summarise,
+)
 
 
 def record(family: str, depth: int, loss: float, seed: int = 0, flops: float | None = None) -> dict[str, Any]:
@@ -69,6 +78,47 @@ def test_the_interval_holds_the_ratio_and_needs_several_seeds() -> None:
     assert ratio_interval(mod[:5], baseline[:5], "loss_causal") is None
 
 
+def test_what_a_seed_does_to_both_families_does_not_widen_the_interval() -> None:
+    def runs(family: str, height: float, effects: list[float]) -> list[dict[str, Any]]:
+        return [
+            record(family, depth, height * (1 + effect) + abs(depth - 4), seed)
+            for depth in (3, 4, 5)
+            for seed, effect in enumerate(effects)
+        ]
+
+    alike = ratio_interval(runs("mod", 2, [0, 0.1, -0.1]), runs("baseline", 4, [0, 0.1, -0.1]), "loss_causal")
+    apart = ratio_interval(runs("mod", 2, [0, 0.1, -0.1]), runs("baseline", 4, [0, -0.1, 0.1]), "loss_causal")
+    assert alike == pytest.approx((0.5, 0.5))
+    assert apart is not None
+    assert apart[1] - apart[0] > 0.1
+    # Seeds that the families do not share pair nothing.
+    others = [{**run, "seed": run["seed"] + 3} for run in runs("baseline", 4, [0, 0.1, -0.1])]
+    assert ratio_interval(runs("mod", 2, [0, 0.1, -0.1]), others, "loss_causal") is None
+
+
+def test_the_interval_of_a_known_noise_is_as_wide_as_its_deviation_says() -> None:
+    generator = random.Random(0)
+    sides = [
+        [
+            record(name, depth, height + abs(depth - 4) + generator.gauss(0, 0.05), seed)
+            for depth in (3, 4, 5)
+            for seed in range(40)
+        ]
+        for name, height in (("mod", 2.0), ("baseline", 4.0))
+    ]
+    interval = ratio_interval(sides[0], sides[1], "loss_causal")
+    assert interval is not None
+    # The ratio of 2 to 4, each the mean of 40 runs of deviation 0.05, by the sum of squares of both errors.
+    expected = 0.5 * math.hypot(0.05 / 2, 0.05 / 4) / 40**0.5
+    assert (interval[1] - interval[0]) / 3.92 == pytest.approx(expected, rel=0.15)
+
+
+def test_the_deviation_between_seeds_is_pooled_over_sizes() -> None:
+    records = [record("mod", 2, 4.0, 0), record("mod", 2, 4.2, 1), record("mod", 3, 3.0, 0), record("mod", 3, 3.4, 1)]
+    assert seed_deviation(records, "loss_causal") == pytest.approx(((0.1**2 * 2 + 0.2**2 * 2) / 2) ** 0.5)
+    assert seed_deviation(records[::2], "loss_causal") is None
+
+
 def test_the_summary_compares_the_optima_under_both_routings() -> None:
     records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0), record("other", 3, 6.0)]
     row = summarise(records, "baseline", "mod", "other", {})["1e13"]
@@ -93,14 +143,25 @@ def test_what_was_measured_counts_only_for_the_models_that_are_compared() -> Non
     records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0)]
     models = {"baseline": "baseline-4-0", "mod": "mod-4-0", "equal": "mod-3-0"}
     measured = {
-        "1e13": {"models": models, "sampling_speedup": 1.5, "train_wall_ratio": 1.1, "gain_from_later_tokens": 0.01}
+        "1e13": {
+            "models": models,
+            "sampling_speedup": 1.5,
+            "sampling_speedup_bf16": 1.4,
+            "train_wall_ratio": 1.1,
+            "gain_from_later_tokens": 0.01,
+        }
     }
-    names = ("equal_loss_sampling_speedup", "train_wall_ratio", "gain_from_later_tokens")
+    names = (
+        "equal_loss_sampling_speedup",
+        "equal_loss_sampling_speedup_bf16",
+        "train_wall_ratio",
+        "gain_from_later_tokens",
+    )
     row = summarise(records, "baseline", "mod", "absent", measured)["1e13"]
-    assert [row[name] for name in names] == [1.5, 1.1, 0.01]
+    assert [row[name] for name in names] == [1.5, 1.4, 1.1, 0.01]
     measured["1e13"]["models"] = {**models, "equal": "mod-2-0"}
     row = summarise(records, "baseline", "mod", "absent", measured)["1e13"]
-    assert [row[name] for name in names] == [None, None, None]
+    assert [row[name] for name in names] == [None, None, None, None]
 
 
 def test_runs_that_diverged_are_named_and_left_out() -> None:

@@ -84,6 +84,7 @@ def test_the_models_of_a_study_are_measured(tmp_path: Path) -> None:
     steps = {record["family"]: record["steps"] for record in records}
     whole = {side: seconds * steps[side] for side, seconds in found["seconds_per_step"].items()}
     assert found["train_wall_ratio"] == pytest.approx(whole["mod"] / whole["baseline"])
-    speeds = found["tokens_per_second"]
-    assert found["sampling_speedup"] == pytest.approx(speeds["mod"] / speeds["baseline"])
+    for suffix in ("", "_bf16"):
+        speeds = found[f"tokens_per_second{suffix}"]
+        assert found[f"sampling_speedup{suffix}"] == pytest.approx(speeds["mod"] / speeds["baseline"])
     assert 0 < abs(found["gain_from_later_tokens"]) < 0.1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from studies import RECIPE, study_file
 
-from mixture_of_depths.isoflop.plan import Ladder, capacities, load_study, plan, runs
+from mixture_of_depths.isoflop.plan import Ladder, capacities, load_study, plan, runs, seeds_to_resolve
 from mixture_of_depths.text.corpus import prepare
 
 
@@ -60,6 +60,12 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
     assert [old == new for old, new in zip(first, changed, strict=True)] == [True, False]
     assert not set(definitions(learning_rates={"baseline": 2e-2, "mod": 2e-2})) & set(first)
     assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_sequences": 3}) == first
+
+
+def test_the_seeds_that_show_a_difference_follow_from_the_deviation() -> None:
+    # By the formula of two means, 2 * ((1.960 + 0.842) * deviation / difference)^2.
+    assert [seeds_to_resolve(deviation) for deviation in (0.005, 0.01, 0.001)] == [16, 63, 2]
+    assert seeds_to_resolve(0.01, difference=0.02) == 4
 
 
 def test_a_model_is_as_wide_as_its_whole_heads() -> None:

@@ -27,10 +27,11 @@ def plan(study: Study, device: Device = "auto") -> None:
     from rich.table import Table
 
     from mixture_of_depths.device import chosen_device
-    from mixture_of_depths.isoflop.plan import flops_per_second
+    from mixture_of_depths.isoflop.plan import flops_per_second, load_study, seeds_to_resolve
 
     place = chosen_device(device)
     planned, corpus = _planned(study)
+    deviation = load_study(study).seed_deviation
     speed = flops_per_second(place)
     table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
@@ -46,6 +47,11 @@ def plan(study: Study, device: Device = "auto") -> None:
     console.print(table)
     total = sum(item.length.flops for item in planned)
     console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
+    if deviation is not None:
+        console.print(
+            f"{seeds_to_resolve(deviation)} seeds of a size show a difference of 0.5 % in four of five studies, when "
+            f"seeds deviate by {100 * deviation:g} %"
+        )
 
 
 def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None, device: Device = "auto") -> None:

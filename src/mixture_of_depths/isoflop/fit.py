@@ -109,35 +109,70 @@ def run_of(records: Records, parameters: float) -> dict[str, Any]:
 def ratio_interval(
     mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of `ratio`, by bootstrap over seeds.
+    """The 95 % interval of `ratio`, by a paired bootstrap over seeds.
 
-    In every draw each size of a family gets another mean loss, and the optima are taken anew. Sizes with one seed tell
-    nothing of their noise: deviations from a size's mean are pooled over those of the family with two seeds or more,
-    each wider by the root of n / (n - 1), as the deviations of n seeds from their own mean are too small. None unless
-    both families have such a size. A handful of seeds gives few deviations to draw from: the interval is a rough one.
+    A draw takes as many seeds as there are, with repeats, the same for both families: what a seed does to both, such
+    as by its data order, does not widen the interval. Each size then gets another mean loss, and the optima are taken
+    anew. Few seeds tell little of a size's noise, and one nothing: a size's deviation at a drawn seed is that of any
+    size of its family at this seed, wider by the root of n / (n - 1), as the deviations of n seeds from their own mean
+    are too small. None unless both families have several seeds in common. A handful of seeds gives a rough interval.
     """
     generator = np.random.default_rng(seed)
-    ours, theirs = (_drawn_curves(records, loss, draws, generator) for records in (mod, baseline))
-    if ours is None or theirs is None:
+    deviations = [_deviations(records, loss) for records in (mod, baseline)]
+    seeds = sorted(deviations[0].keys() & deviations[1].keys())
+    if len(seeds) < 2:
         return None
+    most = max(len(runs) for records in (mod, baseline) for runs in by_size(records))
+    drawn_seeds = generator.choice(seeds, (draws, most))
+    ours, theirs = (
+        _drawn_curves(records, loss, by_seed, drawn_seeds, generator)
+        for records, by_seed in zip((mod, baseline), deviations, strict=True)
+    )
     low, high = np.quantile([ratio(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
     return float(low), float(high)
 
 
-def _drawn_curves(records: Records, loss: str, draws: int, generator: np.random.Generator) -> list[Curve] | None:
-    sizes = [(runs, np.array([run["evaluation"][loss] for run in runs])) for runs in by_size(records)]
-    noise = [
-        (losses - losses.mean()) * (len(losses) / (len(losses) - 1)) ** 0.5 for _, losses in sizes if len(losses) > 1
-    ]
-    if not noise:
-        return None
-    pool = np.concatenate(noise)
-    drawn = [losses.mean() + generator.choice(pool, (draws, len(losses))).mean(axis=1) for _, losses in sizes]
-    shapes = [(runs[0]["parameters"], runs[0]["flops_per_token"]) for runs, _ in sizes]
+def _deviations(records: Records, loss: str) -> dict[int, list[float]]:
+    """By seed, how far the sizes that have several seeds lie from their means with it."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for runs in by_size(records):
+        if len(runs) > 1:
+            mean, widening = fmean(run["evaluation"][loss] for run in runs), (len(runs) / (len(runs) - 1)) ** 0.5
+            for run in runs:
+                by_seed[run["seed"]].append(widening * (run["evaluation"][loss] - mean))
+    return by_seed
+
+
+def _drawn_curves(
+    records: Records,
+    loss: str,
+    by_seed: dict[int, list[float]],
+    drawn_seeds: np.ndarray,
+    generator: np.random.Generator,
+) -> list[Curve]:
+    """The curve of every draw; `drawn_seeds` has a row for each."""
+    shapes, means = [], []
+    for runs in by_size(records):
+        drawn = drawn_seeds[:, : len(runs)]
+        deviations = np.empty(drawn.shape)
+        for seed, pool in by_seed.items():
+            deviations[drawn == seed] = generator.choice(pool, int((drawn == seed).sum()))
+        shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"]))
+        means.append(fmean(run["evaluation"][loss] for run in runs) + deviations.mean(axis=1))
     return [
-        curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, means, strict=True)))
-        for means in zip(*drawn, strict=True)
+        curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, of_draw, strict=True)))
+        for of_draw in zip(*means, strict=True)
     ]
+
+
+def seed_deviation(records: Records, loss: str) -> float | None:
+    """The standard deviation of the loss between seeds, pooled over sizes; None where no size has several seeds."""
+    squares = degrees = 0.0
+    for runs in by_size(records):
+        losses = np.array([run["evaluation"][loss] for run in runs])
+        squares += float(((losses - losses.mean()) ** 2).sum())
+        degrees += len(losses) - 1
+    return (squares / degrees) ** 0.5 if degrees else None
 
 
 @dataclass(frozen=True)
@@ -210,6 +245,7 @@ def summarise(
             "equal_loss_mod_parameters": None if equal is None else equal["parameters"],
             "equal_loss_mod_flops_ratio": None if equal is None else equal["flops_per_token"] / theirs.best[1],
             "equal_loss_sampling_speedup": on_models.get("sampling_speedup"),
+            "equal_loss_sampling_speedup_bf16": on_models.get("sampling_speedup_bf16"),
             "train_wall_ratio": on_models.get("train_wall_ratio"),
             "causal_gap": ours.best[2] / _loss_at(curves[mod]["loss_top_k"], ours.best[0]) - 1,
             "gain_from_later_tokens": on_models.get("gain_from_later_tokens"),
@@ -226,6 +262,7 @@ def summarise(
                     "parameters": by_loss["loss_causal"].best[0],
                     "optimum_parameters": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[0],
                     "optimum_loss": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[1],
+                    "seed_deviation": seed_deviation(families[name], "loss_causal"),
                     "runs": len(families[name]),
                 }
                 for name, by_loss in curves.items()

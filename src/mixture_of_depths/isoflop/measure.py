@@ -16,10 +16,13 @@ from mixture_of_depths.files import read_json
 from mixture_of_depths.isoflop.fit import Records, comparisons, measured_on, models_of
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.model.routing import Routing
-from mixture_of_depths.options import SamplingOptions, TrainOptions
+from mixture_of_depths.options import Precision, SamplingOptions, TrainOptions
 from mixture_of_depths.sampling.bench import decode_seconds, in_precision
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
+
+# And what the names of figures end in.
+PRECISIONS: dict[Precision, str] = {"fp32": "", "bf16": "_bf16"}
 
 
 @torch.no_grad()
@@ -70,21 +73,23 @@ def _losses(
     return F.cross_entropy(output.logits[:, :-1].transpose(1, 2), target_BT[:, 1:], reduction="none")
 
 
-def tokens_per_second(models: dict[str, MoDForCausalLM], prompts: list[Tensor], new_tokens: int) -> dict[str, float]:
-    """Sampling speed of several models, which take turns: for each the median over the prompts, the first left out.
+def tokens_per_second(
+    models: dict[str, MoDForCausalLM], prompts: list[Tensor], new_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Sampling speed of several models, which take turns: by precision the median over the prompts, the first left out.
 
     Args:
-        models: in evaluation mode; float32 is sampled with.
+        models: in evaluation mode; each is sampled with in float32 and in bfloat16.
         prompts: token indices, each of shape [1, T].
         new_tokens: tokens to sample after each prompt.
     """
-    ready = {name: in_precision(model, "fp32") for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    ready = {(precision, name): in_precision(models[name], precision) for precision in PRECISIONS for name in models}
+    seconds: dict[tuple[Precision, str], list[float]] = {side: [] for side in ready}
     for number, prompt in enumerate(prompts):
         options = SamplingOptions(max_new_tokens=new_tokens, temperature=1.0, top_k=0, seed=number)
-        for name in sorted(models, reverse=bool(number % 2)):
-            seconds[name].append(decode_seconds(ready[name], prompt, options))
-    return {name: 1 / median(values[1:]) for name, values in seconds.items()}
+        for side in sorted(ready, reverse=bool(number % 2)):
+            seconds[side].append(decode_seconds(ready[side], prompt, options))
+    return {precision: {name: 1 / median(seconds[precision, name][1:]) for name in models} for precision in PRECISIONS}
 
 
 def seconds_per_step(
@@ -154,6 +159,7 @@ def measure(
                 best, corpus.validation, corpus.end_of_text, stride=max(1, half // 8)
             ),
             "sampling_speedup": None,
+            "sampling_speedup_bf16": None,
         }
         options = TrainOptions(**read_json(out / "runs" / compared.mod["name"] / "run.json")["train"])
         torch.compiler.reset()
@@ -166,7 +172,10 @@ def measure(
             torch.compiler.reset()
             sides = {"mod": _load(out, compared.equal, device), "baseline": _load(out, compared.baseline, device)}
             speeds = tokens_per_second(sides, prompts, half)
-            row |= {"tokens_per_second": speeds, "sampling_speedup": speeds["mod"] / speeds["baseline"]}
+            for precision, suffix in PRECISIONS.items():
+                speed = speeds[precision]
+                row[f"tokens_per_second{suffix}"] = speed
+                row[f"sampling_speedup{suffix}"] = speed["mod"] / speed["baseline"]
         yield budget, row
 
 
