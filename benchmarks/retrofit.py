@@ -43,7 +43,7 @@ from statistics import mean, median
 from typing import Any, cast
 
 import torch
-from retrofit_sides import METHOD, MIXED, SIDES, Sides, Texts, answers_right, tested, texts_of
+from retrofit_sides import METHOD, MIXED, SIDES, KeptTeacher, Sides, Texts, answers_right, tested, texts_of
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -89,9 +89,9 @@ SETTINGS = (
 
 
 def tuned(
-    model: MoDForCausalLM, dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace, folder: Path
+    model: MoDForCausalLM, teacher: KeptTeacher, texts: Texts, arguments: argparse.Namespace, folder: Path
 ) -> tuple[MoDForCausalLM, float]:
-    """The model after its tuning, and the minutes of that; a call whose time is over ends."""
+    """The tuned model, and the minutes of tuning, all of the teacher's counted; a call whose time is over ends."""
     training = TrainOptions(
         max_steps=arguments.max_steps,
         batch_size=arguments.batch_size,
@@ -120,17 +120,17 @@ def tuned(
             "lowering_fraction": arguments.lowering_fraction,
             "method": METHOD,
         },
-        partial(DistillationTrainer, teacher=dense, share=share) if share else MoDTrainer,
+        partial(DistillationTrainer, teacher=teacher, share=share) if share else MoDTrainer,
         cast(tuple[TrainerCallback, ...], (schedule,) if schedule is not None else ()),
         finish,
     )
     resume = (folder / "run.json").exists()
     model, result = train(
-        model.config, texts.corpus, training, folder, resume, Console(stderr=True), tuning, dense.device
+        model.config, texts.corpus, training, folder, resume, Console(stderr=True), tuning, teacher.dense.device
     )
     if not result.finished:
         raise SystemExit(130)
-    return model, result.train_seconds / 60
+    return model, (result.train_seconds + teacher.saved_seconds) / 60
 
 
 def test_file(text: str) -> tuple[str, Path]:
@@ -255,7 +255,8 @@ def run(arguments: argparse.Namespace) -> None:
     minutes = 0.0
     if arguments.max_steps and arguments.side != "dense":
         name = "-".join(str(part) for part in (arguments.side, share, arguments.seed) if part is not None)
-        model, minutes = tuned(model, dense, texts, arguments, arguments.runs / name)
+        kept = arguments.runs / "teacher" / f"{inputs['source']}-{arguments.precision}"
+        model, minutes = tuned(model, KeptTeacher(dense, kept), texts, arguments, arguments.runs / name)
     record = {
         **own,
         **chosen,

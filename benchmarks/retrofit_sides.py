@@ -1,6 +1,8 @@
 """What the retrofit is compared with, and what all sides are tuned and tested on."""
 
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
@@ -12,7 +14,8 @@ import datasets
 import torch
 from retrofit_questions import QUESTIONS, is_right
 from rich.progress import track
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mixture_of_depths import (
@@ -29,6 +32,7 @@ from mixture_of_depths import (
     tokenize,
 )
 from mixture_of_depths.files import read_json, write_aside
+from mixture_of_depths.model.modeling import MoDModelOutput
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
 from mixture_of_depths.retrofitting.fit import (
@@ -260,6 +264,39 @@ def fit_norms(dense: MoDForCausalLM, text: Sequences, end_of_text: int, bf16: bo
             targets_LD[layer_idx] += inputs_ND.T @ delta_ND.norm(dim=-1).double().cpu()
     sums = zip(moments_LDD, targets_LD, strict=True)
     return Fit(torch.stack([router_weights(moments_DD, targets_D) for moments_DD, targets_D in sums]).float())
+
+
+class KeptTeacher(nn.Module):
+    """The dense model as a teacher: what it computes of a sequence is kept in a folder, for every other side and seed.
+
+    Attributes:
+        saved_seconds: what computing it took, of all that was read from the folder instead.
+    """
+
+    def __init__(self, dense: MoDForCausalLM, folder: Path) -> None:
+        super().__init__()
+        self.dense, self.folder, self.saved_seconds = dense, folder, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.dense.lm_head
+
+    def model(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool) -> MoDModelOutput:
+        """As the dense model's own, for a batch [B, T]."""
+        batch = torch.stack([input_ids, position_ids.expand_as(input_ids)]).cpu()
+        path = self.folder / f"{hashlib.sha256(batch.numpy().tobytes()).hexdigest()[:16]}.safetensors"
+        if path.exists():
+            kept = load_file(path, device=str(input_ids.device))
+            self.saved_seconds += kept["seconds"].item()
+            return MoDModelOutput(last_hidden_state=kept["hidden_BTD"])
+        start = time.perf_counter()
+        hidden_BTD = self.dense.model(input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
+        seconds = torch.tensor(time.perf_counter() - start)
+        aside = path.with_suffix(".part")
+        save_file({"hidden_BTD": hidden_BTD.contiguous(), "seconds": seconds}, aside)
+        aside.replace(path)
+        return MoDModelOutput(last_hidden_state=hidden_BTD)
 
 
 class Sides:

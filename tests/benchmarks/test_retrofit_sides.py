@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from retrofit_sides import PIECE, characters_said, pieces_of, write_once
+import torch
+from models import tiny
+from retrofit_sides import PIECE, KeptTeacher, characters_said, pieces_of, write_once
 
 
 def test_pieces_come_from_all_over_the_texts_and_have_one_length() -> None:
@@ -38,3 +40,20 @@ def test_a_file_that_is_there_and_the_same_is_not_written_again(tmp_path: Path) 
     assert path.stat().st_ino == first
     write_once(path, "another")
     assert path.read_text() == "another"
+
+
+def test_what_the_teacher_says_of_a_sequence_is_computed_once(tmp_path: Path) -> None:
+    dense = tiny(routed_layers=[]).eval()
+    tokens = torch.arange(24).view(2, 12)
+    positions = torch.arange(12)[None]
+    expected = dense.model(tokens, position_ids=positions, use_cache=False).last_hidden_state
+    first, again = KeptTeacher(dense, tmp_path), KeptTeacher(dense, tmp_path)
+    assert torch.equal(first.model(tokens, positions, use_cache=False).last_hidden_state, expected)
+    assert first.saved_seconds == 0
+    assert torch.equal(again.model(tokens, positions, use_cache=False).last_hidden_state, expected)
+    assert again.saved_seconds > 0
+    assert again.lm_head is dense.lm_head
+    # Other tokens, or other positions, are another sequence.
+    for others in ((tokens + 1, positions), (tokens, torch.tensor([[*range(6), *range(6)]]))):
+        again.model(*others, use_cache=False)
+    assert len(list(tmp_path.iterdir())) == 3
