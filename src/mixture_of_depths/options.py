@@ -99,6 +99,9 @@ class ModelOptions:
     """What is applied to the router's output before it scales the block's delta."""
     causal_router: CausalRouter = "predictor"
     """How a token decides in sampling whether it enters."""
+    training_routing: Literal["top_k", "threshold"] = "top_k"
+    """How tokens are chosen in training: the capacity's number of each sequence; or, with the causal router threshold,
+    those above a running threshold, as in sampling."""
     predictor_hidden_size: int | None = None
     """Width of the predictor's MLP; by default an eighth of the hidden size."""
     num_experts: int = 1

@@ -221,3 +221,46 @@ def test_a_threshold_of_a_bf16_model_follows_its_cuts() -> None:
     input_ids = torch.randint(0, 31, (4, 32))
     boundaries = [model(input_ids, output_routing=True).routing[0].boundary.item() for _ in range(400)]
     assert router.threshold.item() == pytest.approx(sum(boundaries) / len(boundaries), rel=0.03)
+
+
+def test_training_by_the_threshold_chooses_as_in_sampling_and_follows_where_top_k_would_have_cut() -> None:
+    fields = {"causal_router": "threshold", "threshold_decay": 0.5, "capacity": 0.25}
+    model = routed_model(training_routing="threshold", **fields)
+    twin = routed_model(**fields)
+    twin.load_state_dict(model.state_dict())
+    input_ids = torch.randint(0, 31, (3, 24))
+    sampled = model.eval()(input_ids, use_cache=False, output_routing=True)
+    output = model.train()(input_ids, labels=input_ids, output_routing=True)
+    assert torch.equal(output.logits, sampled.logits)
+    router = model.model.layers[0].router
+    # The same tokens meet the first routed block of the twin, which is trained by top-k.
+    boundary = twin.train()(input_ids, output_routing=True).routing[0].boundary
+    assert output.routing[0].boundary.item() == pytest.approx(boundary.item())
+    assert router.threshold.item() == pytest.approx(0.5 * boundary.item(), rel=1e-5)
+    output.loss.backward()
+    assert router.proj.weight.grad.abs().max() > 0
+    # Once it has come to rest, the capacity's share of the tokens is above it.
+    for _ in range(20):
+        model(input_ids)
+    entering = model(input_ids, output_routing=True).routing[0].entered.float().mean().item()
+    assert entering == pytest.approx(0.25, abs=0.1)
+
+
+def test_training_by_the_threshold_does_not_look_ahead() -> None:
+    model = routed_model(causal_router="threshold", training_routing="threshold", capacity=0.25).train()
+    input_ids = torch.randint(0, 31, (2, 24))
+    changed = input_ids.clone()
+    changed[:, 12:] = 30 - changed[:, 12:]
+    before = model.state_dict()["model.layers.0.router.threshold"].clone()
+    first = model(input_ids).logits[:, :12]
+    model.model.layers[0].router.threshold.copy_(before)
+    torch.testing.assert_close(model(changed).logits[:, :12], first)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"causal_router": "predictor"}, {"router_type": "random"}, {"num_experts": 2, "expert_capacity": 1.0}]
+)
+def test_training_by_a_threshold_that_nothing_moves_is_refused(changes: dict[str, Any]) -> None:
+    name = next(name for name in changes if name != "num_experts")
+    with pytest.raises(ValueError, match=f"training_routing='threshold' needs {name}="):
+        MoDConfig(**{**TINY, "causal_router": "threshold", "training_routing": "threshold", **changes})

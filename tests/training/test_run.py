@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.evaluation.loss import evaluate
+from mixture_of_depths.model.modeling import DecoderLayer
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.sampling.stream import require_known_layers
 from mixture_of_depths.text.batches import halves
@@ -384,3 +385,16 @@ def test_runs_of_one_data_seed_see_the_same_text_from_other_weights(corpus: Corp
     ]
     numbers = [[order[place]["sequence"] for place in places] for order in orders]
     assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_a_run_by_the_threshold_compiles_the_dense_blocks_alone(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(DecoderLayer, "compile", lambda layer, **_: compiled.append(layer.layer_idx))
+    config = config_for(corpus, causal_router="threshold", training_routing="threshold")
+    opts = TrainOptions(max_steps=3, batch_size=4, eval_sequences=1, compile=True)
+    _, result = train(config, corpus, opts, tmp_path / "run", console=QUIET)
+    assert compiled == [layer for layer in range(config.num_hidden_layers) if config.routed_part(layer) is None]
+    assert result.finished
+    assert MoDForCausalLM.from_pretrained(tmp_path / "run").config.training_routing == "threshold"

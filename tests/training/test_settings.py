@@ -53,6 +53,13 @@ def test_a_run_routes_the_parts_that_its_options_name(options: dict[str, Any], e
     assert (config.routed_parts, config.bypass_rank, config.query_key_norm) == expected
 
 
+def test_a_run_is_trained_by_the_threshold_where_its_options_say_so(corpus: Corpus) -> None:
+    options = ModelOptions(causal_router="threshold", training_routing="threshold")
+    assert model_config(options, corpus.tokenizer, 32).training_routing == "threshold"
+    with pytest.raises(ValueError, match="training_routing='threshold' needs causal_router='threshold'"):
+        model_config(ModelOptions(training_routing="threshold"), corpus.tokenizer, 32)
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth_over_the_horizon(corpus: Corpus, tmp_path: Path) -> None:
     opts = TrainOptions(max_steps=40, batch_size=4, learning_rate=1e-3, warmup_fraction=0.1, eval_sequences=1)
     train(config_for(corpus), corpus, opts, tmp_path / "run", console=QUIET)

@@ -93,7 +93,9 @@ class MoDConfig(PreTrainedConfig):
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
         training_routing: how tokens are chosen in training mode: "top_k", as the paper trains; or "causal", as they are
             in sampling, for tuning against a reference that is computed outside training mode, such as DPO's. Under
-            causal routing predictors, auxiliary losses and thresholds stay as they are.
+            causal routing predictors, auxiliary losses and thresholds stay as they are. With "threshold" tokens enter
+            as in sampling, too, by the running threshold, which follows where top-k would have cut (expert threshold,
+            arXiv:2603.11535): how many enter is the capacity in the mean only.
         num_experts: number of SwiGLU experts of every block's MLP, each of `intermediate_size`; 1 is the dense MLP.
         num_experts_per_tok: number of experts that a token asks for; under expert choice, how many it gets on average
             at an `expert_capacity` of 1.
@@ -159,7 +161,7 @@ class MoDConfig(PreTrainedConfig):
     auxiliary_loss_weight: Weight = 0.01
     threshold_decay: Below1 = 0.99
     router_seed: NotNegative = 0
-    training_routing: Literal["top_k", "causal"] = "top_k"
+    training_routing: Literal["top_k", "causal", "threshold"] = "top_k"
 
     num_experts: Positive = 1
     num_experts_per_tok: Positive = 1
@@ -252,6 +254,8 @@ class MoDConfig(PreTrainedConfig):
         self.validate_rope()
         self._validate_routed_layers()
         self._validate_experts()
+        if self.training_routing == "threshold":
+            self._validate_training_by_threshold()
 
     def _validate_routed_layers(self) -> None:
         layers, capacity = self.routed_layers, self.capacity
@@ -274,6 +278,15 @@ class MoDConfig(PreTrainedConfig):
                 f"bypass_rank={self.bypass_rank} is more than hidden_size={self.hidden_size}, the rank of any map of "
                 "hidden states; lower it"
             )
+
+    def _validate_training_by_threshold(self) -> None:
+        needed = {"causal_router": "threshold", "router_type": "learned", "expert_capacity": None}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"training_routing='threshold' needs {name}={value!r}, not {getattr(self, name)!r}; change one of "
+                    "them"
+                )
 
     def _validate_experts(self) -> None:
         if self.num_experts_per_tok > self.num_experts + self.num_noop_experts:

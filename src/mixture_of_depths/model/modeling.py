@@ -396,7 +396,7 @@ class MoDModel(MoDPreTrainedModel):
 
     def _resolve_routing(self, routing: str | None) -> Routing:
         if routing is None:
-            return self.config.training_routing if self.training else "causal"
+            return "top_k" if self.training and self.config.training_routing == "top_k" else "causal"
         if routing not in ("top_k", "causal"):
             raise ValueError(f"routing={routing!r} is unknown; choose 'top_k' or 'causal'")
         return cast(Routing, routing)

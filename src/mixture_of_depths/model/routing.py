@@ -67,8 +67,8 @@ class LayerRouting(NamedTuple):
         causal_logits (torch.Tensor): positive where the causal router lets the token in; of shape [B, T].
         loss (torch.Tensor | None): binary cross-entropy of the causal decision against the top-k choice, a mean over
             the tokens that had a choice; None under causal routing, for thresholds and for random routers.
-        boundary (torch.Tensor | None): where top-k cut, a scalar, and no number where no row had a choice; None outside
-            top-k routing in training and for random routers.
+        boundary (torch.Tensor | None): where top-k cut, or in training by the threshold would have cut, a scalar, and
+            no number where no row had a choice; None in other causal routing, outside training and for random routers.
     """
 
     entered: Tensor
@@ -234,24 +234,36 @@ class Router(PreciseModule):
             causal_BT = causal_BT & real_BT
         if routing == "causal":
             # In training every weight gets a gradient, if one of 0: processes that average them wait for each.
-            selection = select_entered(causal_BT, least=1 if self.training else 0)
+            selection, boundary = select_entered(causal_BT, least=1 if self.training else 0), None
             if self.training:
+                if self.config.training_routing == "threshold":
+                    _, _, boundary, _ = self._top_k(hidden_BTD, router_logits_BT, is_first_BT, real_BT)
                 router_logits_BT = router_logits_BT + 0 * causal_logits_BT
-            return selection, LayerRouting(causal_BT, causal_BT, router_logits_BT, causal_logits_BT, None, None)
+            return selection, LayerRouting(causal_BT, causal_BT, router_logits_BT, causal_logits_BT, None, boundary)
 
+        selection, entered_BT, boundary, choice_BT = self._top_k(hidden_BTD, router_logits_BT, is_first_BT, real_BT)
+        loss = None
+        if not self.is_random and self.config.causal_router != "threshold":
+            loss = membership_loss(causal_logits_BT, entered_BT, choice_BT)
+        return selection, LayerRouting(entered_BT, causal_BT, router_logits_BT, causal_logits_BT, loss, boundary)
+
+    def _top_k(
+        self, hidden_BTD: Tensor, router_logits_BT: Tensor, is_first_BT: Tensor | None, real_BT: Tensor | None
+    ) -> tuple[Selection, Tensor, Tensor | None, Tensor | None]:
+        """What top-k chooses: the selection, as a mask, too; where it cuts, in training; and the tokens with a choice.
+
+        The last two are None for random routing, and the last one where all tokens had a choice.
+        """
         scores_BT = self._scores(hidden_BTD, router_logits_BT)
         if is_first_BT is not None:
             scores_BT = scores_BT.masked_fill(is_first_BT, math.inf)
         selection = select_top_k(scores_BT, self.capacity, real_BT)
         entered_BT = membership(selection, scores_BT.shape)
-        loss = boundary = None
-        if not self.is_random:
-            choice_BT = self._choice(entered_BT, is_first_BT, real_BT)
-            if self.config.causal_router != "threshold":
-                loss = membership_loss(causal_logits_BT, entered_BT, choice_BT)
-            if self.training:
-                boundary = top_k_boundary(scores_BT, entered_BT, choice_BT)
-        return selection, LayerRouting(entered_BT, causal_BT, router_logits_BT, causal_logits_BT, loss, boundary)
+        if self.is_random:
+            return selection, entered_BT, None, None
+        choice_BT = self._choice(entered_BT, is_first_BT, real_BT)
+        boundary = top_k_boundary(scores_BT, entered_BT, choice_BT) if self.training else None
+        return selection, entered_BT, boundary, choice_BT
 
     @torch.no_grad()
     def _scores(self, hidden_BTD: Tensor, router_logits_BT: Tensor) -> Tensor:

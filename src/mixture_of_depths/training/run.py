@@ -270,8 +270,10 @@ def _run(
     if options.compile:
         # The graphs of models trained before in this process count against the number the compiler keeps.
         torch.compiler.reset()
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+        for layer_idx, layer in enumerate(model.model.layers):
+            # How many tokens enter by a threshold is known at run time only.
+            if model.config.training_routing == "top_k" or model.config.routed_part(layer_idx) is None:
+                layer.compile(fullgraph=True, dynamic=False)
     with StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,

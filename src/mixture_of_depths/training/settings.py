@@ -61,6 +61,7 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | Non
         router_type=options.router_type,
         router_activation=options.router_activation,
         causal_router=options.causal_router,
+        training_routing=options.training_routing,
         predictor_hidden_size=options.predictor_hidden_size,
         num_experts=options.num_experts,
         num_experts_per_tok=options.num_experts_per_tok,
