@@ -68,12 +68,17 @@ def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None
     from rich.console import Console
 
     from mixture_of_depths.device import chosen_device
-    from mixture_of_depths.isoflop.run import run_here, run_on_ray
+    from mixture_of_depths.isoflop.run import check_ray, run_here, run_on_ray
 
     if cpus is not None and (ray is None or cpus < 1):
         wanted = "needs ray; leave it out, or name a cluster" if ray is None else "must be at least 1"
         raise ValueError(f"cpus={cpus} {wanted}")
-    place = None if ray is not None else chosen_device(device)
+    place = None
+    if ray is None:
+        place = chosen_device(device)
+    else:
+        # Before the text is prepared, which may take minutes.
+        check_ray(device)
     planned, corpus = _planned(study)
     console = Console()
     console.print(str(corpus.facts))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Cons
     return True
 
 
+def check_ray(device: str) -> None:
+    """Raises ValueError where runs cannot go to a cluster: for the number of a GPU, or without Ray."""
+    if device.startswith("cuda:"):
+        raise ValueError(f"device={device!r} numbers a GPU, of which Ray chooses one for each run; give device='cuda'")
+    if find_spec("ray") is None:
+        raise ValueError("ray needs the package: pip install 'mixture-of-depths[ray]'")
+
+
 def run_on_ray(
     planned: list[PlannedRun],
     corpus: Corpus,
@@ -136,13 +145,10 @@ def run_on_ray(
         ValueError: when Ray is not installed or there is no cluster, and for the number of a GPU: a run sees its own
             alone.
     """
-    if device.startswith("cuda:"):
-        raise ValueError(f"device={device!r} numbers a GPU, of which Ray chooses one for each run; give device='cuda'")
-    try:
-        import ray
-        from ray.exceptions import RayTaskError
-    except ImportError as error:
-        raise ValueError("ray needs the package: pip install 'mixture-of-depths[ray]'") from error
+    check_ray(device)
+    import ray
+    from ray.exceptions import RayTaskError
+
     # Workers have working folders of their own.
     out = out.resolve()
     make_folder(out, "out")
