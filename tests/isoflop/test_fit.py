@@ -113,6 +113,20 @@ def test_the_interval_of_a_known_noise_is_as_wide_as_its_deviation_says() -> Non
     assert (interval[1] - interval[0]) / 3.92 == pytest.approx(expected, rel=0.15)
 
 
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says_with_three_seeds() -> None:
+    generator = random.Random(0)
+    held = 0
+    for _ in range(100):
+        sides = [
+            [record(name, 3, height + generator.gauss(0, 0.05), seed) for seed in range(3)]
+            for name, height in (("mod", 2.0), ("baseline", 4.0))
+        ]
+        interval = ratio_interval(sides[0], sides[1], "loss_causal", draws=400)
+        assert interval is not None
+        held += interval[0] <= 0.5 <= interval[1]
+    assert 88 <= held <= 100
+
+
 def test_the_deviation_between_seeds_is_pooled_over_sizes() -> None:
     records = [record("mod", 2, 4.0, 0), record("mod", 2, 4.2, 1), record("mod", 3, 3.0, 0), record("mod", 3, 3.4, 1)]
     assert seed_deviation(records, "loss_causal") == pytest.approx(((0.1**2 * 2 + 0.2**2 * 2) / 2) ** 0.5)

@@ -115,7 +115,10 @@ def ratio_interval(
     as by its data order, does not widen the interval. Each size then gets another mean loss, and the optima are taken
     anew. Few seeds tell little of a size's noise, and one nothing: a size's deviation at a drawn seed is that of any
     size of its family at this seed, wider by the root of n / (n - 1), as the deviations of n seeds from their own mean
-    are too small. None unless both families have several seeds in common. A handful of seeds gives a rough interval.
+    are too small. How large the noise is, few seeds do not tell either: a draw scales all deviations by the root of
+    its degrees of freedom over a number of that chi-square distribution, which makes Student's t of the normal
+    distribution. The degrees of freedom are the smaller ones of both families. None unless these have several seeds in
+    common.
     """
     generator = np.random.default_rng(seed)
     deviations = [_deviations(records, loss) for records in (mod, baseline)]
@@ -124,8 +127,10 @@ def ratio_interval(
         return None
     most = max(len(runs) for records in (mod, baseline) for runs in by_size(records))
     drawn_seeds = generator.choice(seeds, (draws, most))
+    degrees = min(sum(len(runs) - 1 for runs in by_size(records)) for records in (mod, baseline))
+    scales = (degrees / generator.chisquare(degrees, draws)) ** 0.5
     ours, theirs = (
-        _drawn_curves(records, loss, by_seed, drawn_seeds, generator)
+        _drawn_curves(records, loss, by_seed, drawn_seeds, scales, generator)
         for records, by_seed in zip((mod, baseline), deviations, strict=True)
     )
     low, high = np.quantile([ratio(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
@@ -148,9 +153,10 @@ def _drawn_curves(
     loss: str,
     by_seed: dict[int, list[float]],
     drawn_seeds: np.ndarray,
+    scales: np.ndarray,
     generator: np.random.Generator,
 ) -> list[Curve]:
-    """The curve of every draw; `drawn_seeds` has a row for each."""
+    """The curve of every draw; `drawn_seeds` has a row for each, and `scales` a factor of its deviations."""
     shapes, means = [], []
     for runs in by_size(records):
         drawn = drawn_seeds[:, : len(runs)]
@@ -158,7 +164,7 @@ def _drawn_curves(
         for seed, pool in by_seed.items():
             deviations[drawn == seed] = generator.choice(pool, int((drawn == seed).sum()))
         shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"]))
-        means.append(fmean(run["evaluation"][loss] for run in runs) + deviations.mean(axis=1))
+        means.append(fmean(run["evaluation"][loss] for run in runs) + scales * deviations.mean(axis=1))
     return [
         curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, of_draw, strict=True)))
         for of_draw in zip(*means, strict=True)
