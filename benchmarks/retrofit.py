@@ -59,7 +59,7 @@ from mixture_of_depths import (
     to_llama,
     train,
 )
-from mixture_of_depths.files import read_records, write_aside
+from mixture_of_depths.files import read_json, read_records, write_aside
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.retrofitting.choose import check_share, decode_share, flops_share
 from mixture_of_depths.retrofitting.measure import routers_of
@@ -128,9 +128,13 @@ def tuned(
     model, result = train(
         model.config, texts.corpus, training, folder, resume, Console(stderr=True), tuning, teacher.dense.device
     )
+    # Of the calls before, too.
+    path = folder / "saved_seconds.json"
+    saved_seconds = teacher.saved_seconds + (read_json(path) if path.exists() else 0.0)
+    write_aside(path, json.dumps(saved_seconds))
     if not result.finished:
         raise SystemExit(130)
-    return model, (result.train_seconds + teacher.saved_seconds) / 60
+    return model, (result.train_seconds + saved_seconds) / 60
 
 
 def test_file(text: str) -> tuple[str, Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from mixture_of_depths import (
     read_documents,
     tokenize,
 )
-from mixture_of_depths.files import read_json, write_aside
+from mixture_of_depths.files import locked, read_json, write_aside
 from mixture_of_depths.model.modeling import MoDModelOutput
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
@@ -123,9 +124,10 @@ def characters_said(conversations: str) -> int:
 
 
 def write_once(path: Path, text: str) -> None:
-    """Writes a file, unless it is there and the same: another side's call may be reading it."""
-    if not path.exists() or path.read_text() != text:
-        write_aside(path, text)
+    """Writes a file, unless it is there and the same: another side's call may be reading it, or writing it."""
+    with locked(path.with_name(f".{path.name}.lock")):
+        if not path.exists() or path.read_text() != text:
+            write_aside(path, text)
 
 
 def texts_of(
@@ -293,7 +295,8 @@ class KeptTeacher(nn.Module):
         start = time.perf_counter()
         hidden_BTD = self.dense.model(input_ids, position_ids=position_ids, use_cache=use_cache).last_hidden_state
         seconds = torch.tensor(time.perf_counter() - start)
-        aside = path.with_suffix(".part")
+        # Another side's call may be at the same sequence.
+        aside = path.with_suffix(f".{os.getpid()}")
         save_file({"hidden_BTD": hidden_BTD.contiguous(), "seconds": seconds}, aside)
         aside.replace(path)
         return MoDModelOutput(last_hidden_state=hidden_BTD)

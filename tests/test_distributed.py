@@ -126,6 +126,18 @@ def test_two_processes_give_the_losses_of_one_and_split_its_batches(text: Path, 
 
 
 @pytest.mark.slow
+def test_two_processes_by_the_threshold_give_the_losses_of_one(text: Path, tmp_path: Path) -> None:
+    routing = ("--causal-router", "threshold", "--training-routing", "threshold")
+    steps = (*routing, "--max-steps", "6", "--eval-every", "6")
+    one, ddp, fsdp = (tmp_path / name for name in ("one", "ddp", "fsdp"))
+    launch(tmp_path, 2, job(text, ddp, *steps), job(text, fsdp, *steps, env=FSDP))
+    launch(tmp_path, 1, job(text, one, *steps))
+    for several in (ddp, fsdp):
+        assert statuses(several, 2) == ["0", "0"]
+        assert largest_difference(one, several) < 1e-5
+
+
+@pytest.mark.slow
 def test_processes_route_at_random_each_by_numbers_of_its_own_and_go_on_with_them(text: Path, tmp_path: Path) -> None:
     steps = ("--max-steps", "6", "--router-type", "random", "--eval-every", "6")
     whole, parts, grown = (tmp_path / name for name in ("whole", "parts", "grown"))

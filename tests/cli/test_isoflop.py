@@ -41,7 +41,7 @@ def test_a_plan_says_how_many_seeds_a_deviation_asks_for(
     study = str(study_file(tmp_path, seed_deviation=0.004))
     status, output, _ = run(monkeypatch, capsys, "isoflop", "plan", study)
     assert status == 0
-    assert "11 seeds of a size show a difference of 0.5 % in four of five studies, when" in " ".join(output.split())
+    assert "12 seeds of a size show a difference of 0.5 % in four of five studies, when" in " ".join(output.split())
 
 
 def test_the_number_of_a_clusters_gpu_is_refused_before_the_text_is_prepared(

@@ -96,6 +96,21 @@ def test_what_a_seed_does_to_both_families_does_not_widen_the_interval() -> None
     assert ratio_interval(runs("mod", 2, [0, 0.1, -0.1]), others, "loss_causal") is None
 
 
+def test_seeds_that_one_family_or_size_lacks_leave_the_interval_around_the_ratio() -> None:
+    mod = [record("mod", 3, 2.0, seed) for seed in range(3)]
+    baseline = [record("baseline", 3, loss, seed) for seed, loss in enumerate((3.9, 3.9, 3.9, 4.3))]
+    interval = ratio_interval(mod, baseline, "loss_causal")
+    assert interval is not None
+    assert interval[0] <= 0.5 <= interval[1]
+    sides = []
+    for family, height in (("mod", 2.0), ("baseline", 4.0)):
+        sizes = {3: (0.0, 0.0, 0.6), 4: (1.0, 1.1)}
+        sides.append([record(family, d, height * (1 + x), s) for d, xs in sizes.items() for s, x in enumerate(xs)])
+    interval = ratio_interval(sides[0], sides[1], "loss_causal")
+    assert interval is not None
+    assert interval[0] <= 0.5 <= interval[1]
+
+
 def test_the_interval_of_a_known_noise_is_as_wide_as_its_deviation_says() -> None:
     generator = random.Random(0)
     sides = [
@@ -129,7 +144,9 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says_with_three_seeds(
 
 def test_the_deviation_between_seeds_is_pooled_over_sizes() -> None:
     records = [record("mod", 2, 4.0, 0), record("mod", 2, 4.2, 1), record("mod", 3, 3.0, 0), record("mod", 3, 3.4, 1)]
-    assert seed_deviation(records, "loss_causal") == pytest.approx(((0.1**2 * 2 + 0.2**2 * 2) / 2) ** 0.5)
+    # Of the losses over their means, 4.1 and 3.2.
+    squares = 2 * (0.1 / 4.1) ** 2 + 2 * (0.2 / 3.2) ** 2
+    assert seed_deviation(records, "loss_causal") == pytest.approx((squares / 2) ** 0.5)
     assert seed_deviation(records[::2], "loss_causal") is None
 
 

@@ -63,9 +63,9 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
 
 
 def test_the_seeds_that_show_a_difference_follow_from_the_deviation() -> None:
-    # By the formula of two means, 2 * ((1.960 + 0.842) * deviation / difference)^2.
-    assert [seeds_to_resolve(deviation) for deviation in (0.005, 0.01, 0.001)] == [16, 63, 2]
-    assert seeds_to_resolve(0.01, difference=0.02) == 4
+    # Tables of the test of two means, power 80 %, have 17 for an effect of one deviation and 64 for half of one.
+    assert [seeds_to_resolve(deviation) for deviation in (0.005, 0.01, 0.001)] == [17, 64, 3]
+    assert seeds_to_resolve(0.01, difference=0.01) == 17
 
 
 def test_a_model_is_as_wide_as_its_whole_heads() -> None:

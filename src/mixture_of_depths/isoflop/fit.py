@@ -121,10 +121,10 @@ def ratio_interval(
     common.
     """
     generator = np.random.default_rng(seed)
-    deviations = [_deviations(records, loss) for records in (mod, baseline)]
-    seeds = sorted(deviations[0].keys() & deviations[1].keys())
+    seeds = sorted(_repeated_seeds(mod) & _repeated_seeds(baseline))
     if len(seeds) < 2:
         return None
+    deviations = [_deviations(records, loss, seeds) for records in (mod, baseline)]
     most = max(len(runs) for records in (mod, baseline) for runs in by_size(records))
     drawn_seeds = generator.choice(seeds, (draws, most))
     degrees = min(sum(len(runs) - 1 for runs in by_size(records)) for records in (mod, baseline))
@@ -137,21 +137,29 @@ def ratio_interval(
     return float(low), float(high)
 
 
-def _deviations(records: Records, loss: str) -> dict[int, list[float]]:
-    """By seed, how far the sizes that have several seeds lie from their means with it."""
-    by_seed: dict[int, list[float]] = defaultdict(list)
+def _repeated_seeds(records: Records) -> set[int]:
+    """The seeds of the sizes that have several."""
+    return {run["seed"] for runs in by_size(records) if len(runs) > 1 for run in runs}
+
+
+def _deviations(records: Records, loss: str, seeds: list[int]) -> dict[int, np.ndarray]:
+    """By seed, how far the sizes that have several seeds lie from their means with it; in the mean of all seeds 0."""
+    by_seed: dict[int, list[float]] = {seed: [] for seed in seeds}
     for runs in by_size(records):
         if len(runs) > 1:
             mean, widening = fmean(run["evaluation"][loss] for run in runs), (len(runs) / (len(runs) - 1)) ** 0.5
             for run in runs:
-                by_seed[run["seed"]].append(widening * (run["evaluation"][loss] - mean))
-    return by_seed
+                if run["seed"] in by_seed:
+                    by_seed[run["seed"]].append(widening * (run["evaluation"][loss] - mean))
+    # Sizes that lack a seed that others have leave the rest off centre.
+    centre = fmean(fmean(pool) for pool in by_seed.values())
+    return {seed: np.array(pool) - centre for seed, pool in by_seed.items()}
 
 
 def _drawn_curves(
     records: Records,
     loss: str,
-    by_seed: dict[int, list[float]],
+    by_seed: dict[int, np.ndarray],
     drawn_seeds: np.ndarray,
     scales: np.ndarray,
     generator: np.random.Generator,
@@ -172,11 +180,11 @@ def _drawn_curves(
 
 
 def seed_deviation(records: Records, loss: str) -> float | None:
-    """The standard deviation of the loss between seeds, pooled over sizes; None where no size has several seeds."""
+    """The standard deviation of the loss between seeds, over the loss, pooled over sizes; None for one seed each."""
     squares = degrees = 0.0
     for runs in by_size(records):
         losses = np.array([run["evaluation"][loss] for run in runs])
-        squares += float(((losses - losses.mean()) ** 2).sum())
+        squares += float(((losses / losses.mean() - 1) ** 2).sum())
         degrees += len(losses) - 1
     return (squares / degrees) ** 0.5 if degrees else None
 

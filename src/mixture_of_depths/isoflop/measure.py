@@ -20,6 +20,7 @@ from mixture_of_depths.options import Precision, SamplingOptions, TrainOptions
 from mixture_of_depths.sampling.bench import decode_seconds, in_precision
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.run import compile_blocks
 
 # And what the names of figures end in.
 PRECISIONS: dict[Precision, str] = {"fp32": "", "bf16": "_bf16"}
@@ -108,8 +109,8 @@ def seconds_per_step(
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
     for model in models.values():
         model.train()
-        for layer in model.model.layers if options.compile else []:
-            layer.compile(fullgraph=True, dynamic=False)
+        if options.compile:
+            compile_blocks(model)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     device = batch["input_ids"].device
     for number in range(repeats + 3):
@@ -117,7 +118,7 @@ def seconds_per_step(
             start = time.perf_counter()
             optimizers[name].zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                loss = models[name](**batch, use_cache=False, routing="top_k").loss
+                loss = models[name](**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(models[name].parameters(), options.max_grad_norm)
             optimizers[name].step()

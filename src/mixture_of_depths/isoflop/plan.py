@@ -6,18 +6,17 @@ A run is one model of a family, of one size, trained to one budget from one seed
 
 import hashlib
 import json
-import math
 import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any
 
 import torch
 import yaml
 from annotated_types import Gt, Len
 from pydantic import TypeAdapter, ValidationError
+from scipy.stats import t as student_t
 
 from mixture_of_depths.device import wait_for
 from mixture_of_depths.model.configuration import MoDConfig
@@ -235,15 +234,16 @@ def runs(study: Study) -> list[Run]:
 def seeds_to_resolve(deviation: float, difference: float = 0.005) -> int:
     """How many seeds a size of both families needs, so that a difference of their losses shows.
 
-    It shows in four of five studies, at a two-sided level of 5 %, by the normal distribution.
+    It shows in four of five studies, at a two-sided level of 5 %, by the distribution of Student's t.
 
     Args:
         deviation: standard deviation of the loss between seeds, over the loss.
         difference: of the losses, over the loss.
     """
-    normal = NormalDist()
-    widths = normal.inv_cdf(0.975) + normal.inv_cdf(0.8)
-    return max(2, math.ceil(2 * (widths * deviation / difference) ** 2))
+    seeds = 2
+    while 2 * (sum(student_t.ppf([0.975, 0.8], 2 * (seeds - 1))) * deviation / difference) ** 2 > seeds:
+        seeds += 1
+    return seeds
 
 
 def capacities(study: Study, mod: str) -> dict[str, float]:

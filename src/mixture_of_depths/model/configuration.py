@@ -280,7 +280,8 @@ class MoDConfig(PreTrainedConfig):
             )
 
     def _validate_training_by_threshold(self) -> None:
-        needed = {"causal_router": "threshold", "router_type": "learned", "expert_capacity": None}
+        # Experts' balance is learned, and their thresholds move, under top-k only.
+        needed = {"causal_router": "threshold", "router_type": "learned", "num_experts": 1, "num_noop_experts": 0}
         for name, value in needed.items():
             if getattr(self, name) != value:
                 raise ValueError(

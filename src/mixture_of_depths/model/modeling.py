@@ -320,6 +320,12 @@ class MoDModel(MoDPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are never materialised")
         routing = self._resolve_routing(routing)
+        if self.training and self.config.training_routing == "threshold" and self.gradient_checkpointing:
+            # It runs blocks again after their thresholds have moved, with other tokens.
+            raise ValueError(
+                "training_routing='threshold' cannot be used with gradient checkpointing; switch that off, or train by "
+                "training_routing='top_k'"
+            )
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position_ids, documents_BT, packing = self._documents(
             hidden_BTD, attention_mask, position_ids, kwargs.get("cu_seq_lens_q")
@@ -392,7 +398,11 @@ class MoDModel(MoDPreTrainedModel):
             if isinstance(router.proj, PreciseLinear) and router.proj.weight.requires_grad:
                 threshold = router.threshold
                 boundary = torch.where(boundary.isfinite(), boundary.to(threshold.dtype), threshold)
-                threshold.lerp_(boundary, 1 - self.config.threshold_decay)
+                moved_to = threshold.lerp(boundary, 1 - self.config.threshold_decay)
+                if self.config.training_routing == "threshold":
+                    # At the 0 of a new router half of the tokens would enter, until the average has come down.
+                    moved_to = torch.where(threshold == 0, boundary, moved_to)
+                threshold.copy_(moved_to)
 
     def _resolve_routing(self, routing: str | None) -> Routing:
         if routing is None:

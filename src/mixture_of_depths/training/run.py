@@ -242,6 +242,14 @@ def _say_what_enters(evaluation: Evaluation, config: MoDConfig, calibrated: bool
         )
 
 
+def compile_blocks(model: MoDForCausalLM) -> None:
+    """Compiles the blocks for training, each by itself, but those whose shapes depend on the data."""
+    for layer_idx, layer in enumerate(model.model.layers):
+        # How many tokens enter by a threshold is known at run time only.
+        if model.config.training_routing == "top_k" or model.config.routed_part(layer_idx) is None:
+            layer.compile(fullgraph=True, dynamic=False)
+
+
 def in_order(corpus: Corpus, options: TrainOptions, steps: int) -> datasets.Dataset | Order:
     """A run's sequences with their numbers: in an order of their own, or for the library to shuffle."""
     if isinstance(corpus.train, datasets.Dataset):
@@ -270,10 +278,7 @@ def _run(
     if options.compile:
         # The graphs of models trained before in this process count against the number the compiler keeps.
         torch.compiler.reset()
-        for layer_idx, layer in enumerate(model.model.layers):
-            # How many tokens enter by a threshold is known at run time only.
-            if model.config.training_routing == "top_k" or model.config.routed_part(layer_idx) is None:
-                layer.compile(fullgraph=True, dynamic=False)
+        compile_blocks(model)
     with StopOnSignal() as stop, recorder:
         trainer = tuning.trainer(
             corpus,

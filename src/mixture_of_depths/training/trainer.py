@@ -110,11 +110,19 @@ class MoDTrainer(Trainer):
         """Makes the routers' thresholds those of the whole batches.
 
         In training each process' thresholds follow its own share of every batch. They are running averages of means
-        over rows, and nothing in training reads them: their mean is what one process would have, where experts' are
-        concerned up to rows of which an expert took nothing.
+        over rows: their mean is what one process would have, where experts' are concerned up to rows of which an expert
+        took nothing. Only training by the threshold reads them, and averages them after every pass.
         """
         model = cast(nn.Module, self.model)
         average_([buffer for name, buffer in model.named_buffers() if name.endswith("router.threshold")])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward and backward pass."""
+        loss = super().training_step(*args, **kwargs)
+        assert isinstance(self.model, MoDForCausalLM)
+        if self.model.config.training_routing == "threshold":
+            self.average_thresholds()
+        return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The parts of the next step's batch, whose sequences are noted."""
