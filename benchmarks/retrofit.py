@@ -120,7 +120,7 @@ def tuned(
             "lowering_fraction": arguments.lowering_fraction,
             "method": METHOD,
         },
-        partial(DistillationTrainer, teacher=teacher, share=share) if share else MoDTrainer,
+        partial(DistillationTrainer, teacher=cast(MoDForCausalLM, teacher), share=share) if share else MoDTrainer,
         cast(tuple[TrainerCallback, ...], (schedule,) if schedule is not None else ()),
         finish,
     )

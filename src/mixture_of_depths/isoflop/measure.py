@@ -84,7 +84,9 @@ def tokens_per_second(
         prompts: token indices, each of shape [1, T].
         new_tokens: tokens to sample after each prompt.
     """
-    ready = {(precision, name): in_precision(models[name], precision) for precision in PRECISIONS for name in models}
+    ready: dict[tuple[Precision, str], MoDForCausalLM] = {
+        (precision, name): in_precision(models[name], precision) for precision in PRECISIONS for name in models
+    }
     seconds: dict[tuple[Precision, str], list[float]] = {side: [] for side in ready}
     for number, prompt in enumerate(prompts):
         options = SamplingOptions(max_new_tokens=new_tokens, temperature=1.0, top_k=0, seed=number)
