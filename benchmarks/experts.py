@@ -27,6 +27,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mixture_of_depths import MoDConfig, MoDForCausalLM, training_flops_per_token
 from mixture_of_depths.model.experts import ExpertMLP
 from mixture_of_depths.provenance import provenance
+from mixture_of_depths.training.run import compile_blocks
 
 BATCH, LENGTH, EXPERTS = 8, 512, 8
 
@@ -41,8 +42,7 @@ def make_step(side: str, bf16: bool, compiled: bool) -> tuple[Callable[[], None]
     torch.manual_seed(0)
     model = MoDForCausalLM(config_of(side)).train()
     if compiled:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+        compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     input_ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mixture_of_depths.cli.common import Device, Study, quiet_libraries
 
 if TYPE_CHECKING:
+    from mixture_of_depths.isoflop import plan as plan_module
     from mixture_of_depths.isoflop.plan import PlannedRun
     from mixture_of_depths.text.corpus import Corpus
 
@@ -27,11 +28,10 @@ def plan(study: Study, device: Device = "auto") -> None:
     from rich.table import Table
 
     from mixture_of_depths.device import chosen_device
-    from mixture_of_depths.isoflop.plan import flops_per_second, load_study, seeds_to_resolve
+    from mixture_of_depths.isoflop.plan import flops_per_second, seeds_to_resolve
 
     place = chosen_device(device)
-    planned, corpus = _planned(study)
-    deviation = load_study(study).seed_deviation
+    loaded, planned, corpus = _planned(study)
     speed = flops_per_second(place)
     table = Table(title=f"{len(planned)} runs", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
@@ -47,7 +47,7 @@ def plan(study: Study, device: Device = "auto") -> None:
     console.print(table)
     total = sum(item.length.flops for item in planned)
     console.print(f"{total:.3g} training FLOPs, about {total / speed / 3600:.1f} hours on this machine")
-    if deviation is not None:
+    if (deviation := loaded.seed_deviation) is not None:
         console.print(
             f"{seeds_to_resolve(deviation)} seeds of a size show a difference of 0.5 % in four of five studies, when "
             f"seeds deviate by {100 * deviation:g} %"
@@ -79,7 +79,7 @@ def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None
     else:
         # Before the text is prepared, which may take minutes.
         check_ray(device)
-    planned, corpus = _planned(study)
+    _, planned, corpus = _planned(study)
     console = Console()
     console.print(str(corpus.facts))
     if place is not None:
@@ -164,14 +164,14 @@ def plot(study: Study, out: Path, family: str = "mod") -> None:
         print(path)
 
 
-def _planned(study: Path) -> "tuple[list[PlannedRun], Corpus]":
+def _planned(path: Path) -> "tuple[plan_module.Study, list[PlannedRun], Corpus]":
     from mixture_of_depths.isoflop.plan import load_study, plan
     from mixture_of_depths.text.corpus import prepare
 
     quiet_libraries()
-    loaded = load_study(study)
-    corpus = prepare(loaded.data)
-    return plan(loaded, corpus), corpus
+    study = load_study(path)
+    corpus = prepare(study.data)
+    return study, plan(study, corpus), corpus
 
 
 def _records(study: Path, out: Path, *wanted: str) -> tuple[list[dict[str, Any]], str]:
