@@ -398,3 +398,13 @@ def test_a_run_by_the_threshold_compiles_the_dense_blocks_alone(
     assert compiled == [layer for layer in range(config.num_hidden_layers) if config.routed_part(layer) is None]
     assert result.finished
     assert MoDForCausalLM.from_pretrained(tmp_path / "run").config.training_routing == "threshold"
+
+
+def test_checkpointing_a_run_by_the_threshold_is_refused_before_its_folder_is_made(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    config = config_for(corpus, causal_router="threshold", training_routing="threshold")
+    opts = TrainOptions(max_steps=3, batch_size=4, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing=True needs training_routing='top_k'"):
+        train(config, corpus, opts, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()

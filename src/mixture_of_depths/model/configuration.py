@@ -93,9 +93,10 @@ class MoDConfig(PreTrainedConfig):
         router_seed: seed of the Gaussian weights of `router_type="random"` outside training.
         training_routing: how tokens are chosen in training mode: "top_k", as the paper trains; or "causal", as they are
             in sampling, for tuning against a reference that is computed outside training mode, such as DPO's. Under
-            causal routing predictors, auxiliary losses and thresholds stay as they are. With "threshold" tokens enter
-            as in sampling, too, by the running threshold, which follows where top-k would have cut (expert threshold,
-            arXiv:2603.11535): how many enter is the capacity in the mean only.
+            "causal" predictors, auxiliary losses and thresholds stay as they are. With "threshold" tokens enter as in
+            sampling, too, by the running threshold, which goes on following where top-k would have cut (expert
+            threshold, arXiv:2603.11535): how many enter is the capacity in the mean only. It needs `causal_router`
+            "threshold", and neither experts nor gradient checkpointing.
         num_experts: number of SwiGLU experts of every block's MLP, each of `intermediate_size`; 1 is the dense MLP.
         num_experts_per_tok: number of experts that a token asks for; under expert choice, how many it gets on average
             at an `expert_capacity` of 1.

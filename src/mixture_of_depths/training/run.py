@@ -140,6 +140,11 @@ def train(
     length = horizon(options, config, sequence_length)
     check_options(options, corpus)
     check_memory(config, place)
+    if options.gradient_checkpointing and config.training_routing == "threshold":
+        raise ValueError(
+            "gradient_checkpointing=True needs training_routing='top_k', not 'threshold', since blocks would run again "
+            "after their thresholds have moved; change one of them"
+        )
     if options.compile:
         require_compiler("compile", place)
     arguments = trainer_arguments(options, config, length, folder, place)
