@@ -43,7 +43,7 @@ from statistics import mean, median
 from typing import Any, cast
 
 import torch
-from retrofit_sides import METHOD, MIXED, SIDES, KeptTeacher, Sides, Texts, answers_right, tested, texts_of
+from retrofit_sides import METHOD, MIXED, SIDES, KeptTeacher, Sides, Texts, answers_right, map_rank, tested, texts_of
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -225,16 +225,20 @@ def run(arguments: argparse.Namespace) -> None:
     }
     shared = {"method": METHOD, "mixed": MIXED, "settings": settings, "inputs": inputs}
     records = arguments.out / "pilot.jsonl"
+    dense, loaded = load_dense(arguments.source)
+    options = RetrofitOptions(bypass_rank=arguments.bypass_rank, fit_sequences=arguments.fit_sequences)
     if arguments.side == "summary":
-        print(json.dumps(summarise(read_records(records), shared, arguments.out), indent=2))
+        lines = [line for line in read_records(records) if {name: line.get(name) for name in shared} == shared]
+        lines = [line for line in lines if line.get("map_rank") == map_rank(line["side"], dense.config, options)]
+        print(json.dumps(summarise(lines, shared, arguments.out), indent=2))
         return
     share = None if arguments.side in ("dense", "tuned") else arguments.share
     own = {"side": arguments.side, "share": share, "seed": arguments.seed, **shared}
+    own["map_rank"] = map_rank(arguments.side, dense.config, options)
     for record in read_records(records):
         if {name: record.get(name) for name in own} == own:
             print(json.dumps(record))
             return
-    dense, loaded = load_dense(arguments.source)
     tokenizer = checked(loaded, arguments.source)
     if share is not None:
         check_share(dense.config, RetrofitOptions(flops_share=share), arguments.sequence_length)
@@ -251,7 +255,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.side == "decode":
         decoding(dense, texts, arguments)
         return
-    options = RetrofitOptions(bypass_rank=arguments.bypass_rank, fit_sequences=arguments.fit_sequences)
     sides = Sides(dense, arguments.source, texts, arguments.runs, options, arguments.precision == "bf16")
     # Predictors and random routing, whatever was measured before.
     torch.manual_seed(arguments.seed)
@@ -341,9 +344,8 @@ def vllm_seconds(python: str, dense: MoDForCausalLM, prompt: torch.Tensor, rows:
     return float(timing.split(":")[1])
 
 
-def summarise(records: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Writes and returns summary.json: means over seeds of the lines with these settings."""
-    lines = [line for line in records if {name: line.get(name) for name in shared} == shared]
+def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Writes and returns summary.json: means over seeds of lines, whose settings are these."""
     names = {line["side"] if line["share"] is None else f"{line['side']}-{line['share']}": line for line in lines}
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in read_records(out / "decoding.jsonl"):

@@ -430,3 +430,8 @@ class Sides:
 
 
 SIDES = ("dense", "tuned", "ours", "former", "dropped", "linear", "random")
+
+
+def map_rank(side: str, dense: MoDConfig, options: RetrofitOptions) -> int | None:
+    """The rank of a side's maps; None for a side without."""
+    return routed_kind(dense, options)["bypass_rank"] if side in ("ours", "linear", "random") else None

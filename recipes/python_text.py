@@ -10,16 +10,19 @@ The same versions give the same bytes, whose SHA-256 must be `TEXT_SHA256`. Need
 
 import argparse
 import hashlib
+import html
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 from urllib.request import urlopen
 
-INDEX = "https://pypi.org/pypi/{name}/{version}/json"
+# Every index has this page, also mirrors; not all have an interface in JSON.
+INDEX = "https://pypi.org/simple/{name}/"
 TESTS = {"test", "tests"}
 TEXT_SHA256 = "e8d8e710cea85991e1ec4cfbbd6d8c7d9980a0a321a07e63d731e44fa75f4088"
 # Name, version, SHA-256 of the source distribution.
@@ -63,14 +66,16 @@ def fetch(name: str, version: str, sha256: str, folder: Path | None) -> bytes:
     if kept is not None and kept.exists():
         archive = kept.read_bytes()
     else:
-        page = INDEX.format(name=name, version=version)
+        page = INDEX.format(name=name)
         with urlopen(page, timeout=60) as answer:
-            files = json.load(answer)["urls"]
-        links = [file["url"] for file in files if file["digests"]["sha256"] == sha256]
-        if not links:
-            raise ValueError(f"{page} names no file of SHA-256 {sha256}; the version was taken back")
+            links = [html.unescape(link) for link in re.findall(r'href="([^"]+)"', answer.read().decode())]
+        # A file's name has _ for the - of its package's.
+        names = [PurePosixPath(urlsplit(link).path).name.replace("_", "-") for link in links]
+        wanted = [link for link, file in zip(links, names, strict=True) if file == f"{name}-{version}.tar.gz"]
+        if not wanted:
+            raise ValueError(f"{page} has no {name}-{version}.tar.gz; the version was taken back")
         # Mirrors write links relative to the page.
-        with urlopen(urljoin(page, links[0]), timeout=600) as answer:
+        with urlopen(urljoin(page, wanted[0]), timeout=600) as answer:
             archive = answer.read()
     if hashlib.sha256(archive).hexdigest() != sha256:
         raise ValueError(f"{kept or name} is not {name} {version}: its SHA-256 is another; delete it and start again")

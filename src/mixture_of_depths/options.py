@@ -187,7 +187,7 @@ class RetrofitOptions:
     routed_parts: Literal["block", "block_keep_keys"] = "block_keep_keys"
     """What of a routed block a token skips: all of it; or all but its key and value, to which later tokens attend."""
     bypass_rank: NotNegative | None = None
-    """Rank of the map that a token which skips takes instead; 0 for none, by default 64 or an eighth of the width."""
+    """Rank of the map that a token which skips takes instead; 0 for none, by default 128 or a quarter of the width."""
     router_type: RouterType = "learned"
     """Learned routing; or random routing, as a control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"

@@ -97,7 +97,7 @@ def test_only_the_part_asked_for_is_tuned(corpus: Corpus, tmp_path: Path, tune: 
     assert set(record["kinds"]) == {"text"}
     assert record["kinds"]["text"]["loss"] == record["retrofitted"]["loss_causal"]
     assert model.config.routed_parts == "block_keep_keys"
-    assert model.config.bypass_rank == 2
+    assert model.config.bypass_rank == 4
     calibrated = corpus.validation.select(range(0, len(corpus.validation), 2))
     found = evaluate(model, calibrated, corpus.end_of_text, 1.0)
     for share in found.causal_routers["threshold"].share_entering.values():
@@ -117,7 +117,7 @@ def test_tuning_begins_with_maps_that_are_fitted_to_the_tokens_that_skip(
     with pytest.raises(KeyboardInterrupt):
         retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path / "out", console=QUIET)
     text = spread(corpus.train, ROUTING.fit_sequences)
-    fit = fit_blocks(dense, text, corpus.end_of_text, 2)
+    fit = fit_blocks(dense, text, corpus.end_of_text, 4)
     expected = fitted_start(dense, fit, ROUTING, {1: 0.25, 2: 0.25})
     fit_to_skipping(expected, text, corpus.end_of_text)
     for block in (1, 2):

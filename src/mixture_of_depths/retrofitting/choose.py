@@ -137,7 +137,7 @@ def routed_kind(dense: MoDConfig, options: RetrofitOptions) -> dict[str, Any]:
     rank = options.bypass_rank
     return {
         "routed_parts": options.routed_parts,
-        "bypass_rank": min(64, dense.hidden_size // 8) if rank is None else rank,
+        "bypass_rank": min(128, dense.hidden_size // 4) if rank is None else rank,
         "router_type": options.router_type,
         "causal_router": options.causal_router,
     }
