@@ -47,6 +47,7 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
         assert not record["calibrated"]
         assert record["evaluation"]["tokens"] == len(corpus.validation) * 15
         assert record["parameters"] == item.parameters
+        assert 0 <= record["loss_rise"] < 10
     assert run_here(planned, corpus, out, quiet, CPU)
     assert len(read_records(out / "records.jsonl")) == len(planned)
     assert summarise(records, "baseline", "mod", "absent", {}).keys() == {"3e07"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_depths.isoflop.lost import lost
 from mixture_of_depths.isoflop.plan import budget_name
 
 Records = list[dict[str, Any]]
@@ -282,6 +283,7 @@ def summarise(
                 for name, by_loss in curves.items()
             },
             "diverged": [r["name"] for r in records if r["evaluation"] is None and budget_name(r["budget"]) == budget],
+            "lost": lost(record for runs in families.values() for record in runs),
         }
         summary[budget] = row
     return summary

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mixture_of_depths.device import chosen_device
 from mixture_of_depths.files import locked, make_folder, read_records, write_aside
+from mixture_of_depths.isoflop.lost import loss_rise
 from mixture_of_depths.isoflop.plan import PlannedRun
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.corpus import Corpus
@@ -75,7 +76,8 @@ def carry_out(
     else:
         if not result.finished:
             return None
-        outcome = asdict(result)
+        losses = [line["loss"] for line in read_records(folder / "metrics.jsonl") if "loss" in line]
+        outcome = {**asdict(result), "loss_rise": loss_rise(losses)}
     return {
         "name": item.run.name,
         "definition": item.definition,
