@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--fit-sequences", type=int, default=RetrofitOptions.fit_sequences)
     parser.add_argument("--measure-sequences", type=int, default=RetrofitOptions.measure_sequences)
+    parser.add_argument("--bypass-rank", type=int, help="rank of the maps; by default that of mod retrofit")
     parser.add_argument("--dropped", nargs="+", type=int, help="blocks to drop, instead of those that measuring finds")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rows", nargs="+")
@@ -65,12 +66,15 @@ def main() -> None:
     tests = dict(text.split("=", 1) for text in arguments.test)
     tokenizer = checked(loaded, arguments.source)
     texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
-    options = RetrofitOptions(fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences)
+    rank: dict[str, Any] = {"bypass_rank": arguments.bypass_rank}
+    options = RetrofitOptions(
+        fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences, **rank
+    )
     sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options, bf16)
     settings = {name: getattr(arguments, name) for name in ("fit_sequences", "measure_sequences", "precision")}
-    done = {
-        record["row"] for record in read_records(arguments.out) if {name: record[name] for name in settings} == settings
-    }
+    settings["bypass_rank"] = sides.rank
+    records = read_records(arguments.out)
+    done = {record["row"] for record in records if {name: record.get(name) for name in settings} == settings}
 
     def keep(row: str, model: MoDForCausalLM, **facts: Any) -> None:
         perplexity: dict[str, dict[str, float]] = {"top_k": {}, "causal": {}}
@@ -114,16 +118,16 @@ def main() -> None:
         keep("8 blocks replaced by a map", model, **chosen)
     for row, (count, capacity, kind) in UNIFORM.items():
         if wanted(row):
-            measured = sides.importance(RetrofitOptions())
+            measured = sides.importance(RetrofitOptions(**rank))
             order = sorted(range(len(measured)), key=lambda block: measured[block].expected_loss(capacity))
             capacities = dict.fromkeys(order[:count], capacity)
             fit = sides.fit(kind.get("bypass_rank", sides.rank))
-            keep(row, fitted_start(dense, fit, RetrofitOptions(**kind), capacities), capacities=capacities)
+            keep(row, fitted_start(dense, fit, RetrofitOptions(**{**rank, **kind}), capacities), capacities=capacities)
     for row, share in SPREAD.items():
         again = f"{row}, {METHOD}"
         if wanted(row) or wanted(again):
-            capacities = sides.capacities(RetrofitOptions(**share))
-            model = fitted_start(dense, sides.fit(sides.rank), RetrofitOptions(), capacities)
+            capacities = sides.capacities(RetrofitOptions(**share, **rank))
+            model = fitted_start(dense, sides.fit(sides.rank), RetrofitOptions(**rank), capacities)
             if wanted(row):
                 keep(row, model, capacities=capacities)
             if wanted(again):
