@@ -81,7 +81,6 @@ SETTINGS = (
     "learning_rate",
     "distillation",
     "lowering_fraction",
-    "bypass_rank",
     "precision",
     "windows",
     "fit_sequences",
@@ -241,7 +240,8 @@ def run(arguments: argparse.Namespace) -> None:
             return
     tokenizer = checked(loaded, arguments.source)
     if share is not None:
-        check_share(dense.config, RetrofitOptions(flops_share=share), arguments.sequence_length)
+        wanted = RetrofitOptions(flops_share=share, bypass_rank=arguments.bypass_rank)
+        check_share(dense.config, wanted, arguments.sequence_length)
     texts = texts_of(
         [str(file) for file in arguments.tune],
         None if arguments.conversations is None else str(arguments.conversations),

@@ -66,15 +66,17 @@ def main() -> None:
     tests = dict(text.split("=", 1) for text in arguments.test)
     tokenizer = checked(loaded, arguments.source)
     texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
-    rank: dict[str, Any] = {"bypass_rank": arguments.bypass_rank}
+    rank = arguments.bypass_rank
     options = RetrofitOptions(
-        fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences, **rank
+        fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences, bypass_rank=rank
     )
     sides = Sides(dense, Path(arguments.source).name, texts, arguments.work, options, bf16)
     settings = {name: getattr(arguments, name) for name in ("fit_sequences", "measure_sequences", "precision")}
-    settings["bypass_rank"] = sides.rank
-    records = read_records(arguments.out)
-    done = {record["row"] for record in records if {name: record.get(name) for name in settings} == settings}
+    done = {
+        (record["row"], record.get("bypass_rank", 0))
+        for record in read_records(arguments.out)
+        if {name: record[name] for name in settings} == settings
+    }
 
     def keep(row: str, model: MoDForCausalLM, **facts: Any) -> None:
         perplexity: dict[str, dict[str, float]] = {"top_k": {}, "causal": {}}
@@ -91,6 +93,7 @@ def main() -> None:
             "perplexity": perplexity,
             "flops_ratio": flops_share(model.config, dense.config, LENGTH),
             "decode_ratio": decode_share(model.config, dense.config, LENGTH),
+            "bypass_rank": model.config.bypass_rank,
             **facts,
             **settings,
             **provenance(dense.device),
@@ -102,12 +105,12 @@ def main() -> None:
             flush=True,
         )
 
-    def wanted(row: str) -> bool:
-        return row not in done and (arguments.rows is None or row in arguments.rows)
+    def wanted(row: str, rank: int = sides.rank) -> bool:
+        return (row, rank) not in done and (arguments.rows is None or row in arguments.rows)
 
-    if wanted("dense"):
+    if wanted("dense", 0):
         keep("dense", without(dense, []))
-    if wanted("8 blocks dropped"):
+    if wanted("8 blocks dropped", 0):
         blocks = arguments.dropped
         if blocks is None:
             rises = sides.rises("dropped", lambda block: without(dense, [block]))
@@ -117,17 +120,21 @@ def main() -> None:
         model, chosen = sides.start("linear", 0.8)
         keep("8 blocks replaced by a map", model, **chosen)
     for row, (count, capacity, kind) in UNIFORM.items():
-        if wanted(row):
-            measured = sides.importance(RetrofitOptions(**rank))
+        if wanted(row, kind.get("bypass_rank", sides.rank)):
+            measured = sides.importance(RetrofitOptions(bypass_rank=rank))
             order = sorted(range(len(measured)), key=lambda block: measured[block].expected_loss(capacity))
             capacities = dict.fromkeys(order[:count], capacity)
             fit = sides.fit(kind.get("bypass_rank", sides.rank))
-            keep(row, fitted_start(dense, fit, RetrofitOptions(**{**rank, **kind}), capacities), capacities=capacities)
+            keep(
+                row,
+                fitted_start(dense, fit, RetrofitOptions(**{"bypass_rank": rank, **kind}), capacities),
+                capacities=capacities,
+            )
     for row, share in SPREAD.items():
         again = f"{row}, {METHOD}"
         if wanted(row) or wanted(again):
-            capacities = sides.capacities(RetrofitOptions(**share, **rank))
-            model = fitted_start(dense, sides.fit(sides.rank), RetrofitOptions(**rank), capacities)
+            capacities = sides.capacities(RetrofitOptions(bypass_rank=rank, **share))
+            model = fitted_start(dense, sides.fit(sides.rank), RetrofitOptions(bypass_rank=rank), capacities)
             if wanted(row):
                 keep(row, model, capacities=capacities)
             if wanted(again):

@@ -68,9 +68,10 @@ def fetch(name: str, version: str, sha256: str, folder: Path | None) -> bytes:
     else:
         page = INDEX.format(name=name)
         with urlopen(page, timeout=60) as answer:
+            page = answer.url
             links = [html.unescape(link) for link in re.findall(r'href="([^"]+)"', answer.read().decode())]
-        # A file's name has _ for the - of its package's.
-        names = [PurePosixPath(urlsplit(link).path).name.replace("_", "-") for link in links]
+        # A file's name may have _ for the - of its package's, and capitals.
+        names = [PurePosixPath(urlsplit(link).path).name.replace("_", "-").lower() for link in links]
         wanted = [link for link, file in zip(links, names, strict=True) if file == f"{name}-{version}.tar.gz"]
         if not wanted:
             raise ValueError(f"{page} has no {name}-{version}.tar.gz; the version was taken back")

@@ -187,7 +187,8 @@ class RetrofitOptions:
     routed_parts: Literal["block", "block_keep_keys"] = "block_keep_keys"
     """What of a routed block a token skips: all of it; or all but its key and value, to which later tokens attend."""
     bypass_rank: NotNegative | None = None
-    """Rank of the map that a token which skips takes instead; 0 for none, by default 128 or a quarter of the width."""
+    """Rank of the map that a token which skips takes instead; 0 for none. By default it is a quarter of the width, and
+    at most 128."""
     router_type: RouterType = "learned"
     """Learned routing; or random routing, as a control."""
     causal_router: Literal["predictor", "threshold"] = "threshold"

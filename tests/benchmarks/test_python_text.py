@@ -41,13 +41,13 @@ def test_a_source_distribution_is_fetched_by_a_link_of_its_index_page(
 ) -> None:
     source = archive(b=b"b = 1\n")
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "p-1.tar.gz").write_bytes(source)
-    links = '<a href="files/p-1.1.tar.gz">other</a> <a href="files/p-1.tar.gz#sha256=0&amp;x">p-1.tar.gz</a>'
-    (tmp_path / "p.html").write_text(links)
+    (tmp_path / "files" / "P_q-1.tar.gz").write_bytes(source)
+    links = '<a href="files/p-q-1.1.tar.gz">other</a> <a href="files/P_q-1.tar.gz#sha256=0&amp;x">P_q-1.tar.gz</a>'
+    (tmp_path / "p-q.html").write_text(links)
     monkeypatch.setitem(SCRIPT["fetch"].__globals__, "INDEX", tmp_path.as_uri() + "/{name}.html")
-    assert SCRIPT["fetch"]("p", "1", hashlib.sha256(source).hexdigest(), None) == source
-    with pytest.raises(ValueError, match=r"p\.html has no p-2\.tar\.gz; the version was taken back"):
-        SCRIPT["fetch"]("p", "2", "0" * 64, None)
+    assert SCRIPT["fetch"]("p-q", "1", hashlib.sha256(source).hexdigest(), None) == source
+    with pytest.raises(ValueError, match=r"p-q\.html has no p-q-2\.tar\.gz; the version was taken back"):
+        SCRIPT["fetch"]("p-q", "2", "0" * 64, None)
 
 
 def test_every_package_has_one_version_and_one_sum() -> None:

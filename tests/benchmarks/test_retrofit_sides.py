@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny
-from retrofit_sides import PIECE, KeptTeacher, characters_said, pieces_of, write_once
+from retrofit_sides import PIECE, KeptTeacher, characters_said, map_rank, pieces_of, write_once
+
+from mixture_of_depths import MoDConfig, RetrofitOptions
 
 
 def test_pieces_come_from_all_over_the_texts_and_have_one_length() -> None:
@@ -57,3 +59,11 @@ def test_what_the_teacher_says_of_a_sequence_is_computed_once(tmp_path: Path) ->
     for others in ((tokens + 1, positions), (tokens, torch.tensor([[*range(6), *range(6)]]))):
         again.model(*others, use_cache=False)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "rank"),
+    [("ours", 7), ("linear", 7), ("random", 7), ("former", None), ("dropped", None), ("tuned", None), ("dense", None)],
+)
+def test_a_record_is_told_by_the_rank_of_its_maps_where_the_side_has_some(side: str, rank: int | None) -> None:
+    assert map_rank(side, MoDConfig(hidden_size=64), RetrofitOptions(bypass_rank=7)) == rank

@@ -205,6 +205,16 @@ def test_runs_that_diverged_are_named_and_left_out() -> None:
     assert found == expected
 
 
+def test_lost_runs_are_named_and_count() -> None:
+    records = [*parabola("baseline", math.log(18), 5.0), *parabola("mod", math.log(18), 4.0)]
+    expected = summarise(records, "baseline", "mod", "absent", {})["1e13"]
+    assert (expected["lost"], expected["not_known_whether_lost"]) == ([], len(records))
+    told = [{**record, "loss_rise": 0.5 * (number == 3)} for number, record in enumerate(records)]
+    found = summarise(told, "baseline", "mod", "absent", {})["1e13"]
+    assert (found.pop("lost"), found.pop("not_known_whether_lost")) == ([told[3]["name"]], 0)
+    assert found == {name: value for name, value in expected.items() if "lost" not in name}
+
+
 def test_without_a_model_as_good_nothing_is_equal() -> None:
     records = [*parabola("baseline", math.log(18), 3.0), *parabola("mod", math.log(18), 4.0)]
     assert comparisons(records, "baseline", "mod")["1e13"].equal is None

@@ -14,6 +14,7 @@ from studies import study_file
 from mixture_of_depths.files import read_records
 from mixture_of_depths.isoflop import run as module
 from mixture_of_depths.isoflop.fit import summarise
+from mixture_of_depths.isoflop.lost import loss_rise
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.plot import draw
 from mixture_of_depths.isoflop.run import add_record, open_records, run_here, run_on_ray
@@ -47,7 +48,10 @@ def test_a_study_runs_to_its_end_is_taken_up_again_and_drawn(tmp_path: Path, mon
         assert not record["calibrated"]
         assert record["evaluation"]["tokens"] == len(corpus.validation) * 15
         assert record["parameters"] == item.parameters
-        assert 0 <= record["loss_rise"] < 10
+        metrics = read_records(out / "runs" / record["name"] / "metrics.jsonl")
+        losses = [line["loss"] for line in metrics if "loss" in line]
+        assert len(losses) == record["steps"]
+        assert record["loss_rise"] == loss_rise(losses)
     assert run_here(planned, corpus, out, quiet, CPU)
     assert len(read_records(out / "records.jsonl")) == len(planned)
     assert summarise(records, "baseline", "mod", "absent", {}).keys() == {"3e07"}

@@ -6,9 +6,10 @@ from itertools import product
 import pytest
 from runs import ROUTING, dense_for
 
+from mixture_of_depths import MoDConfig
 from mixture_of_depths.options import RetrofitOptions
 from mixture_of_depths.retrofitting import choose
-from mixture_of_depths.retrofitting.choose import decode_share, share_of, spread_budget
+from mixture_of_depths.retrofitting.choose import decode_share, routed_kind, share_of, spread_budget
 from mixture_of_depths.retrofitting.measure import BlockImportance, routed_config
 from mixture_of_depths.text.corpus import Corpus
 
@@ -110,3 +111,10 @@ def test_the_options_refuse_what_contradicts_itself() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RetrofitOptions(**options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("width", "rank"), [(64, 16), (512, 128), (576, 128), (2048, 128)])
+def test_maps_have_by_default_a_quarter_of_the_width_as_rank_and_at_most_128(width: int, rank: int) -> None:
+    dense = MoDConfig(hidden_size=width, num_attention_heads=4)
+    assert routed_kind(dense, RetrofitOptions())["bypass_rank"] == rank
+    assert routed_kind(dense, RetrofitOptions(bypass_rank=0))["bypass_rank"] == 0

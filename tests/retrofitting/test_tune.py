@@ -236,6 +236,23 @@ def test_a_retrofit_that_is_killed_while_measuring_goes_on_with_the_next_block(
     assert replace(result, tuning_minutes=0) == replace(whole, tuning_minutes=0)
 
 
+def test_a_retrofit_begun_with_maps_of_another_rank_is_refused_by_that_name(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(retrofit_module, "train", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, out, console=QUIET)
+    # As where another version has another default.
+    monkeypatch.setattr(retrofit_module, "routed_kind", lambda dense, options: {"bypass_rank": 3})
+    with pytest.raises(ValueError, match="bypass_rank=3 differs from 4 of the run"):
+        retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, out, resume=True, console=QUIET)
+
+
 def test_a_second_run_in_the_same_folder_is_refused_before_it_measures(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,7 @@ def summarise(
             },
             "diverged": [r["name"] for r in records if r["evaluation"] is None and budget_name(r["budget"]) == budget],
             "lost": lost(record for runs in families.values() for record in runs),
+            "not_known_whether_lost": sum("loss_rise" not in r for runs in families.values() for r in runs),
         }
         summary[budget] = row
     return summary

@@ -15,11 +15,11 @@ LOST_RISE = 0.3
 def loss_rise(losses: Sequence[float]) -> float:
     """How far the training loss rose above the lowest that it had been before, in nats; 0 when it never did.
 
-    Single batches scatter, so means of a fiftieth of the steps are compared, of five at least. The first three of them
-    lie in the warm-up and are passed over.
+    Single batches scatter, so means of a fiftieth of the steps are compared, of five steps at least. The first three
+    means are passed over, since a loss may rise while the learning rate does; so are the last steps that fill no mean.
 
     Args:
-        losses: training loss of every step, in nats per token.
+        losses: training loss of every step, in nats per token, with what routers and experts add to it.
     """
     size = max(5, len(losses) // 50)
     means = [fmean(losses[start : start + size]) for start in range(0, len(losses) - size + 1, size)]
@@ -30,9 +30,6 @@ def loss_rise(losses: Sequence[float]) -> float:
     return rise
 
 
-def lost(records: Iterable[dict[str, Any]]) -> list[str] | None:
-    """The names of the runs that count as lost; None where one's record does not tell how its loss rose."""
-    rises = {record["name"]: record.get("loss_rise") for record in records}
-    if None in rises.values():
-        return None
-    return sorted(name for name, rise in rises.items() if rise >= LOST_RISE)
+def lost(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the runs that count as lost, of those whose records tell how their loss rose."""
+    return sorted(record["name"] for record in records if record.get("loss_rise", 0.0) >= LOST_RISE)

@@ -283,6 +283,8 @@ def _retrofit(
 ) -> tuple[MoDForCausalLM, RetrofitResult]:
     """See `retrofit`; the folder is held."""
     length, bf16 = len(corpus.train[0]["input_ids"]), training.precision == "bf16"
+    # A run is of the rank that it was begun with, also where another version has another default.
+    options = replace(options, bypass_rank=routed_kind(dense.config, options)["bypass_rank"])
     facts = {"source": source, **asdict(options)}
     measured = Measured(folder, {**facts, "precision": training.precision, "text": corpus.key})
     resume = resume and (folder / "run.json").exists()
