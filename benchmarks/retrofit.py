@@ -37,6 +37,7 @@ import os
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -240,8 +241,7 @@ def run(arguments: argparse.Namespace) -> None:
             return
     tokenizer = checked(loaded, arguments.source)
     if share is not None:
-        wanted = RetrofitOptions(flops_share=share, bypass_rank=arguments.bypass_rank)
-        check_share(dense.config, wanted, arguments.sequence_length)
+        check_share(dense.config, replace(options, flops_share=share), arguments.sequence_length)
     texts = texts_of(
         [str(file) for file in arguments.tune],
         None if arguments.conversations is None else str(arguments.conversations),
@@ -345,7 +345,7 @@ def vllm_seconds(python: str, dense: MoDForCausalLM, prompt: torch.Tensor, rows:
 
 
 def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Writes and returns summary.json: means over seeds of lines, whose settings are these."""
+    """Writes and returns summary.json: of each side the means over the seeds of its lines, whose settings are these."""
     names = {line["side"] if line["share"] is None else f"{line['side']}-{line['share']}": line for line in lines}
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in read_records(out / "decoding.jsonl"):
@@ -354,19 +354,28 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     def means(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
         return {text: mean(line[name][text] for line in lines) for text in lines[0][name]}
 
-    base = [line for line in lines if line["side"] == "tuned"]
+    def ratio_to(other: str, same: list[dict[str, Any]]) -> dict[str, float] | None:
+        """The mean over seeds of the ratio of perplexities to another side's at the same share, by kind of text."""
+        share = None if other == "tuned" else same[0]["share"]
+        others = {line["seed"]: line for line in lines if (line["side"], line["share"]) == (other, share)}
+        pairs = [(line, others[line["seed"]]) for line in same if line["seed"] in others]
+        if not pairs:
+            return None
+        return {
+            text: mean(line["perplexity"][text] / base["perplexity"][text] for line, base in pairs)
+            for text in same[0]["perplexity"]
+        }
+
     sides = {}
     for name, first in names.items():
         same = [line for line in lines if (line["side"], line["share"]) == (first["side"], first["share"])]
-        perplexity = means(same, "perplexity")
         sides[name] = {
             "seeds": [line["seed"] for line in same],
-            "perplexity": perplexity,
-            "ratio_to_tuned_dense": {
-                text: value / means(base, "perplexity")[text] for text, value in perplexity.items()
-            }
-            if base
-            else None,
+            "perplexity": means(same, "perplexity"),
+            "perplexity_by_seed": {text: [line["perplexity"][text] for line in same] for text in first["perplexity"]},
+            "ratio_to_tuned_dense": ratio_to("tuned", same),
+            "ratio_to_dropped": ratio_to("dropped", same),
+            "ratio_to_linear": ratio_to("linear", same),
             "conversation_loss": None if first["conversation_loss"] is None else means(same, "loss")["conversations"],
             "answers_right": mean(line["answers_right"] for line in same),
             "flops_ratio": first["flops_ratio"],
@@ -376,7 +385,9 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
                 for rows in ROWS
                 if (name, rows) in seconds and ("dense", rows) in seconds
             },
-            "tuning_minutes": mean(line["tuning_minutes"] for line in same),
+            # By seed, with the cores that it had.
+            "tuning_minutes": [line["tuning_minutes"] for line in same],
+            "tuning_threads": [line["machine"]["threads"] for line in same],
         }
     summary = {"sides": sides, **shared, **provenance()}
     write_aside(out / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -105,8 +105,8 @@ def main() -> None:
             flush=True,
         )
 
-    def wanted(row: str, rank: int = sides.rank) -> bool:
-        return (row, rank) not in done and (arguments.rows is None or row in arguments.rows)
+    def wanted(row: str, map_rank: int = sides.rank) -> bool:
+        return (row, map_rank) not in done and (arguments.rows is None or row in arguments.rows)
 
     if wanted("dense", 0):
         keep("dense", without(dense, []))

@@ -1,0 +1,53 @@
+"""What the retrofit's comparison tells of its sides."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from retrofit import summarise
+
+
+def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str, Any]:
+    return {
+        "side": side,
+        "share": share,
+        "seed": seed,
+        "perplexity": {"wikitext": wikitext},
+        "loss": {"wikitext": 1.0, "conversations": 2.0 + seed},
+        "conversation_loss": 2.0 + seed,
+        "answers_right": 10 + seed,
+        "flops_ratio": 0.8,
+        "decode_ratio": 0.81,
+        "tuning_minutes": 20.0 + seed,
+        "machine": {"threads": 2 - seed},
+    }
+
+
+def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path) -> None:
+    turns = [("dense", 0.3), ("dense", 0.2), ("dense", 0.2), ("ours-0.8", 0.1), ("ours-0.8", 0.2), ("ours-0.8", 0.1)]
+    text = "".join(json.dumps({"side": side, "rows": 1, "seconds": seconds}) + "\n" for side, seconds in turns)
+    (tmp_path / "decoding.jsonl").write_text(text)
+    lines = [
+        line("tuned", None, 0, 10.0),
+        line("tuned", None, 1, 20.0),
+        line("ours", 0.8, 0, 12.0),
+        line("ours", 0.8, 1, 26.0),
+        line("dropped", 0.8, 0, 15.0),
+        line("dropped", 0.65, 0, 30.0),
+    ]
+    sides = summarise(lines, {}, tmp_path)["sides"]
+    ours = sides["ours-0.8"]
+    assert ours["seeds"] == [0, 1]
+    assert ours["perplexity"] == {"wikitext": 19.0}
+    assert ours["perplexity_by_seed"] == {"wikitext": [12.0, 26.0]}
+    assert ours["ratio_to_tuned_dense"] == pytest.approx({"wikitext": (1.2 + 1.3) / 2})
+    # Of the one seed that both have, at the same share.
+    assert ours["ratio_to_dropped"] == pytest.approx({"wikitext": 0.8})
+    assert ours["ratio_to_linear"] is None
+    assert ours["conversation_loss"] == 2.5
+    assert ours["answers_right"] == 10.5
+    assert ours["decode_speedup"] == pytest.approx({1: 2.0})
+    assert (ours["tuning_minutes"], ours["tuning_threads"]) == ([20.0, 21.0], [2, 1])
+    assert sides["tuned"]["ratio_to_tuned_dense"] == {"wikitext": 1.0}
+    assert json.loads((tmp_path / "summary.json").read_text())["sides"].keys() == sides.keys()
