@@ -354,32 +354,36 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     def means(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
         return {text: mean(line[name][text] for line in lines) for text in lines[0][name]}
 
-    def ratio_to(other: str, same: list[dict[str, Any]]) -> dict[str, float] | None:
-        """The mean over seeds of the ratio of perplexities to another side's at the same share, by kind of text."""
+    def compared(other: str, same: list[dict[str, Any]]) -> tuple[list[int], dict[str, float] | None]:
+        """The seeds that another side at the same share has, too, and the mean ratio of perplexities over them."""
         share = None if other == "tuned" else same[0]["share"]
         others = {line["seed"]: line for line in lines if (line["side"], line["share"]) == (other, share)}
         pairs = [(line, others[line["seed"]]) for line in same if line["seed"] in others]
-        if not pairs:
-            return None
-        return {
+        ratios = {
             text: mean(line["perplexity"][text] / base["perplexity"][text] for line, base in pairs)
             for text in same[0]["perplexity"]
+            if pairs
         }
+        return [line["seed"] for line, _ in pairs], ratios or None
 
     sides = {}
-    for name, first in names.items():
-        same = [line for line in lines if (line["side"], line["share"]) == (first["side"], first["share"])]
+    for name, one in names.items():
+        same = [line for line in lines if (line["side"], line["share"]) == (one["side"], one["share"])]
+        seeds_in_common, ratios = {}, {}
+        for other in ("tuned", "dropped", "linear"):
+            seeds_in_common[other], ratios[other] = compared(other, same)
         sides[name] = {
             "seeds": [line["seed"] for line in same],
             "perplexity": means(same, "perplexity"),
-            "perplexity_by_seed": {text: [line["perplexity"][text] for line in same] for text in first["perplexity"]},
-            "ratio_to_tuned_dense": ratio_to("tuned", same),
-            "ratio_to_dropped": ratio_to("dropped", same),
-            "ratio_to_linear": ratio_to("linear", same),
-            "conversation_loss": None if first["conversation_loss"] is None else means(same, "loss")["conversations"],
+            "perplexity_by_seed": {text: [line["perplexity"][text] for line in same] for text in one["perplexity"]},
+            "ratio_to_tuned_dense": ratios["tuned"],
+            "ratio_to_dropped": ratios["dropped"],
+            "ratio_to_linear": ratios["linear"],
+            "seeds_in_common": seeds_in_common,
+            "conversation_loss": None if one["conversation_loss"] is None else means(same, "loss")["conversations"],
             "answers_right": mean(line["answers_right"] for line in same),
-            "flops_ratio": first["flops_ratio"],
-            "decode_ratio": first["decode_ratio"],
+            "flops_ratio": one["flops_ratio"],
+            "decode_ratio": one["decode_ratio"],
             "decode_speedup": {
                 rows: median(seconds["dense", rows]) / median(seconds[name, rows])
                 for rows in ROWS

@@ -1,18 +1,21 @@
 """Where the loss of a tuned retrofit sits: in its weights, in who is chosen to skip, or in the skipping itself.
 
-    python benchmarks/retrofit_gap.py SmolLM2-135M-Instruct.Q4_1.gguf ours-0.8-0 --tune wikitext2_valid.txt \\
-        --conversations results/retrofit/chats.jsonl --test wikitext=wikitext2_test.txt --windows 16 \\
-        --runs runs/compared --out results/retrofit
+    python benchmarks/retrofit_gap.py ours-0.8-0 --tune wikitext2_valid.txt --test wikitext=wikitext2_test.txt \\
+        --conversations results/retrofit/chats.jsonl --windows 16 --runs runs/compared --out results/retrofit
 
 The side, and the equally tuned dense model `tuned-SEED`, are folders in `--runs` that benchmarks/retrofit.py left
-there. A line is added to `--out`/gap.jsonl, with the loss by kind of text, in nats per token and under top-k routing:
+there; what they were tuned on is given as it was then. A line is added to `--out`/gap.jsonl, with the loss by kind of
+text, in nats per token and under top-k routing:
 
     tuned        of the dense model;
-    all_enter    of the side, every token of which enters every block: what lies above `tuned` is lost in its weights;
-    chosen       at its capacities: what lies above `all_enter` is lost by skipping;
-    by_missed    with those tokens chosen in the routers' place that would miss most: how much better routers would do.
+    chosen       of the side;
+    by_norm      of the side, with those tokens chosen in each block that would miss most of it, by its norm, which is
+                 what routers are fitted to at the start. Other choices may be better still;
+    all_enter    of the side, with every token in every block. Its weights were not tuned to that, so what is left above
+                 `tuned` is more than they lost.
 
-`by_step` is the side's tuning loss less the dense model's, of the same sequences, in each eighth of the steps.
+`by_step` is the side's tuning loss less the dense model's in each eighth of the steps, for the same sequences: of the
+mixture of cross-entropy and divergence that tuning lowers.
 """
 
 import argparse
@@ -25,44 +28,45 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from retrofit import WINDOW, test_file
+from retrofit import WINDOW, contents, existing, test_file
 from retrofit_sides import Texts, texts_of
 from torch import Tensor, nn
 
-from mixture_of_depths import MoDForCausalLM, load_dense
+from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.files import read_json, read_records
 from mixture_of_depths.model.modeling import DecoderLayer
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.retrofitting.measure import routers_of, top_k_loss
 from mixture_of_depths.text.batches import batches
-from mixture_of_depths.text.tokenizer import checked
+from mixture_of_depths.text.tokenizer import load_tokenizer
 
 PARTS_OF_THE_RUN = 8
 
 
-class MissedNorm(nn.Module):
-    """In the place of a router's weights: the logarithm of the norm of what a token that skips the block misses."""
+class NormOfMissed(nn.Module):
+    """In the place of a router's weights: gives the norm of what a token that skips the block misses."""
 
     @torch.no_grad()
-    def look(self, layer: DecoderLayer, args: tuple[Tensor], others: dict[str, Any]) -> None:
-        """Before the block runs, with what it is given."""
+    def before_block(self, layer: DecoderLayer, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+        """A hook, called with what the block is called with."""
         (hidden_BTD,) = args
-        delta_BTD, _ = layer.delta(hidden_BTD, others["placement"], None, "top_k")
+        delta_BTD, _ = layer.delta(hidden_BTD, kwargs["placement"], None, "top_k")
         skipped_BTD = layer.bypassed(hidden_BTD, torch.zeros_like(hidden_BTD[..., 0], dtype=torch.bool))
-        self.missed_BT1 = (hidden_BTD + delta_BTD - skipped_BTD).norm(dim=-1, keepdim=True).clamp(min=1e-6).log()
+        self.norm_BT1 = (hidden_BTD + delta_BTD - skipped_BTD).norm(dim=-1, keepdim=True)
 
     def forward(self, router_input_BTD: Tensor) -> Tensor:
-        return self.missed_BT1
+        return self.norm_BT1
 
 
 @contextmanager
-def choosing_by_missed(model: MoDForCausalLM) -> Iterator[None]:
+def choosing_by_norm(model: MoDForCausalLM) -> Iterator[None]:
     """Within it, top-k routing chooses the tokens that would miss most."""
     learned, hooks = {}, []
     for layer_idx, router in routers_of(model).items():
-        missed = MissedNorm()
-        learned[layer_idx], router.proj = router.proj, cast(Any, missed)
-        hooks.append(model.model.layers[layer_idx].register_forward_pre_hook(cast(Any, missed.look), with_kwargs=True))
+        norm = NormOfMissed()
+        learned[layer_idx], router.proj = router.proj, cast(Any, norm)
+        layer = model.model.layers[layer_idx]
+        hooks.append(layer.register_forward_pre_hook(cast(Any, norm.before_block), with_kwargs=True))
     try:
         yield
     finally:
@@ -95,7 +99,7 @@ def losses(model: MoDForCausalLM, texts: Texts) -> dict[str, float]:
 
 
 def gap_by_step(side: Path, tuned: Path) -> list[float]:
-    """The mean difference of the tuning losses in each part of the run; both have seen the same sequences."""
+    """The mean difference of the tuning losses in each part of the run."""
     ours, theirs = (
         [line["loss"] for line in read_records(folder / "metrics.jsonl") if "loss" in line] for folder in (side, tuned)
     )
@@ -104,52 +108,94 @@ def gap_by_step(side: Path, tuned: Path) -> list[float]:
     return [fmean(differences[start:end]) for start, end in pairwise(cuts)]
 
 
+def check_side(side: Path, tuned: Path) -> dict[str, Any]:
+    """How both were tuned.
+
+    Raises:
+        ValueError: for a folder without a finished model, for a side whose tokens have no such choice as is compared
+            here, or for models that were not tuned alike.
+    """
+    for folder in (side, tuned):
+        for name in ("result.json", "run.json", "metrics.jsonl", "config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"side={side.name} needs {folder / name}, which is not there; tune {folder.name} first"
+                )
+    config = MoDConfig.from_pretrained(side)
+    routed = (config.routed_parts, config.router_type, config.training_routing)
+    if not config.routed_layers or routed != ("block_keep_keys", "learned", "top_k"):
+        raise ValueError(
+            f"side={side.name} has no learned routers of blocks whose keys are kept, tuned under top-k routing; name a "
+            "side of ours"
+        )
+    ours, theirs = read_json(side / "run.json"), read_json(tuned / "run.json")
+    if (ours["train"], ours["text"]["key"]) != (theirs["train"], theirs["text"]["key"]):
+        raise ValueError(
+            f"side={side.name} was not tuned as {tuned.name} was: options or text differ in their run.json; tune one "
+            "of them again"
+        )
+    if ours["train"]["max_steps"] < PARTS_OF_THE_RUN:
+        raise ValueError(f"side={side.name} was tuned for fewer than {PARTS_OF_THE_RUN} steps; tune it for longer")
+    return ours
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
     parser.add_argument("side", help="name of the side's folder in --runs, such as ours-0.8-0")
-    parser.add_argument("--tune", nargs="+", required=True)
-    parser.add_argument("--conversations")
+    parser.add_argument("--tune", type=existing, nargs="+", required=True)
+    parser.add_argument("--conversations", type=existing)
     parser.add_argument("--test", type=test_file, nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
     folder = arguments.runs / arguments.side
     tuned_folder = arguments.runs / f"tuned-{folder.name.split('-')[-1]}"
-    for needed in (folder, tuned_folder):
-        if not (needed / "result.json").exists():
-            parser.error(f"side={arguments.side} needs {needed}, which holds no finished model; tune it first")
-    side, tuned = (MoDForCausalLM.from_pretrained(path).eval() for path in (folder, tuned_folder))
-    if not side.config.routed_layers or side.config.router_type == "random":
-        parser.error(f"side={arguments.side} has no learned routers; name one that has")
-    _, loaded = load_dense(arguments.source)
+    tuned_as = check_side(folder, tuned_folder)
+    by_step = gap_by_step(folder, tuned_folder)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tests = dict(arguments.test)
     texts = texts_of(
-        arguments.tune,
-        arguments.conversations,
-        {name: str(file) for name, file in arguments.test},
-        checked(loaded, arguments.source),
-        arguments.sequence_length,
+        [str(file) for file in arguments.tune],
+        None if arguments.conversations is None else str(arguments.conversations),
+        {name: str(file) for name, file in tests.items()},
+        load_tokenizer(str(folder)),
+        tuned_as["text"]["options"]["sequence_length"],
         WINDOW,
         arguments.windows,
         arguments.runs,
     )
+    if texts.corpus.key != tuned_as["text"]["key"]:
+        raise ValueError(
+            "tune and conversations are not what the models were tuned on, so that held-out text may have been seen; "
+            "give the files of then"
+        )
+    side, tuned = (MoDForCausalLM.from_pretrained(path).eval() for path in (folder, tuned_folder))
     loss = {"tuned": losses(tuned, texts), "chosen": losses(side, texts)}
+    with choosing_by_norm(side):
+        loss["by_norm"] = losses(side, texts)
     with all_entering(side):
         loss["all_enter"] = losses(side, texts)
-    with choosing_by_missed(side):
-        loss["by_missed"] = losses(side, texts)
-    result = read_json(folder / "result.json")
     record = {
         "side": arguments.side,
         "map_rank": side.config.bypass_rank or None,
-        "steps": cast(int, result["steps"]),
         "loss": loss,
-        "by_step": gap_by_step(folder, tuned_folder),
+        "by_step": by_step,
+        "train": tuned_as["train"],
+        "tuning": tuned_as["tuning"],
+        "windows": arguments.windows,
+        "text": tuned_as["text"]["key"],
+        "test": {name: contents(file) for name, file in tests.items()},
         **provenance(side.device),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "gap.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(json.dumps(record))

@@ -29,11 +29,11 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
     text = "".join(json.dumps({"side": side, "rows": 1, "seconds": seconds}) + "\n" for side, seconds in turns)
     (tmp_path / "decoding.jsonl").write_text(text)
     lines = [
-        line("tuned", None, 0, 10.0),
         line("tuned", None, 1, 20.0),
+        line("tuned", None, 0, 10.0),
         line("ours", 0.8, 0, 12.0),
         line("ours", 0.8, 1, 26.0),
-        line("dropped", 0.8, 0, 15.0),
+        line("dropped", 0.8, 1, 32.5),
         line("dropped", 0.65, 0, 30.0),
     ]
     sides = summarise(lines, {}, tmp_path)["sides"]
@@ -45,6 +45,7 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
     # Of the one seed that both have, at the same share.
     assert ours["ratio_to_dropped"] == pytest.approx({"wikitext": 0.8})
     assert ours["ratio_to_linear"] is None
+    assert ours["seeds_in_common"] == {"tuned": [0, 1], "dropped": [1], "linear": []}
     assert ours["conversation_loss"] == 2.5
     assert ours["answers_right"] == 10.5
     assert ours["decode_speedup"] == pytest.approx({1: 2.0})
