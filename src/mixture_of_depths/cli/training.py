@@ -132,7 +132,7 @@ def retrofit(
     out: Path,
     data: TuningText = TuningText(sequence_length=512),
     routing: Routing = Routing(),
-    training: Tuning = Tuning(batch_size=4, learning_rate=1e-4, precision="bf16"),
+    training: Tuning = Tuning(batch_size=4, learning_rate=2e-4, precision="bf16"),
     resume: bool = False,
     device: Device = "auto",
 ) -> None:
