@@ -122,13 +122,13 @@ def test_ctrl_c_ends_a_command_that_loads_libraries_which_catch_all_that_is_rais
         (["train", "--out", "OUT", "--data", "nowhere"], "given: none (--max-steps, --max-tokens, --max-flops)"),
         (
             ["train", "--out", "OUT", "--data", "nowhere", "--max-steps", "3", "--capacity", "12.5"],
-            "capacity=12.5 must be a share of the tokens, at most 1; 0.125 is 12.5 %",
+            "capacity=12.5 must be a share of the tokens, above 0 and at most 1; 0.125 is 12.5 %",
         ),
         (["generate", "nowhere", "--prompt", "x"], "checkpoint=nowhere does not exist; name the folder"),
         (["inspect", "CHECKPOINT", "--file", "..", "--out", "OUT"], "file=.. is a folder; name a file of text in it"),
         (
             ["train", "--out", "OUT", "DATA", "--max-steps", "3", "--capacity", "2"],
-            "capacity=2.0 must be a share of the tokens, at most 1",
+            "capacity=2.0 must be a share of the tokens, above 0 and at most 1",
         ),
         (["train", "--out", "OUT", "DATA", "--max-steps", "3", "--hidden-size", "15"], "or give MoDConfig a head_dim"),
         (

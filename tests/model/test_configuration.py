@@ -120,9 +120,9 @@ def test_expert_choice_has_a_capacity_of_one_by_default() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=8"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"capacity": 0}, "capacity=0 is out of range: it must be greater than 0"),
-        ({"capacity": 1.5}, "capacity=1.5 must be a share of the tokens, at most 1"),
-        ({"capacity": float("nan")}, "capacity=nan is out of range: it must be a finite number"),
+        ({"capacity": 0}, "capacity=0 must be a share of the tokens, above 0 and at most 1"),
+        ({"capacity": 1.5}, "capacity=1.5 must be a share of the tokens, above 0 and at most 1"),
+        ({"capacity": float("nan")}, "capacity=nan must be a share of the tokens, above 0 and at most 1"),
         ({"capacity": [0.5, 0.5]}, r"capacity=\[0.5, 0.5\] has 2 entries for 4 routed blocks"),
         (
             {"routed_parts": "attention"},

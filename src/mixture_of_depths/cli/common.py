@@ -71,7 +71,7 @@ def read_config(checkpoint: Path) -> "MoDConfig":
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:
         # What libraries raise about a damaged file has no common kind.
-        raise ValueError(f"checkpoint={checkpoint} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint={checkpoint} cannot be read; copy it anew, or give another: {error}") from error
     if not isinstance(config, MoDConfig):
         raise ValueError(
             f"checkpoint={checkpoint} cannot be read: it is a {config.model_type} model, not mixture_of_depths"
@@ -97,7 +97,7 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
         model, loading_info = loaded
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
-        raise ValueError(f"checkpoint={checkpoint} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint={checkpoint} cannot be read; copy it anew, or give another: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading_info[kind]:
             names = ", ".join(sorted(map(str, loading_info[kind]))[:3])

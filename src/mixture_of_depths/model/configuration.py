@@ -179,8 +179,10 @@ class MoDConfig(PreTrainedConfig):
             if name in kwargs:
                 raise ValueError(f"{name}={kwargs[name]!r} is no field; give {meant}")
         route_every, route_from = kwargs.pop("route_every", None), kwargs.pop("route_from", None)
-        if isinstance(self.capacity, int | float) and self.capacity > 1:
-            raise ValueError(f"capacity={self.capacity} must be a share of the tokens, at most 1; 0.125 is 12.5 %")
+        if isinstance(self.capacity, int | float) and not 0 < self.capacity <= 1:
+            raise ValueError(
+                f"capacity={self.capacity} must be a share of the tokens, above 0 and at most 1; 0.125 is 12.5 %"
+            )
         validate_fields(self)
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)

@@ -148,7 +148,7 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         model, loading_info = loaded
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
-        raise ValueError(f"source={source} cannot be read: {error}") from error
+        raise ValueError(f"source={source} cannot be read; copy it anew, or give another: {error}") from error
     misfits = [f"missing {name}" for name in sorted(loading_info["missing_keys"])]
     mismatched = [*loading_info["mismatched_keys"]]
     if gguf:

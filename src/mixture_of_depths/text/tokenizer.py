@@ -91,7 +91,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
-        raise ValueError(f"tokenizer={folder} cannot be read: {error}") from error
+        raise ValueError(f"tokenizer={folder} cannot be read; copy it anew, or give another: {error}") from error
     return checked(tokenizer, folder)
 
 
