@@ -21,7 +21,7 @@ mixture of cross-entropy and divergence that tuning lowers.
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,7 @@ from mixture_of_depths import MoDConfig, MoDForCausalLM
 from mixture_of_depths.files import read_json, read_records
 from mixture_of_depths.model.modeling import DecoderLayer
 from mixture_of_depths.provenance import provenance
-from mixture_of_depths.retrofitting.measure import routers_of, top_k_loss
+from mixture_of_depths.retrofitting.measure import at_capacity, routers_of, top_k_loss
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.tokenizer import load_tokenizer
 
@@ -79,14 +79,10 @@ def choosing_by_norm(model: MoDForCausalLM) -> Iterator[None]:
 @contextmanager
 def all_entering(model: MoDForCausalLM) -> Iterator[None]:
     """Within it, every token enters every block under top-k routing."""
-    capacities = {layer_idx: router.capacity for layer_idx, router in routers_of(model).items()}
-    for router in routers_of(model).values():
-        router.capacity = 1.0
-    try:
+    with ExitStack() as changed:
+        for router in routers_of(model).values():
+            changed.enter_context(at_capacity(router, 1.0))
         yield
-    finally:
-        for layer_idx, router in routers_of(model).items():
-            router.capacity = capacities[layer_idx]
 
 
 def losses(model: MoDForCausalLM, texts: Texts) -> dict[str, float]:

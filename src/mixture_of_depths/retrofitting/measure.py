@@ -89,7 +89,8 @@ def set_fit(model: MoDForCausalLM, fit: Fit) -> None:
 
 
 @contextmanager
-def _capacity(router: Router, fraction: float) -> Iterator[None]:
+def at_capacity(router: Router, fraction: float) -> Iterator[None]:
+    """Within it, a router has another capacity."""
     before, router.capacity = router.capacity, fraction
     try:
         yield
@@ -142,6 +143,6 @@ def measure_importance(
     text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
     before = top_k_loss(model, text, bf16)
     for layer_idx in track(range(len(measured), count), "measuring blocks", console=console):
-        with _capacity(routers[layer_idx], MEASURED_CAPACITY):
+        with at_capacity(routers[layer_idx], MEASURED_CAPACITY):
             rise = top_k_loss(model, text, bf16) - before
             yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
