@@ -27,7 +27,7 @@ measured once, and kept in `--runs`.
     python benchmarks/retrofit.py SOURCE summary ...     of the lines with these settings, summary.json
 
 Decoding is measured in bf16, with one row and with 8; with `--vllm PYTHON`, the interpreter of an environment with
-vLLM, that with the dense model, too.
+vLLM, that with the dense model, too, in the same turns.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import os
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -301,9 +302,12 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
         with (arguments.out / "decoding.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    vllm = Vllm(arguments.vllm, dense, arguments.runs) if arguments.vllm else None
     for rows in ROWS:
         for model in sides.values():
             decode_seconds(model, prompts[0].repeat(rows, 1), SamplingOptions(max_new_tokens=8))
+        if vllm is not None:
+            vllm.seconds(prompts[0], rows)
         for number, prompt in enumerate(prompts):
             for turn in range(TURNS):
                 options = SamplingOptions(
@@ -311,37 +315,52 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
                 )
                 for side in sorted(sides, reverse=bool(turn % 2)):
                     keep(side, rows, decode_seconds(sides[side], prompt.repeat(rows, 1), options))
-            if arguments.vllm:
-                keep("vllm", rows, vllm_seconds(arguments.vllm, dense, prompt, rows, arguments.runs))
+                if vllm is not None:
+                    keep("vllm", rows, vllm.seconds(prompt, rows))
 
 
 VLLM = """
 import json, sys, time
 from vllm import LLM, SamplingParams
-folder, tokens, rows = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = LLM(folder, dtype="bfloat16", max_model_len=512, skip_tokenizer_init=True, gpu_memory_utilization=0.25)
-def seconds(count):
+model = LLM(sys.argv[1], dtype="bfloat16", max_model_len=512, skip_tokenizer_init=True, gpu_memory_utilization=0.25)
+def seconds(tokens, rows, count):
     settings = SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False)
     start = time.perf_counter()
-    model.generate([{"prompt_token_ids": tokens}] * rows, settings)
+    model.generate([{"prompt_token_ids": tokens}] * rows, settings, use_tqdm=False)
     return time.perf_counter() - start
-seconds(8)
-print("\\nseconds a step:", (seconds(128) - seconds(1)) / 127)
+for line in sys.stdin:
+    tokens, rows = json.loads(line)
+    print("\\nseconds a step:", (seconds(tokens, rows, 128) - seconds(tokens, rows, 1)) / 127, flush=True)
 """
 
 
-def vllm_seconds(python: str, dense: MoDForCausalLM, prompt: torch.Tensor, rows: int, runs: Path) -> float:
-    """Seconds of a step of vLLM with the dense model, in a process of its own."""
-    folder = runs / "llama"
-    if not folder.exists():
-        llama = to_llama(dense)
-        nn.Module.to(llama, torch.bfloat16)
-        llama.save_pretrained(folder)
-    command = [python, "-c", VLLM, str(folder), json.dumps(prompt[0].tolist()), str(rows)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    # It stands between what the library logs.
-    (timing,) = (line for line in run.stdout.splitlines() if line.startswith("seconds a step:"))
-    return float(timing.split(":")[1])
+class Vllm:
+    """vLLM with the dense model, in a process that stays: a start takes minutes, and turns must be seconds apart."""
+
+    def __init__(self, python: str, dense: MoDForCausalLM, runs: Path) -> None:
+        folder, self.log = runs / "llama", runs / "vllm.log"
+        if not folder.exists():
+            llama = to_llama(dense)
+            nn.Module.to(llama, torch.bfloat16)
+            llama.save_pretrained(folder)
+        with self.log.open("w") as log:
+            command = [python, "-c", VLLM, str(folder)]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+            )
+
+    def seconds(self, prompt: torch.Tensor, rows: int) -> float:
+        """Seconds of a step; ValueError where the process has ended."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with suppress(BrokenPipeError):
+            stdin.write(json.dumps([prompt[0].tolist(), rows]) + "\n")
+        # It stands between what the library logs.
+        for line in stdout:
+            if line.startswith("seconds a step:"):
+                return float(line.split(":")[1])
+        raise ValueError(f"vLLM has ended: {self.log} says why")
 
 
 def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -350,6 +369,14 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in read_records(out / "decoding.jsonl"):
         seconds.setdefault((turn["side"], turn.get("rows", 1)), []).append(turn["seconds"])
+
+    def decode_speedup(name: str) -> dict[int, float]:
+        """By rows, how many times as fast as the dense model, of the medians of all turns."""
+        return {
+            rows: median(seconds["dense", rows]) / median(seconds[name, rows])
+            for rows in ROWS
+            if (name, rows) in seconds and ("dense", rows) in seconds
+        }
 
     def means(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
         return {text: mean(line[name][text] for line in lines) for text in lines[0][name]}
@@ -384,16 +411,13 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
             "answers_right": mean(line["answers_right"] for line in same),
             "flops_ratio": one["flops_ratio"],
             "decode_ratio": one["decode_ratio"],
-            "decode_speedup": {
-                rows: median(seconds["dense", rows]) / median(seconds[name, rows])
-                for rows in ROWS
-                if (name, rows) in seconds and ("dense", rows) in seconds
-            },
+            "decode_speedup": decode_speedup(name),
             # By seed, with the cores that it had.
             "tuning_minutes": [line["tuning_minutes"] for line in same],
             "tuning_threads": [line["machine"]["threads"] for line in same],
         }
-    summary = {"sides": sides, **shared, **provenance()}
+    # vLLM runs the dense model, so its ratio is to ours of the same model.
+    summary = {"sides": sides, "vllm_decode_speedup": decode_speedup("vllm"), **shared, **provenance()}
     write_aside(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -25,7 +25,15 @@ def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str
 
 
 def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path) -> None:
-    turns = [("dense", 0.3), ("dense", 0.2), ("dense", 0.2), ("ours-0.8", 0.1), ("ours-0.8", 0.2), ("ours-0.8", 0.1)]
+    turns = [
+        ("dense", 0.3),
+        ("dense", 0.2),
+        ("dense", 0.2),
+        ("ours-0.8", 0.1),
+        ("ours-0.8", 0.2),
+        ("ours-0.8", 0.1),
+        ("vllm", 0.4),
+    ]
     text = "".join(json.dumps({"side": side, "rows": 1, "seconds": seconds}) + "\n" for side, seconds in turns)
     (tmp_path / "decoding.jsonl").write_text(text)
     lines = [
@@ -36,7 +44,9 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
         line("dropped", 0.8, 1, 32.5),
         line("dropped", 0.65, 0, 30.0),
     ]
-    sides = summarise(lines, {}, tmp_path)["sides"]
+    summary = summarise(lines, {}, tmp_path)
+    assert summary["vllm_decode_speedup"] == pytest.approx({1: 0.5})
+    sides = summary["sides"]
     ours = sides["ours-0.8"]
     assert ours["seeds"] == [0, 1]
     assert ours["perplexity"] == {"wikitext": 19.0}
