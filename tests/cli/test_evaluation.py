@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import TINY, data, run
 from models import write_numbers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mixture_of_depths import MoDForCausalLM, load_tokenizer, to_llama
 
@@ -83,6 +85,27 @@ def test_what_is_left_out_of_the_text_is_shown(
     small = ["--data", str(tmp_path / "some.jsonl"), *data(text)[2:], *TINY, "--max-steps", "1"]
     status, output, _ = run(monkeypatch, capsys, "train", "--out", str(tmp_path / "run"), *small)
     assert (status, shown in " ".join(output.split())) == (0, True)
+
+
+def test_a_checkpoint_in_bf16_is_computed_in_float32_and_stays_in_bf16_when_it_is_calibrated(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    small, large, calibrated = tmp_path / "bf16", tmp_path / "fp32", tmp_path / "calibrated"
+    for copy in (small, large):
+        shutil.copytree(checkpoint, copy)
+    model = nn.Module.to(MoDForCausalLM.from_pretrained(checkpoint), torch.bfloat16)
+    model.save_pretrained(small)
+    nn.Module.to(model, torch.float32).save_pretrained(large)
+    losses = [json.loads(run(monkeypatch, capsys, "evaluate", str(copy))[1])["loss_causal"] for copy in (small, large)]
+    assert losses[0] == losses[1]
+    words = ("--prompt", "1 2", "--temperature", "0", "--max-new-tokens", "8")
+    small_says, large_says = (run(monkeypatch, capsys, "generate", str(copy), *words)[1] for copy in (small, large))
+    assert small_says == large_says
+    assert run(monkeypatch, capsys, "calibrate", str(small), "--out", str(calibrated))[0] == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (small, calibrated))
+    name = "model.embed_tokens.weight"
+    assert after[name].dtype == torch.bfloat16
+    assert torch.equal(after[name], before[name])
 
 
 def test_calibrate_writes_a_model_whose_blocks_take_their_capacity(

@@ -80,20 +80,24 @@ def read_config(checkpoint: Path) -> "MoDConfig":
 
 
 def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
-    """The model in a folder, on a device, and its tokenizer.
+    """The model in a folder, on a device, and its tokenizer; the weights in float32, also where saved in less.
 
     Raises:
         ValueError: when there is none, or its weights are damaged or do not fit its configuration.
     """
+    import torch
     from torch import nn
 
     from mixture_of_depths.model.modeling import MoDForCausalLM
     from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
 
     config = read_config(checkpoint)
+    dtype = torch.promote_types(config.dtype or torch.float32, torch.float32)
     try:
         # The library annotates the model alone; asked for it, it returns what it found beside the model.
-        loaded: Any = MoDForCausalLM.from_pretrained(checkpoint, output_loading_info=True, use_safetensors=True)
+        loaded: Any = MoDForCausalLM.from_pretrained(
+            checkpoint, output_loading_info=True, use_safetensors=True, dtype=dtype
+        )
         model, loading_info = loaded
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.

@@ -13,6 +13,7 @@ from mixture_of_depths.cli.common import (
     load_checkpoint,
     load_model,
     quiet_libraries,
+    read_config,
     require_extra,
 )
 from mixture_of_depths.options import Precision
@@ -190,6 +191,8 @@ def calibrate(
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         run(model, chosen, end)
     after = evaluated()
+    # Calibrating changes routers alone, which are in float32: all else goes back to what it was saved in.
+    torch.nn.Module.to(model, read_config(checkpoint).dtype or torch.float32)
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():
         # Without its mode: the new file's is the umask's.
