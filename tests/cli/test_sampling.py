@@ -138,6 +138,20 @@ def test_a_file_that_holds_no_answers_is_refused_and_left_as_it_is(
     assert (status, "is no file of answers" in errors, out.read_text()) == (2, True, content)
 
 
+def test_what_is_no_conversation_is_told_and_the_rest_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, questions, out = tmp_path / "model", tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    make_checkpoint(model)
+    lines = [json.dumps({"messages": [{"role": "user", "content": "the quick"}]}), "{broken", '{"text": "a text"}']
+    questions.write_text("".join(line + "\n" for line in lines))
+    words = ("answer", str(model), "--data", str(questions), "--out", str(out), "--max-new-tokens", "2")
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, len(out.read_text().splitlines())) == (0, 1)
+    assert "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 0 without text" in errors
+    assert "left out for want of messages: 1" in errors
+
+
 def test_answers_go_on_where_a_text_holds_what_ends_a_line_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

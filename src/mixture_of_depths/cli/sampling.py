@@ -225,10 +225,15 @@ def answer(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not out.parent.is_dir():
         raise ValueError(f"out={out} cannot be written: there is no folder {out.parent}; make it first")
-    documents = read_all(DataOptions(data=data), Skipped())
+    skipped = Skipped()
+    documents = list(read_all(DataOptions(data=data), skipped))
     asked = [document.messages for document in documents if isinstance(document, Conversation)]
     if not asked:
         raise ValueError(f'data={" ".join(data)} holds no conversation; give .jsonl with "messages"')
+    if skipped != Skipped():
+        print(f"skipped: {skipped}", file=sys.stderr)
+    if texts := len(documents) - len(asked):
+        print(f"left out for want of messages: {texts}", file=sys.stderr)
     facts = {"source": source, "precision": precision, **asdict(options)}
     with only_answers(out):
         done = kept_answers(out, asked, facts)
