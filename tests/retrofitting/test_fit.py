@@ -71,7 +71,6 @@ def test_fitted_routers_are_the_least_squares_of_the_logarithm_of_what_is_missed
 def test_no_map_of_the_rank_leaves_less_squared_error_than_the_fitted_one(corpus: Corpus) -> None:
     dense = dense_for(corpus).double()
     sequences = some_sequences(dense)
-    fit = fit_blocks(dense, sequences, 0, 2)
     for layer_idx in (0, 3):
         layer = dense.model.layers[layer_idx]
         layer.input_layernorm.weight.data.uniform_(0.5, 2)

@@ -32,6 +32,11 @@ def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path)
     measured = Measured(tmp_path, {"source": "dense"})
     with pytest.raises(ValueError, match="source=other differs from dense of the run"):
         Measured(tmp_path, {"source": "other"})
+    text = Measured(tmp_path / "of a text", {"text": "2e82"})
+    with pytest.raises(
+        ValueError, match=r"^the text, its tokenizer or sequence_length differs from that of the run in"
+    ):
+        Measured(text.place.parent, {"text": "9ab1"})
     (measured.place / "fit.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"fit\.safetensors is damaged"):
         measured.fit()

@@ -25,7 +25,13 @@ from mixture_of_depths.retrofitting.choose import decode_share, flops_share
 from mixture_of_depths.retrofitting.fit import fit_blocks
 from mixture_of_depths.retrofitting.measure import routed_from, routers_of
 from mixture_of_depths.retrofitting.skipping import fit_to_skipping
-from mixture_of_depths.retrofitting.tune import CapacitySchedule, DistillationTrainer, fitted_start, retrofit
+from mixture_of_depths.retrofitting.tune import (
+    CapacitySchedule,
+    DistillationTrainer,
+    check_retrofit_ready,
+    fitted_start,
+    retrofit,
+)
 from mixture_of_depths.text.batches import batches, spread
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training import run as run_module
@@ -68,6 +74,16 @@ def test_a_folder_that_is_not_empty_is_refused_before_anything_is_measured(corpu
     train(dense_for(corpus).config, corpus, replace(TUNING, max_steps=2), tmp_path, console=QUIET)
     with pytest.raises(ValueError, match="holds no retrofit to resume"):
         retrofit(dense_for(corpus), "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
+
+
+def test_a_folder_where_a_kill_came_before_anything_was_measured_is_as_good_as_new(tmp_path: Path) -> None:
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "facts.json.part").write_text("{")
+    check_retrofit_ready(tmp_path, resume=False)
+    (tmp_path / "measured" / "facts.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not empty"):
+        check_retrofit_ready(tmp_path, resume=False)
+    check_retrofit_ready(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("tune", ["routers", "lora", "all"])

@@ -2,12 +2,13 @@
 
 With c_l the capacity of block l, minimised is the rise of the loss that is expected of all blocks together,
 
-    sum over l of loss_l m_l(c_l) / m_l(1/2)    with    sum over l of price(c_l) <= share,
+    sum over l of loss_l m_l(c_l) / m_l(1/2)    with    sum over l of price_l(c_l) <= share - 1,
 
 where loss_l is the measured rise with half of the tokens entering block l alone, m_l(c) what is missed of it at the
-capacity c (see `measure.py`), and price(c) a block's part of the FLOPs per token, or of the bytes that are read for a
-decoded token, over those of the dense model. A block may stay dense, at no rise. Rises are taken to add up, and none is
-taken for less than half the median: one alone may be measured as nothing, and even below, where several are not.
+capacity c (see `measure.py`), and price_l(c) what routing the block adds to the FLOPs per token, or to the bytes that
+are read for a decoded token, over those of the whole dense model: as a rule it is below 0. A block may stay dense, at
+no rise. Rises are taken to add up, and none is taken for less than half the median: one alone may be measured as
+nothing, and even below, where several are not.
 
 By Lagrange's method: for a rise per unit of the budget, every block takes the capacity at which its own rise and price
 weigh least, and that rate is lowered until the budget is just kept to. What is left then goes, step by step, to where

@@ -29,7 +29,7 @@ class Measured:
 
     Args:
         folder: the run's folder.
-        facts: what it depends on.
+        facts: what it depends on; the text, by the key of its preparation, under "text".
 
     Raises:
         ValueError: when the folder holds what depends on other facts, or is damaged.
@@ -42,6 +42,11 @@ class Measured:
             if not isinstance(before, dict):
                 raise ValueError(f"{self.place / FACTS} is damaged: it does not describe what was measured")
             for name, value in json.loads(json.dumps(facts)).items():
+                if name == "text" and before.get(name) != value:
+                    raise ValueError(
+                        f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}; "
+                        "resume with the same or use another folder"
+                    )
                 check_unchanged(folder, name, before.get(name), value)
         else:
             self.place.mkdir(parents=True, exist_ok=True)

@@ -189,7 +189,8 @@ def check_retrofit_ready(folder: Path, resume: bool) -> None:
     if resume and has_measured(folder):
         check_free(folder)
         return
-    check_ready(folder, resume)
+    # A kill before the first facts were written leaves nothing to go on from.
+    check_ready(folder, resume, () if has_measured(folder) else (MEASURED,))
     if resume:
         raise ValueError(
             f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"

@@ -102,9 +102,9 @@ def check_folder(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> 
         _check_unused(folder, prepared)
 
 
-def check_ready(folder: Path, resume: bool) -> None:
+def check_ready(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> None:
     """As `check_folder`, and for a folder in which another run is at work: before anything is read for a new one."""
-    check_folder(folder, resume)
+    check_folder(folder, resume, prepared)
     check_free(folder)
 
 
