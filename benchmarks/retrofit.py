@@ -37,6 +37,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -112,7 +113,7 @@ def tuned(
             schedule.lower(1.0)
         return tuned
 
-    share = arguments.distillation
+    share, saved = arguments.distillation, SavedSeconds(teacher, folder / "saved_seconds.json")
     tuning = Tuning(
         model,
         {
@@ -122,20 +123,32 @@ def tuned(
             "method": METHOD,
         },
         partial(DistillationTrainer, teacher=cast(MoDForCausalLM, teacher), share=share) if share else MoDTrainer,
-        cast(tuple[TrainerCallback, ...], (schedule,) if schedule is not None else ()),
+        cast(tuple[TrainerCallback, ...], (saved, schedule) if schedule is not None else (saved,)),
         finish,
     )
     resume = (folder / "run.json").exists()
     model, result = train(
         model.config, texts.corpus, training, folder, resume, Console(stderr=True), tuning, teacher.dense.device
     )
-    # Of the calls before, too.
-    path = folder / "saved_seconds.json"
-    saved_seconds = teacher.saved_seconds + (read_json(path) if path.exists() else 0.0)
-    write_aside(path, json.dumps(saved_seconds))
     if not result.finished:
         raise SystemExit(130)
-    return model, (result.train_seconds + saved_seconds) / 60
+    return model, (result.train_seconds + saved.seconds()) / 60
+
+
+class SavedSeconds(TrainerCallback):
+    """Keeps the teacher's saved seconds with every checkpoint, so that those of a call that is killed count, too."""
+
+    def __init__(self, teacher: KeptTeacher, path: Path) -> None:
+        self.teacher, self.path = teacher, path
+        self.before: float = read_json(path) if path.exists() else 0.0
+
+    def seconds(self) -> float:
+        """Of the calls before, too."""
+        return self.before + self.teacher.saved_seconds
+
+    def on_save(self, *_: object, **__: object) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(self.path, json.dumps(self.seconds()))
 
 
 def test_file(text: str) -> tuple[str, Path]:
@@ -284,7 +297,7 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
     """Seconds of a step of every side of the first seed, in turns: bf16, 128 tokens after prompts of 128.
 
     Turns of a side are seconds apart, once all are compiled: the machine's speed drifts by more than what is compared.
-    Prompts are of the first text, and routers calibrated on its kind.
+    Prompts are of the first text, and routers calibrated on its kind. What has a record is not measured again.
     """
     text, end = next(iter(texts.windows)), texts.corpus.end_of_text
     sides = {"dense": in_precision(dense, "bf16")}
@@ -297,10 +310,16 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
     prompted = batches(texts.windows[text], range(min(4, len(texts.windows[text]))), end, 1, dense.device)
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in prompted]
 
-    def keep(side: str, rows: int, step_seconds: float) -> None:
-        record = {"side": side, "rows": rows, "prompt": number, "seconds": step_seconds, **provenance(dense.device)}
-        with (arguments.out / "decoding.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    path, names = arguments.out / "decoding.jsonl", ("side", "map_rank", "rows", "prompt", "turn")
+    done = {tuple(record[name] for name in names) for record in read_records(path)}
+
+    def keep(side: str, step_seconds: Callable[[], float]) -> None:
+        rank = sides[side].config.bypass_rank or None if side in sides else None
+        key = (side, rank, rows, number, turn)
+        if key not in done:
+            record = {**dict(zip(names, key, strict=True)), "seconds": step_seconds(), **provenance(dense.device)}
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     vllm = Vllm(arguments.vllm, dense, arguments.runs) if arguments.vllm else None
     for rows in ROWS:
@@ -313,10 +332,11 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
                 options = SamplingOptions(
                     max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn)
                 )
+                several = prompt.repeat(rows, 1)
                 for side in sorted(sides, reverse=bool(turn % 2)):
-                    keep(side, rows, decode_seconds(sides[side], prompt.repeat(rows, 1), options))
+                    keep(side, partial(decode_seconds, sides[side], several, options))
                 if vllm is not None:
-                    keep("vllm", rows, vllm.seconds(prompt, rows))
+                    keep("vllm", partial(vllm.seconds, prompt, rows))
 
 
 VLLM = """
@@ -366,9 +386,11 @@ class Vllm:
 def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes and returns summary.json: of each side the means over the seeds of its lines, whose settings are these."""
     names = {line["side"] if line["share"] is None else f"{line['side']}-{line['share']}": line for line in lines}
+    ranks = {name: line["map_rank"] for name, line in names.items()}
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in read_records(out / "decoding.jsonl"):
-        seconds.setdefault((turn["side"], turn.get("rows", 1)), []).append(turn["seconds"])
+        if turn["map_rank"] == ranks.get(turn["side"]):
+            seconds.setdefault((turn["side"], turn["rows"]), []).append(turn["seconds"])
 
     def decode_speedup(name: str) -> dict[int, float]:
         """By rows, how many times as fast as the dense model, of the medians of all turns."""

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from retrofit import summarise
+from models import tiny
+from retrofit import SavedSeconds, summarise
+from retrofit_sides import KeptTeacher
+
+# Of the sides with maps.
+RANKS = {"ours-0.8": 128}
 
 
 def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str, Any]:
@@ -13,6 +18,7 @@ def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str
         "side": side,
         "share": share,
         "seed": seed,
+        "map_rank": RANKS.get(f"{side}-{share}"),
         "perplexity": {"wikitext": wikitext},
         "loss": {"wikitext": 1.0, "conversations": 2.0 + seed},
         "conversation_loss": 2.0 + seed,
@@ -34,8 +40,10 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
         ("ours-0.8", 0.1),
         ("vllm", 0.4),
     ]
-    text = "".join(json.dumps({"side": side, "rows": 1, "seconds": seconds}) + "\n" for side, seconds in turns)
-    (tmp_path / "decoding.jsonl").write_text(text)
+    records = [{"side": side, "map_rank": RANKS.get(side), "rows": 1, "seconds": seconds} for side, seconds in turns]
+    # Of maps of another rank: another side by the same name.
+    records.append({"side": "ours-0.8", "map_rank": 64, "rows": 1, "seconds": 9.0})
+    (tmp_path / "decoding.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = [
         line("tuned", None, 1, 20.0),
         line("tuned", None, 0, 10.0),
@@ -62,3 +70,16 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
     assert (ours["tuning_minutes"], ours["tuning_threads"]) == ([20.0, 21.0], [2, 1])
     assert sides["tuned"]["ratio_to_tuned_dense"] == {"wikitext": 1.0}
     assert json.loads((tmp_path / "summary.json").read_text())["sides"].keys() == sides.keys()
+
+
+def test_seconds_of_the_teacher_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "run" / "saved_seconds.json", KeptTeacher(tiny(routed_layers=[]), tmp_path / "teacher")
+    saved = SavedSeconds(teacher, path)
+    teacher.saved_seconds = 3.0
+    saved.on_save()
+    # Then the call is killed: these are spent again by the next.
+    teacher.saved_seconds = 4.0
+    again = SavedSeconds(KeptTeacher(teacher.dense, tmp_path / "teacher"), path)
+    assert again.seconds() == 3.0
+    again.teacher.saved_seconds = 2.0
+    assert again.seconds() == 5.0
