@@ -10,7 +10,7 @@ fewest blocks at one capacity, whole blocks skipped, without maps, routers fitte
 adds; `dropped`, the blocks taken out that cost least to take out; `linear`, those replaced by their maps, which
 are tuned, that cost least to replace. `tuned` is the dense model with that tuning, to which ratios are, and
 `dense` the model as it came. All are tuned on the files of `--tune`, the built-in corpus' training part, and
-`--conversations`, answers of the dense model itself, of which the first two give pieces with as many characters each;
+`--conversations`, answers of the dense model itself. Files and corpus give as many characters each as these have;
 `--distillation` is the share of the loss that is the divergence from the dense model's predictions.
 `--max-steps 0` tests a side as it starts. Conversations are made by
 
@@ -23,7 +23,8 @@ conversations; `answers_right`, of the questions of retrofit_questions.py; FLOPs
 dense model's. A call stops after `--minutes` with what it has, and the same call goes on. What sides are chosen by is
 measured once, and kept in `--runs`.
 
-    python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl
+    python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl;
+                                                         it, too, goes on where it stopped
     python benchmarks/retrofit.py SOURCE summary ...     of the lines with these settings, summary.json
 
 Decoding is measured in bf16, with one row and with 8; with `--vllm PYTHON`, the interpreter of an environment with

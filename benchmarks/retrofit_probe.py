@@ -6,7 +6,7 @@
 Maps and routers are fitted to `--fit` and as many characters of the built-in corpus' training part, and blocks measured
 on it. Each row is a line of `--out`, with the perplexity on evenly spread windows of 512 tokens of `--test` and of the
 built-in corpus' held-out part, under top-k routing and, once thresholds are set on the fitting text of each kind, under
-causal routing. A row that is there is not made again.
+causal routing. A row that is there is not made again: another model or text needs an `--out` of its own.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from retrofit import existing, test_file
 from retrofit_sides import METHOD, Sides, texts_of, without
 
 from mixture_of_depths import MoDForCausalLM, RetrofitOptions, calibrate, evaluate, load_dense
@@ -49,8 +50,8 @@ SPREAD: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
-    parser.add_argument("--fit", nargs="+", required=True)
-    parser.add_argument("--test", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--fit", type=existing, nargs="+", required=True)
+    parser.add_argument("--test", type=test_file, nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--fit-sequences", type=int, default=RetrofitOptions.fit_sequences)
@@ -63,9 +64,18 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     bf16 = arguments.precision == "bf16"
     dense, loaded = load_dense(arguments.source)
-    tests = dict(text.split("=", 1) for text in arguments.test)
+    tests = {name: str(file) for name, file in arguments.test}
     tokenizer = checked(loaded, arguments.source)
-    texts = texts_of(arguments.fit, None, tests, tokenizer, LENGTH, LENGTH, max(WINDOWS.values()), arguments.work)
+    texts = texts_of(
+        [str(file) for file in arguments.fit],
+        None,
+        tests,
+        tokenizer,
+        LENGTH,
+        LENGTH,
+        max(WINDOWS.values()),
+        arguments.work,
+    )
     rank = arguments.bypass_rank
     options = RetrofitOptions(
         fit_sequences=arguments.fit_sequences, measure_sequences=arguments.measure_sequences, bypass_rank=rank
