@@ -1,6 +1,7 @@
 """Trains a model whose routers are of your own kind: here a small MLP in the place of the linear map.
 
-A router gives every token a weight. Who enters, and how the block's result is scaled, follows from it as before.
+A router gives every token a weight. Who enters under top-k, and how the block's result is scaled, follows from it as
+before. In sampling the predictors decide; thresholds would have to be calibrated.
 
 python examples/own_router.py runs/own-router
 """

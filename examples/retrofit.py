@@ -22,7 +22,7 @@ arguments = parser.parse_args()
 dense, tokenizer = load_dense(arguments.source)
 corpus = prepare(DataOptions(data=(arguments.text,), sequence_length=512, tokenizer=arguments.source), tokenizer)
 routing = RetrofitOptions(flops_share=0.8, distillation=0.5)
-tuning = TrainOptions(max_steps=100, batch_size=4, learning_rate=1e-4)
+tuning = TrainOptions(max_steps=100, batch_size=4, learning_rate=2e-4)
 _, result = retrofit(dense, arguments.source, corpus, routing, tuning, arguments.out, console=Console())
 assert result.dense is not None
 assert result.retrofitted is not None
