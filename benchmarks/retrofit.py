@@ -274,7 +274,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Predictors and random routing, whatever was measured before.
     torch.manual_seed(arguments.seed)
     model, chosen = sides.start(arguments.side, arguments.share)
-    minutes = 0.0
+    minutes, origin = 0.0, provenance(dense.device)
     if arguments.max_steps and arguments.side != "dense":
         name = "-".join(str(part) for part in (arguments.side, share, arguments.seed) if part is not None)
         kept = arguments.runs / "teacher" / f"{inputs['source']}-{arguments.precision}"
@@ -287,7 +287,7 @@ def run(arguments: argparse.Namespace) -> None:
         "flops_ratio": flops_share(model.config, dense.config, arguments.sequence_length),
         "decode_ratio": decode_share(model.config, dense.config, arguments.sequence_length),
         "tuning_minutes": minutes,
-        **provenance(dense.device),
+        **origin,
     }
     with records.open("a") as file:
         file.write(json.dumps(record) + "\n")

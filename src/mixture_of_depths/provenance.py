@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
     """The commit of this source tree (None outside one), the command, the versions that matter, and the machine.
+
+    The commit is that of the first call in a process: a long run is of the code that it began with.
 
     Args:
         device: what computed the result; None where that was the CPU, or nothing was computed.
@@ -48,20 +51,26 @@ def _program() -> str:
     return f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
 
 
+@cache
 def _git_commit() -> str | None:
+    """The commit, with "-dirty" where a tracked file has changed since, but for those of results, which runs write."""
     folder = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        run = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else None
+
     try:
-        run = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # An installed package may lie inside another project's tree, whose commit says nothing about this source.
+        if git("ls-files", "--error-unmatch", __file__) is None:
+            return None
     except FileNotFoundError:
         return None
-    # An installed package may lie inside another project's tree, whose commit says nothing about this source.
-    tracked = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True)
-    return run.stdout.strip() if run.returncode == 0 and tracked.returncode == 0 else None
+    commit, changed = (
+        git("rev-parse", "HEAD"),
+        git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"),
+    )
+    return f"{commit}-dirty" if changed else commit
 
 
 def processor() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mixture_of_depths.isoflop.fit import (
+    at_each_size,
     comparisons,
     curve,
     optima,
@@ -140,6 +141,45 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says_with_three_seeds(
         assert interval is not None
         held += interval[0] <= 0.5 <= interval[1]
     assert held / 300 == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bend", "noise"), [(0.02, (0.01, 0.01)), (0.005, (0.03, 0.03)), (0.005, (0.06, 0.02))])
+def test_the_interval_holds_the_true_ratio_as_often_where_the_best_of_five_sizes_is_chosen(
+    bend: float, noise: tuple[float, float]
+) -> None:
+    generator = random.Random(0)
+    held = 0
+    for _ in range(200):
+        sides = [
+            [
+                record(name, depth, height + bend * (depth - 4) ** 2 + generator.gauss(0, deviation), seed)
+                for depth, count in ((2, 1), (3, 3), (4, 3), (5, 3), (6, 1))
+                for seed in range(count)
+            ]
+            for name, height, deviation in zip(("mod", "baseline"), (1.98, 2.0), noise, strict=True)
+        ]
+        interval = ratio_interval(sides[0], sides[1], "loss_causal", draws=300)
+        assert interval is not None
+        held += interval[0] <= 0.99 <= interval[1]
+    assert held / 200 >= 0.92
+
+
+def test_families_are_compared_at_each_size_by_the_seeds_that_both_have() -> None:
+    mod = [record("mod", 3, loss, seed) for seed, loss in enumerate((1.98, 2.97, 3.96))] + [record("mod", 4, 1.0)]
+    baseline = [record("baseline", 3, loss, seed) for seed, loss in ((0, 2.0), (2, 4.0), (1, 3.0), (7, 9.0))]
+    baseline += [record("baseline", 4, 2.0), record("baseline", 5, 2.0)]
+    three, four = at_each_size(mod, baseline, "loss_causal")
+    # What a seed does to both leaves no noise.
+    assert (three["depth"], three["seeds"], three["ratio"]) == (3, [0, 1, 2], pytest.approx(0.99))
+    assert three["interval"] == pytest.approx([0.99, 0.99])
+    assert four == {"depth": 4, "seeds": [0], "ratio": pytest.approx(0.5), "interval": None}
+    noisy = [record("mod", 3, 2.0 * math.exp(shift), seed) for seed, shift in enumerate((-0.01, 0.0, 0.04))]
+    (found,) = at_each_size(noisy, [record("baseline", 3, 2.0, seed) for seed in range(3)], "loss_causal")
+    # Student's factor for two degrees of freedom, and the deviation of the three shifts over the root of 3.
+    half = 4.302653 * (7 / 3 * 3e-4) ** 0.5 / 3**0.5
+    assert found["ratio"] == pytest.approx(math.exp(0.01))
+    assert found["interval"] == pytest.approx([math.exp(0.01 - half), math.exp(0.01 + half)])
 
 
 def test_the_deviation_between_seeds_is_pooled_over_sizes() -> None:

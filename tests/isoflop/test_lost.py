@@ -30,7 +30,7 @@ def test_the_rise_is_told_whether_the_run_recovers_or_not(height: float) -> None
 def test_a_single_bad_batch_is_no_rise_and_neither_is_one_in_the_warm_up() -> None:
     losses = falling()
     losses[500] += 2
-    losses[5:25] += 5
+    losses[25:45] += 5
     assert loss_rise(losses.tolist()) < LOST_RISE
 
 

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from studies import RECIPE, study_file
 
-from mixture_of_depths.isoflop.plan import Ladder, capacities, load_study, plan, runs, seeds_to_resolve
+from mixture_of_depths.isoflop.plan import (
+    Ladder,
+    capacities,
+    load_study,
+    plan,
+    resolved_difference,
+    runs,
+    seeds_to_resolve,
+)
 from mixture_of_depths.text.corpus import prepare
 
 
@@ -66,6 +74,9 @@ def test_the_seeds_that_show_a_difference_follow_from_the_deviation() -> None:
     # Tables of the test of two means, power 80 %, have 17 for an effect of one deviation and 64 for half of one.
     assert [seeds_to_resolve(deviation) for deviation in (0.005, 0.01, 0.001)] == [17, 64, 3]
     assert seeds_to_resolve(0.01, difference=0.01) == 17
+    assert resolved_difference(0.01, 17) < 0.01 < resolved_difference(0.01, 16)
+    # Student's quantiles for four degrees of freedom.
+    assert resolved_difference(0.01, 3) == pytest.approx((2.776445 + 0.940965) * 0.01 * (2 / 3) ** 0.5)
 
 
 def test_a_model_is_as_wide_as_its_whole_heads() -> None:

@@ -77,17 +77,24 @@ def test_a_run_that_diverges_is_recorded_and_the_study_goes_on(tmp_path: Path) -
     assert draw([diverged, finished], "baseline", "mod", {}, out)
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+def test_a_run_that_another_process_is_at_is_left_to_it_and_taken_over_if_that_ends_without_a_record(
+    tmp_path: Path,
+) -> None:
     study = load_study(study_file(tmp_path))
     corpus = prepare(study.data)
     planned, out = plan(study, corpus), tmp_path / "out"
     (out / "runs").mkdir(parents=True)
-    with (out / "runs" / f"{planned[0].run.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert run_here(planned, corpus, out, Console(quiet=True), CPU)
-        assert [record["name"] for record in read_records(out / "records.jsonl")] == [planned[1].run.name]
-    assert run_here(planned, corpus, out, Console(quiet=True), CPU)
-    assert len(read_records(out / "records.jsonl")) == 2
+    with ThreadPoolExecutor(1) as pool:
+        with (out / "runs" / f"{planned[0].run.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            running = pool.submit(run_here, planned, corpus, out, Console(quiet=True), CPU)
+            while not (records := read_records(out / "records.jsonl")):
+                time.sleep(0.1)
+            assert [record["name"] for record in records] == [planned[1].run.name]
+            with pytest.raises(TimeoutError):
+                running.result(timeout=0.5)
+        assert running.result(timeout=60)
+    assert {record["name"] for record in read_records(out / "records.jsonl")} == {item.run.name for item in planned}
 
 
 def test_records_of_many_writers_are_all_kept_once(tmp_path: Path) -> None:

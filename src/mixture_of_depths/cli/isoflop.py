@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def plan(study: Study, device: Device = "auto") -> None:
     from rich.table import Table
 
     from mixture_of_depths.device import chosen_device
-    from mixture_of_depths.isoflop.plan import flops_per_second, seeds_to_resolve
+    from mixture_of_depths.isoflop.plan import flops_per_second, resolved_difference, seeds_to_resolve
 
     place = chosen_device(device)
     loaded, planned, corpus = _planned(study)
@@ -52,6 +53,10 @@ def plan(study: Study, device: Device = "auto") -> None:
             f"{seeds_to_resolve(deviation)} seeds of a size show a difference of 0.5 % in four of five studies, when "
             f"seeds deviate by {100 * deviation:g} %"
         )
+        most = max(Counter((item.run.family, item.run.depth, item.run.budget) for item in planned).values())
+        if most > 1:
+            resolved = 100 * resolved_difference(deviation, most)
+            console.print(f"the {most} seeds that a size has at most show one of {resolved:.2g} %")
 
 
 def run(study: Study, out: Path, ray: str | None = None, cpus: int | None = None, device: Device = "auto") -> None:

@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import exp
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from mixture_of_depths.isoflop.lost import lost
 from mixture_of_depths.isoflop.plan import budget_name
@@ -67,6 +69,11 @@ def curve_through(points: list[tuple[float, float, float]]) -> Curve:
     return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
 
+def are_parabolas(one: Curve, other: Curve) -> bool:
+    """Whether two curves are compared by the bottoms of their parabolas, and not by their best points."""
+    return one.optimum is not None and other.optimum is not None
+
+
 def optima(one: Curve, other: Curve) -> tuple[float, float]:
     """The losses of the best sizes of two curves: of both the parabola's bottom, or of both the best point.
 
@@ -81,6 +88,35 @@ def ratio(one: Curve, other: Curve) -> float:
     """The ratio of the losses of the best sizes of two curves."""
     ours, theirs = optima(one, other)
     return ours / theirs
+
+
+def ratio_of_points(one: Curve, other: Curve) -> float:
+    """The ratio of the losses of the best sizes of two curves as they were run."""
+    return one.best[2] / other.best[2]
+
+
+def at_each_size(records: Records, others: Records, loss: str) -> list[dict[str, Any]]:
+    """A family over another at every number of blocks that both have, seed by seed.
+
+    Runs of one seed see the same text in the same order, so that part of a seed's noise is in both. The interval, of
+    95 %, is Student's of the mean logarithm; None where there is one seed.
+    """
+    told = []
+    pairs: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for one in records:
+        for other in others:
+            if (one["depth"], one["seed"]) == (other["depth"], other["seed"]):
+                logarithm = float(np.log(one["evaluation"][loss] / other["evaluation"][loss]))
+                pairs[one["depth"]].append((one["seed"], logarithm))
+    for depth, of_seeds in sorted(pairs.items()):
+        logarithms = np.array([logarithm for _, logarithm in of_seeds])
+        count, middle, interval = len(logarithms), float(logarithms.mean()), None
+        if count > 1:
+            half = float(student_t.ppf(0.975, count - 1) * logarithms.std(ddof=1)) / count**0.5
+            interval = [exp(middle - half), exp(middle + half)]
+        seeds = sorted(seed for seed, _ in of_seeds)
+        told.append({"depth": depth, "seeds": seeds, "ratio": exp(middle), "interval": interval})
+    return told
 
 
 def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | None:
@@ -110,7 +146,11 @@ def run_of(records: Records, parameters: float) -> dict[str, Any]:
 def ratio_interval(
     mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of `ratio`, by a paired bootstrap over seeds.
+    """The 95 % interval of `ratio`, by a paired bootstrap over seeds, of its basic kind.
+
+    The best of several noisy sizes looks better than it is, and more so in the family that is noisier. The best of a
+    draw's sizes looks better once more by about as much. So how far the draws lie from the ratio is taken off it, where
+    their quantiles themselves would count that twice. Where the ratio is one of points, so is that of every draw.
 
     A draw takes as many seeds as there are, with repeats, the same for both families: what a seed does to both, such
     as by its data order, does not widen the interval. Each size then gets another mean loss, and the optima are taken
@@ -134,8 +174,10 @@ def ratio_interval(
         _drawn_curves(records, loss, by_seed, drawn_seeds, scales, generator)
         for records, by_seed in zip((mod, baseline), deviations, strict=True)
     )
-    low, high = np.quantile([ratio(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
-    return float(low), float(high)
+    found = curve(mod, loss), curve(baseline, loss)
+    of = ratio if are_parabolas(*found) else ratio_of_points
+    low, high = np.quantile([of(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
+    return 2 * ratio(*found) - float(high), 2 * ratio(*found) - float(low)
 
 
 def _repeated_seeds(records: Records) -> set[int]:
@@ -250,8 +292,8 @@ def summarise(
             "mod_best_loss": mod_best_loss,
             "loss_ratio": mod_best_loss / baseline_best_loss,
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
-            "loss_ratio_is_of": "parabolas" if ours.optimum and theirs.optimum else "points",
-            "loss_ratio_of_points": ours.best[2] / theirs.best[2],
+            "loss_ratio_is_of": "parabolas" if are_parabolas(ours, theirs) else "points",
+            "loss_ratio_of_points": ratio_of_points(ours, theirs),
             "loss_ratio_top_k": ratio(curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]),
             "baseline_best_parameters": theirs.best[0],
             "mod_best_parameters": ours.best[0],
@@ -273,6 +315,9 @@ def summarise(
                     "ratio_interval": None
                     if name == baseline
                     else ratio_interval(families[name], families[baseline], "loss_causal"),
+                    "ratio_is_of": "parabolas" if are_parabolas(by_loss["loss_causal"], theirs) else "points",
+                    "over_baseline_at_each_size": at_each_size(families[name], families[baseline], "loss_causal"),
+                    "over_family_at_each_size": at_each_size(families[name], families[mod], "loss_causal"),
                     "flops_per_token": by_loss["loss_causal"].best[1],
                     "parameters": by_loss["loss_causal"].best[0],
                     "optimum_parameters": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[0],

@@ -241,9 +241,17 @@ def seeds_to_resolve(deviation: float, difference: float = 0.005) -> int:
         difference: of the losses, over the loss.
     """
     seeds = 2
-    while 2 * (sum(student_t.ppf([0.975, 0.8], 2 * (seeds - 1))) * deviation / difference) ** 2 > seeds:
+    while resolved_difference(deviation, seeds) > difference:
         seeds += 1
     return seeds
+
+
+def resolved_difference(deviation: float, seeds: int) -> float:
+    """The difference of the losses of two families, over the loss, that shows with so many seeds, two at least, of a size.
+
+    See `seeds_to_resolve`.
+    """
+    return float(sum(student_t.ppf([0.975, 0.8], 2 * (seeds - 1)))) * deviation * (2 / seeds) ** 0.5
 
 
 def capacities(study: Study, mod: str) -> dict[str, float]:

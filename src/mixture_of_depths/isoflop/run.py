@@ -67,6 +67,8 @@ def carry_out(
     A run whose loss became no number has a record, too: with the reason as `diverged`, and no `evaluation`.
     """
     folder = out / "runs" / item.run.name
+    # Before the training: another commit may be checked out until it ends.
+    origin = provenance(device)
     try:
         resume = (folder / "run.json").exists()
         _, result = train(item.config, corpus, item.run.training, folder, resume, console, device=device)
@@ -77,7 +79,10 @@ def carry_out(
         if not result.finished:
             return None
         losses = [line["loss"] for line in read_records(folder / "metrics.jsonl") if "loss" in line]
-        outcome = {**asdict(result), "loss_rise": loss_rise(losses)}
+        outcome = asdict(result)
+        # A machine that stopped may have kept a checkpoint and lost lines before it.
+        if len(losses) == result.steps:
+            outcome["loss_rise"] = loss_rise(losses)
     return {
         "name": item.run.name,
         "definition": item.definition,
@@ -89,26 +94,31 @@ def carry_out(
         "learning_rate": item.run.training.learning_rate,
         "flops_per_token": item.flops_per_token,
         **outcome,
-        **provenance(device),
+        **origin,
     }
 
 
 def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Console, device: torch.device) -> bool:
-    """Carries out what is missing on a device, but for what another process is at; False when a signal stopped it."""
+    """Carries out what is missing on a device; False when a signal stopped it.
+
+    What another process is at is left to it, and waited for once nothing else is missing: if that process ends without
+    a record, this one goes on with the run.
+    """
     make_folder(out, "out")
-    done = open_records(out, planned)
-    missing = [item for item in planned if item.run.name not in done]
-    for number, item in enumerate(missing, start=1):
-        name = item.run.name
-        console.print(f"[bold]{name}[/bold] ({number} of {len(missing)} missing)")
-        with _claimed(out, name, wait=False) as ours:
-            if not ours or name in open_records(out, planned):
-                console.print(f"{name} was taken by another process")
-                continue
-            record = carry_out(item, corpus, out, console, device)
-            if record is None:
-                return False
-            add_record(out, record)
+    for wait in (False, True):
+        done = open_records(out, planned)
+        missing = [item for item in planned if item.run.name not in done]
+        for number, item in enumerate(missing, start=1):
+            name = item.run.name
+            console.print(f"[bold]{name}[/bold] ({number} of {len(missing)} missing)")
+            with _claimed(out, name, wait) as ours:
+                if not ours or name in open_records(out, planned):
+                    console.print(f"{name} was taken by another process")
+                    continue
+                record = carry_out(item, corpus, out, console, device)
+                if record is None:
+                    return False
+                add_record(out, record)
     return True
 
 

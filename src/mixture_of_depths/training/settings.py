@@ -167,7 +167,8 @@ def trainer_arguments(
         save_steps=options.save_every or part,
         save_total_limit=2,
         seed=options.seed,
-        data_seed=options.order_seed,
+        # The library adds the epoch to it: orders of seeds that are neighbours would be each other's, an epoch later.
+        data_seed=options.order_seed * 1_000_003 % 2**32,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
