@@ -316,8 +316,12 @@ def summarise(
                     if name == baseline
                     else ratio_interval(families[name], families[baseline], "loss_causal"),
                     "ratio_is_of": "parabolas" if are_parabolas(by_loss["loss_causal"], theirs) else "points",
-                    "over_baseline_at_each_size": at_each_size(families[name], families[baseline], "loss_causal"),
-                    "over_family_at_each_size": at_each_size(families[name], families[mod], "loss_causal"),
+                    "over_baseline_at_each_size": None
+                    if name == baseline
+                    else at_each_size(families[name], families[baseline], "loss_causal"),
+                    "over_family_at_each_size": None
+                    if name in (baseline, mod)
+                    else at_each_size(families[name], families[mod], "loss_causal"),
                     "flops_per_token": by_loss["loss_causal"].best[1],
                     "parameters": by_loss["loss_causal"].best[0],
                     "optimum_parameters": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[0],
