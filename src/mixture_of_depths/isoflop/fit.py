@@ -146,11 +146,11 @@ def run_of(records: Records, parameters: float) -> dict[str, Any]:
 def ratio_interval(
     mod: Records, baseline: Records, loss: str, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of `ratio`, by a paired bootstrap over seeds, of its basic kind.
+    """The 95 % interval of `ratio`, by a paired bootstrap over seeds.
 
-    The best of several noisy sizes looks better than it is, and more so in the family that is noisier. The best of a
-    draw's sizes looks better once more by about as much. So how far the draws lie from the ratio is taken off it, where
-    their quantiles themselves would count that twice. Where the ratio is one of points, so is that of every draw.
+    Where the ratio is one of points, every draw compares the sizes that were the best of all runs. The best of several
+    noisy sizes looks better than it is, and more so in the family that is noisier; the best of a draw's own sizes would
+    look better once more.
 
     A draw takes as many seeds as there are, with repeats, the same for both families: what a seed does to both, such
     as by its data order, does not widen the interval. Each size then gets another mean loss, and the optima are taken
@@ -174,10 +174,16 @@ def ratio_interval(
         _drawn_curves(records, loss, by_seed, drawn_seeds, scales, generator)
         for records, by_seed in zip((mod, baseline), deviations, strict=True)
     )
-    found = curve(mod, loss), curve(baseline, loss)
-    of = ratio if are_parabolas(*found) else ratio_of_points
-    low, high = np.quantile([of(one, other) for one, other in zip(ours, theirs, strict=True)], [0.025, 0.975])
-    return 2 * ratio(*found) - float(high), 2 * ratio(*found) - float(low)
+    our_curve, their_curve = curve(mod, loss), curve(baseline, loss)
+    by_parabolas = are_parabolas(our_curve, their_curve)
+    ratios = [
+        ratio(one, other)
+        if by_parabolas and are_parabolas(one, other)
+        else _loss_at(one, our_curve.best[0]) / _loss_at(other, their_curve.best[0])
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _repeated_seeds(records: Records) -> set[int]:

@@ -247,7 +247,7 @@ def seeds_to_resolve(deviation: float, difference: float = 0.005) -> int:
 
 
 def resolved_difference(deviation: float, seeds: int) -> float:
-    """The difference of the losses of two families, over the loss, that shows with so many seeds, two at least, of a size.
+    """The difference of two families' losses, over the loss, that shows with two seeds or more of a size.
 
     See `seeds_to_resolve`.
     """
