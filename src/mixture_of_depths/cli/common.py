@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import tyro
 
@@ -79,6 +79,14 @@ def read_config(checkpoint: Path) -> "MoDConfig":
     return config
 
 
+def saved_dtype(config: "MoDConfig") -> "torch.dtype":
+    """What a model's weights are saved in, by its configuration: float32 where that does not say."""
+    import torch
+
+    # The library makes a type of the name in the file.
+    return cast(torch.dtype, config.dtype or torch.float32)
+
+
 def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCausalLM, PreTrainedTokenizerBase]":
     """The model in a folder, on a device, and its tokenizer; the weights in float32, also where saved in less.
 
@@ -92,7 +100,7 @@ def load_checkpoint(checkpoint: Path, device: "torch.device") -> "tuple[MoDForCa
     from mixture_of_depths.text.tokenizer import check_vocabulary, load_tokenizer
 
     config = read_config(checkpoint)
-    dtype = torch.promote_types(config.dtype or torch.float32, torch.float32)
+    dtype = torch.promote_types(saved_dtype(config), torch.float32)
     try:
         # The library annotates the model alone; asked for it, it returns what it found beside the model.
         loaded: Any = MoDForCausalLM.from_pretrained(

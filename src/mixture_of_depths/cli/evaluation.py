@@ -15,6 +15,7 @@ from mixture_of_depths.cli.common import (
     quiet_libraries,
     read_config,
     require_extra,
+    saved_dtype,
 )
 from mixture_of_depths.options import Precision
 
@@ -192,7 +193,7 @@ def calibrate(
         run(model, chosen, end)
     after = evaluated()
     # Calibrating changes routers alone, which are in float32: all else goes back to what it was saved in.
-    torch.nn.Module.to(model, read_config(checkpoint).dtype or torch.float32)
+    torch.nn.Module.to(model, saved_dtype(read_config(checkpoint)))
     out.mkdir(parents=True)
     if (checkpoint / "run.json").exists():
         # Without its mode: the new file's is the umask's.
