@@ -386,6 +386,7 @@ class Vllm:
 
 def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes and returns summary.json: of each side the means over the seeds of its lines, whose settings are these."""
+    lines = sorted(lines, key=lambda line: line["seed"])
     names = {line["side"] if line["share"] is None else f"{line['side']}-{line['share']}": line for line in lines}
     ranks = {name: line["map_rank"] for name, line in names.items()}
     seconds: dict[tuple[str, int], list[float]] = {}

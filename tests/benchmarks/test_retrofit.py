@@ -47,8 +47,8 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
     lines = [
         line("tuned", None, 1, 20.0),
         line("tuned", None, 0, 10.0),
-        line("ours", 0.8, 0, 12.0),
         line("ours", 0.8, 1, 26.0),
+        line("ours", 0.8, 0, 12.0),
         line("dropped", 0.8, 1, 32.5),
         line("dropped", 0.65, 0, 30.0),
     ]
