@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from models import options, write_numbers
@@ -356,7 +357,8 @@ def test_the_order_of_shards_is_that_of_the_run_and_no_list_of_its_sequences(tmp
     ]
 
 
-def test_runs_of_one_data_seed_see_the_same_text_from_other_weights(corpus: Corpus, tmp_path: Path) -> None:
+def batches_of(corpus: Corpus, folder: Path, **options: int) -> tuple[list[list[int]], float]:
+    """The numbers of the sequences of every batch of a run, and its first loss."""
     batches: list[list[int]] = []
 
     class Noting(MoDTrainer):
@@ -365,16 +367,28 @@ def test_runs_of_one_data_seed_see_the_same_text_from_other_weights(corpus: Corp
             batches.extend(part.tolist() for part in self._sequences)
             return samples
 
-    def seen(name: str, **seeds: int) -> tuple[list[list[int]], float]:
-        batches.clear()
-        options = TrainOptions(max_steps=3, batch_size=4, eval_sequences=1, **seeds)
-        config = config_for(corpus)
-        torch.manual_seed(options.seed)
-        tuning = Tuning(MoDForCausalLM(config), {}, trainer=Noting)
-        train(config, corpus, options, tmp_path / name, console=QUIET, tuning=tuning)
-        return list(batches), records(tmp_path / name)[0]["loss"]
+    training = TrainOptions(batch_size=4, eval_sequences=1, **options)
+    config = config_for(corpus)
+    torch.manual_seed(training.seed)
+    tuning = Tuning(MoDForCausalLM(config), {}, trainer=Noting)
+    train(config, corpus, training, folder, console=QUIET, tuning=tuning)
+    return batches, records(folder)[0]["loss"]
 
-    first, again, other = seen("0-0", seed=0), seen("1-0", seed=1, data_seed=0), seen("1-1", seed=1)
+
+def test_the_next_seed_does_not_see_the_order_of_this_one_s_next_epoch(corpus: Corpus, tmp_path: Path) -> None:
+    assert isinstance(corpus.train, datasets.Dataset)
+    small = replace(corpus, train=corpus.train.select(range(16)))
+    this, after = (batches_of(small, tmp_path / str(seed), seed=seed, max_steps=8)[0] for seed in (0, 1))
+    for epoch in (this[:4], this[4:], after[:4]):
+        assert sorted(number for batch in epoch for number in batch) == list(range(16))
+    assert this[4:] != after[:4]
+
+
+def test_runs_of_one_data_seed_see_the_same_text_from_other_weights(corpus: Corpus, tmp_path: Path) -> None:
+    first, again, other = (
+        batches_of(corpus, tmp_path / name, max_steps=3, **seeds)
+        for name, seeds in (("0-0", {"seed": 0}), ("1-0", {"seed": 1, "data_seed": 0}), ("1-1", {"seed": 1}))
+    )
     assert first[0] == again[0] != other[0]
     assert first[1] != again[1]
     places = range(8)
