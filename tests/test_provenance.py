@@ -35,7 +35,7 @@ def test_the_commit_is_of_the_tree_of_the_source_without_its_results_and_that_of
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*words: str) -> str:
-        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
         return subprocess.check_output(["git", "-C", str(tmp_path), *who, *words], text=True).strip()
 
     source, results = tmp_path / "src" / "provenance.py", tmp_path / "results" / "records.jsonl"
