@@ -148,7 +148,6 @@ class SavedSeconds(TrainerCallback):
         return self.before + self.teacher.saved_seconds
 
     def on_save(self, *_: object, **__: object) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(self.path, json.dumps(self.seconds()))
 
 

@@ -66,10 +66,8 @@ def _git_commit() -> str | None:
             return None
     except FileNotFoundError:
         return None
-    commit, changed = (
-        git("rev-parse", "HEAD"),
-        git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"),
-    )
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
     return f"{commit}-dirty" if changed else commit
 
 

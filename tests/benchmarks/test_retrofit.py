@@ -73,7 +73,7 @@ def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path
 
 
 def test_seconds_of_the_teacher_are_kept_with_each_checkpoint(tmp_path: Path) -> None:
-    path, teacher = tmp_path / "run" / "saved_seconds.json", KeptTeacher(tiny(routed_layers=[]), tmp_path / "teacher")
+    path, teacher = tmp_path / "saved_seconds.json", KeptTeacher(tiny(routed_layers=[]), tmp_path / "teacher")
     saved = SavedSeconds(teacher, path)
     teacher.saved_seconds = 3.0
     saved.on_save()

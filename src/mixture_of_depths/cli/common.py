@@ -1,6 +1,7 @@
 """What commands share: kinds of arguments, loading a checkpoint, and what must be there."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from mixture_of_depths.model.configuration import MoDConfig
     from mixture_of_depths.model.modeling import MoDForCausalLM
+    from mixture_of_depths.text.documents import Skipped
 
 Checkpoint = Annotated[Path, tyro.conf.Positional]
 Study = Annotated[Path, tyro.conf.Positional]
@@ -77,6 +79,14 @@ def read_config(checkpoint: Path) -> "MoDConfig":
             f"checkpoint={checkpoint} cannot be read: it is a {config.model_type} model, not mixture_of_depths"
         )
     return config
+
+
+def tell_skipped(skipped: "Skipped") -> None:
+    """Says on standard error what of a text was read and not used, if anything was."""
+    from mixture_of_depths.text.documents import Skipped
+
+    if skipped != Skipped():
+        print(f"skipped: {skipped}", file=sys.stderr)
 
 
 def saved_dtype(config: "MoDConfig") -> "torch.dtype":

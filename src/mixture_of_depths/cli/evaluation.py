@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from mixture_of_depths.cli.common import (
     read_config,
     require_extra,
     saved_dtype,
+    tell_skipped,
 )
 from mixture_of_depths.options import Precision
 
@@ -212,11 +212,9 @@ def _text_for(
 ) -> "Judged":
     """The text to judge a model on, by the description of its training; says what was left out of it."""
     from mixture_of_depths.evaluation.text import text_to_judge
-    from mixture_of_depths.text.documents import Skipped
     from mixture_of_depths.training.folder import read_run
 
     described = read_run(checkpoint)["text"] if (checkpoint / "run.json").exists() else None
     text = text_to_judge(checkpoint, described, tokenizer, data, text_column, sequence_length)
-    if text.skipped != Skipped():
-        print(f"skipped: {text.skipped}", file=sys.stderr)
+    tell_skipped(text.skipped)
     return text

@@ -14,6 +14,7 @@ from mixture_of_depths.cli.common import (
     load_checkpoint,
     load_to_sample,
     quiet_libraries,
+    tell_skipped,
 )
 from mixture_of_depths.options import Precision, SamplingOptions
 
@@ -230,8 +231,7 @@ def answer(
     asked = [document.messages for document in documents if isinstance(document, Conversation)]
     if not asked:
         raise ValueError(f'data={" ".join(data)} holds no conversation; give .jsonl with "messages"')
-    if skipped != Skipped():
-        print(f"skipped: {skipped}", file=sys.stderr)
+    tell_skipped(skipped)
     if texts := len(documents) - len(asked):
         print(f"left out for want of messages: {texts}", file=sys.stderr)
     facts = {"source": source, "precision": precision, **asdict(options)}

@@ -90,24 +90,19 @@ def ratio(one: Curve, other: Curve) -> float:
     return ours / theirs
 
 
-def ratio_of_points(one: Curve, other: Curve) -> float:
-    """The ratio of the losses of the best sizes of two curves as they were run."""
-    return one.best[2] / other.best[2]
-
-
 def at_each_size(records: Records, others: Records, loss: str) -> list[dict[str, Any]]:
     """A family over another at every number of blocks that both have, seed by seed.
 
     Runs of one seed see the same text in the same order, so that part of a seed's noise is in both. The interval, of
     95 %, is Student's of the mean logarithm; None where there is one seed.
     """
-    told = []
+    theirs = {(run["depth"], run["seed"]): run["evaluation"][loss] for run in others}
     pairs: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for one in records:
-        for other in others:
-            if (one["depth"], one["seed"]) == (other["depth"], other["seed"]):
-                logarithm = float(np.log(one["evaluation"][loss] / other["evaluation"][loss]))
-                pairs[one["depth"]].append((one["seed"], logarithm))
+    for run in records:
+        size = run["depth"], run["seed"]
+        if size in theirs:
+            pairs[run["depth"]].append((run["seed"], float(np.log(run["evaluation"][loss] / theirs[size]))))
+    told = []
     for depth, of_seeds in sorted(pairs.items()):
         logarithms = np.array([logarithm for _, logarithm in of_seeds])
         count, middle, interval = len(logarithms), float(logarithms.mean()), None
@@ -299,7 +294,7 @@ def summarise(
             "loss_ratio": mod_best_loss / baseline_best_loss,
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
             "loss_ratio_is_of": "parabolas" if are_parabolas(ours, theirs) else "points",
-            "loss_ratio_of_points": ratio_of_points(ours, theirs),
+            "loss_ratio_of_points": ours.best[2] / theirs.best[2],
             "loss_ratio_top_k": ratio(curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]),
             "baseline_best_parameters": theirs.best[0],
             "mod_best_parameters": ours.best[0],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mixture_of_depths.files import read_json, write_aside
 from mixture_of_depths.retrofitting.fit import Fit
 from mixture_of_depths.retrofitting.measure import BlockImportance
-from mixture_of_depths.training.folder import check_unchanged
+from mixture_of_depths.training.folder import check_same_text, check_unchanged
 
 # In the run's folder.
 MEASURED = "measured"
@@ -42,12 +42,10 @@ class Measured:
             if not isinstance(before, dict):
                 raise ValueError(f"{self.place / FACTS} is damaged: it does not describe what was measured")
             for name, value in json.loads(json.dumps(facts)).items():
-                if name == "text" and before.get(name) != value:
-                    raise ValueError(
-                        f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}; "
-                        "resume with the same or use another folder"
-                    )
-                check_unchanged(folder, name, before.get(name), value)
+                if name == "text":
+                    check_same_text(folder, before.get(name), value)
+                else:
+                    check_unchanged(folder, name, before.get(name), value)
         else:
             self.place.mkdir(parents=True, exist_ok=True)
             write_aside(self.place / FACTS, json.dumps(facts, indent=2))

@@ -56,11 +56,7 @@ def open_folder(
     path = folder / "run.json"
     if resume:
         earlier = read_run(folder)
-        if earlier["text"]["key"] != corpus.key:
-            raise ValueError(
-                f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}, which had "
-                f"{earlier['text']['options']}; resume with the same or use another folder"
-            )
+        check_same_text(folder, earlier["text"]["key"], corpus.key, f", which had {earlier['text']['options']}")
         # A field that the run's version of this package did not have stood at its default.
         defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions()), "tuning": {}}
         for name in sorted(earlier.get("train", {}).keys() - described["train"].keys()):
@@ -113,6 +109,15 @@ def check_free(folder: Path) -> None:
     if (folder / LOCK).exists():
         with only_run(folder):
             pass
+
+
+def check_same_text(folder: Path, old_key: object, new_key: object, had: str = "") -> None:
+    """Raises ValueError when a run is to go on with text of another key than before; `had` says more of that."""
+    if old_key != new_key:
+        raise ValueError(
+            f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}{had}; resume "
+            "with the same or use another folder"
+        )
 
 
 def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
