@@ -100,6 +100,10 @@ def test_compiling_asks_for_a_cpp_compiler_on_the_cpu_and_for_triton_on_cuda(mon
 
     monkeypatch.setattr("mixture_of_depths.compiler.get_cpp_compiler", missing)
     monkeypatch.setattr("mixture_of_depths.compiler.find_spec", lambda name: None)
+    monkeypatch.setenv("CXX", "nowhere-g++")
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler, and CXX='nowhere-g\+\+' does not run"):
+        require_compiler("compile", torch.device("cpu"))
+    monkeypatch.delenv("CXX")
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler; install one"):
         require_compiler("compile", torch.device("cpu"))
     with pytest.raises(ValueError, match="compile needs Triton; install the package triton"):
@@ -109,7 +113,10 @@ def test_compiling_asks_for_a_cpp_compiler_on_the_cpu_and_for_triton_on_cuda(mon
     require_compiler("compile", torch.device("cuda"))
 
 
-def test_without_a_compiler_nothing_is_begun_that_is_to_be_compiled(corpus: Corpus, tmp_path: Path) -> None:
+def test_without_a_compiler_nothing_is_begun_that_is_to_be_compiled(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     options, dense = TrainOptions(max_steps=2, batch_size=4, compile=True), dense_for(corpus)
     missing = torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)})
     refused = pytest.raises(ValueError, match="compile needs a C\\+\\+ compiler; install one, such as g\\+\\+")

@@ -1,5 +1,6 @@
 """What of PyTorch's compiler has no public name, in one place: these may change with every release of torch."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ def missing_compiler(device: torch.device) -> str | None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            return "a C++ compiler; install one, such as g++"
+            named = os.environ.get("CXX")
+            if named is None:
+                return "a C++ compiler; install one, such as g++"
+            return f"a C++ compiler, and CXX={named!r} does not run as one; set CXX to one that does, such as g++"
     if device.type == "cuda" and find_spec("triton") is None:
         return "Triton; install the package triton, or on Windows triton-windows"
     return None

@@ -296,6 +296,7 @@ def test_retrofit_has_no_option_that_it_cannot_follow(
 def test_without_a_compiler_a_command_that_compiles_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]
 ) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
     with torch._inductor.config.patch({"cpp.cxx": ("nowhere-g++",)}):
         status, output, errors = run(monkeypatch, capsys, *words)

@@ -42,7 +42,7 @@ def plan(study: Study, device: Device = "auto") -> None:
         length, minutes = item.length, item.length.flops / speed / 60
         parameters, tokens = f"{item.parameters / 1e6:.3f} M", f"{length.tokens / 1e6:.1f} M"
         sizes = (parameters, f"{length.steps:,}", tokens, f"{item.flops_per_token:.3g}")
-        table.add_row(item.run.name, *sizes, f"{minutes:.1f}")
+        table.add_row(item.run.name, *sizes, f"{minutes:.1f}" if minutes >= 0.05 else "< 0.1")
     console = Console()
     console.print(str(corpus.facts))
     console.print(table)

@@ -110,7 +110,7 @@ def run_here(planned: list[PlannedRun], corpus: Corpus, out: Path, console: Cons
         missing = [item for item in planned if item.run.name not in done]
         for number, item in enumerate(missing, start=1):
             name = item.run.name
-            console.print(f"[bold]{name}[/bold] ({number} of {len(missing)} missing)")
+            console.print(f"[bold]{name}[/bold] (run {number} of {len(missing)} that have no record)")
             with _claimed(out, name, wait) as ours:
                 if not ours or name in open_records(out, planned):
                     console.print(f"{name} was taken by another process")
@@ -191,7 +191,7 @@ def run_on_ray(
             ready, waiting = ray.wait(waiting)
             for name in ray.get(ready):
                 ended += 1
-                console.print(f"{name or 'stopped'} ({ended} of {len(missing)})")
+                console.print(f"{name or 'stopped'} (run {ended} of {len(missing)} that had no record)")
     except RayTaskError as error:
         raise ValueError(f"a run failed on the cluster: {error.cause}") from error
     finally:

@@ -45,7 +45,10 @@ class Skipped:
     no_text: int = 0
 
     def __str__(self) -> str:
-        return f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON, {self.no_text} without text"
+        return (
+            f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON, {self.no_text} without text or "
+            "messages of use"
+        )
 
 
 @dataclass(frozen=True)
