@@ -19,9 +19,9 @@ are tuned, that cost least to replace. `tuned` is the dense model with that tuni
 
 A side is a line in `--out`/pilot.jsonl once it is done, with all settings and numbers for the contents of what is
 read: loss and perplexity on the files of `--test`, on the built-in corpus' held-out part (`code`) and on held-out
-conversations; `answers_right`, of the questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the
-dense model's. A call stops after `--minutes` with what it has, and the same call goes on. What sides are chosen by is
-measured once, and kept in `--runs`.
+conversations; `answers_right`, of the questions of retrofit_questions.py; `as_left`, the same before the thresholds are
+set on text of each kind; FLOPs and bytes of a decoded token over the dense model's. A call stops after `--minutes` with
+what it has, and the same call goes on. What sides are chosen by is measured once, and kept in `--runs`.
 
     python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl;
                                                          it, too, goes on where it stopped
@@ -47,7 +47,7 @@ from statistics import mean, median
 from typing import Any, cast
 
 import torch
-from retrofit_sides import METHOD, MIXED, SIDES, KeptTeacher, Sides, Texts, answers_right, map_rank, tested, texts_of
+from retrofit_sides import METHOD, MIXED, SIDES, KeptTeacher, Sides, Texts, count_right, map_rank, tested, texts_of
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -243,7 +243,6 @@ def run(arguments: argparse.Namespace) -> None:
     options = RetrofitOptions(bypass_rank=arguments.bypass_rank, fit_sequences=arguments.fit_sequences)
     if arguments.side == "summary":
         lines = [line for line in read_records(records) if {name: line.get(name) for name in shared} == shared]
-        lines = [line for line in lines if line.get("map_rank") == map_rank(line["side"], dense.config, options)]
         print(json.dumps(summarise(lines, shared, arguments.out), indent=2))
         return
     share = None if arguments.side in ("dense", "tuned") else arguments.share
@@ -278,11 +277,15 @@ def run(arguments: argparse.Namespace) -> None:
         name = "-".join(str(part) for part in (arguments.side, share, arguments.seed) if part is not None)
         kept = arguments.runs / "teacher" / f"{inputs['source']}-{arguments.precision}"
         model, minutes = tuned(model, KeptTeacher(dense, kept), texts, arguments, arguments.runs / name)
+    model.eval()
+    # The thresholds of a run, of all its kinds of text, come before those of each kind.
+    test = partial(tested, model, texts, tokenizer, arguments.precision == "bf16")
+    as_left = test(calibrates=False) if minutes and model.config.causal_routers else None
     record = {
         **own,
         **chosen,
-        **tested(model.eval(), texts, arguments.precision == "bf16"),
-        **answers_right(model, tokenizer),
+        **test(calibrates=True),
+        "as_left": as_left,
         "flops_ratio": flops_share(model.config, dense.config, arguments.sequence_length),
         "decode_ratio": decode_share(model.config, dense.config, arguments.sequence_length),
         "tuning_minutes": minutes,
@@ -385,64 +388,83 @@ class Vllm:
 
 def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes and returns summary.json: of each side the means over the seeds of its lines, whose settings are these."""
-    lines = sorted(lines, key=lambda line: line["seed"])
-    names = {line["side"] if line["share"] is None else f"{line['side']}-{line['share']}": line for line in lines}
-    ranks = {name: line["map_rank"] for name, line in names.items()}
-    seconds: dict[tuple[str, int], list[float]] = {}
+    by_side: dict[tuple[str, float | None, int | None], dict[int, dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        by_side.setdefault((line["side"], line["share"], line["map_rank"]), {})[line["seed"]] = line
+    seconds: dict[tuple[str, int | None, int], list[float]] = {}
     for turn in read_records(out / "decoding.jsonl"):
-        if turn["map_rank"] == ranks.get(turn["side"]):
-            seconds.setdefault((turn["side"], turn["rows"]), []).append(turn["seconds"])
+        seconds.setdefault((turn["side"], turn["map_rank"], turn["rows"]), []).append(turn["seconds"])
 
-    def decode_speedup(name: str) -> dict[int, float]:
+    def decode_speedup(folder: str, rank: int | None) -> dict[int, float]:
         """By rows, how many times as fast as the dense model, of the medians of all turns."""
         return {
-            rows: median(seconds["dense", rows]) / median(seconds[name, rows])
+            rows: median(seconds["dense", None, rows]) / median(seconds[folder, rank, rows])
             for rows in ROWS
-            if (name, rows) in seconds and ("dense", rows) in seconds
+            if (folder, rank, rows) in seconds and ("dense", None, rows) in seconds
         }
 
-    def means(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
-        return {text: mean(line[name][text] for line in lines) for text in lines[0][name]}
-
-    def compared(other: str, same: list[dict[str, Any]]) -> tuple[list[int], dict[str, float] | None]:
-        """The seeds that another side at the same share has, too, and the mean ratio of perplexities over them."""
-        share = None if other == "tuned" else same[0]["share"]
-        others = {line["seed"]: line for line in lines if (line["side"], line["share"]) == (other, share)}
-        pairs = [(line, others[line["seed"]]) for line in same if line["seed"] in others]
-        ratios = {
-            text: mean(line["perplexity"][text] / base["perplexity"][text] for line, base in pairs)
-            for text in same[0]["perplexity"]
-            if pairs
+    def compared(
+        same: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]
+    ) -> tuple[list[int], dict[str, float] | None]:
+        """The seeds that another side has, too, and the mean ratio of perplexities over them."""
+        in_common = [seed for seed in same if seed in others]
+        texts = next(iter(same.values()))["perplexity"]
+        if not in_common:
+            return [], None
+        return in_common, {
+            text: mean(same[seed]["perplexity"][text] / others[seed]["perplexity"][text] for seed in in_common)
+            for text in texts
         }
-        return [line["seed"] for line, _ in pairs], ratios or None
 
     sides = {}
-    for name, one in names.items():
-        same = [line for line in lines if (line["side"], line["share"]) == (one["side"], one["share"])]
+    for (side, share, rank), by_seed in by_side.items():
+        same = list(by_seed.values())
+        one = same[-1]
+        folder = "dense" if side == "tuned" else side if share is None else f"{side}-{share}"
         seeds_in_common, ratios = {}, {}
-        for other in ("tuned", "dropped", "linear"):
-            seeds_in_common[other], ratios[other] = compared(other, same)
-        sides[name] = {
-            "seeds": [line["seed"] for line in same],
-            "perplexity": means(same, "perplexity"),
+        for other in by_side:
+            if other[0] == "tuned" or (other[0] in ("dropped", "linear") and other[1] == share):
+                seeds_in_common[side_name(*other)], ratios[side_name(*other)] = compared(by_seed, by_side[other])
+        as_left = [line["as_left"] for line in same if line.get("as_left") is not None]
+        sides[side_name(side, share, rank)] = {
+            "seeds": list(by_seed),
+            "perplexity": {text: mean(line["perplexity"][text] for line in same) for text in one["perplexity"]},
             "perplexity_by_seed": {text: [line["perplexity"][text] for line in same] for text in one["perplexity"]},
-            "ratio_to_tuned_dense": ratios["tuned"],
-            "ratio_to_dropped": ratios["dropped"],
-            "ratio_to_linear": ratios["linear"],
+            "ratio_to_tuned_dense": ratios.get("tuned"),
+            # By name, of those at the same share.
+            "ratio_to_others": {name: ratio for name, ratio in ratios.items() if name != "tuned"},
             "seeds_in_common": seeds_in_common,
-            "conversation_loss": None if one["conversation_loss"] is None else means(same, "loss")["conversations"],
-            "answers_right": mean(line["answers_right"] for line in same),
+            "conversation_loss": None
+            if one["conversation_loss"] is None
+            else mean(line["conversation_loss"] for line in same),
+            # By the rules of today, whatever they were when a line was written.
+            "answers_right": mean(count_right(line["answers"]) for line in same),
+            # With the thresholds that tuning left, where the figures above are of thresholds for each kind of text.
+            "as_left": {
+                "seeds": len(as_left),
+                "loss": {text: mean(left["loss"][text] for left in as_left) for text in as_left[0]["loss"]},
+                "answers_right": mean(count_right(left["answers"]) for left in as_left),
+            }
+            if as_left
+            else None,
             "flops_ratio": one["flops_ratio"],
             "decode_ratio": one["decode_ratio"],
-            "decode_speedup": decode_speedup(name),
+            # Tuning changes nothing of what the dense model computes.
+            "decode_speedup": decode_speedup(folder, rank),
             # By seed, with the cores that it had.
             "tuning_minutes": [line["tuning_minutes"] for line in same],
             "tuning_threads": [line["machine"]["threads"] for line in same],
         }
     # vLLM runs the dense model, so its ratio is to ours of the same model.
-    summary = {"sides": sides, "vllm_decode_speedup": decode_speedup("vllm"), **shared, **provenance()}
+    summary = {"sides": sides, "vllm_decode_speedup": decode_speedup("vllm", None), **shared, **provenance()}
     write_aside(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def side_name(side: str, share: float | None, rank: int | None) -> str:
+    """What a side is called in the summary."""
+    parts = [side, *([] if share is None else [str(share)]), *([] if rank is None else [f"rank-{rank}"])]
+    return "-".join(parts)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -178,14 +178,22 @@ def texts_of(
     return Texts(corpus, windows, by_kind)
 
 
-def tested(model: MoDForCausalLM, texts: Texts, bf16: bool) -> dict[str, Any]:
-    """By kind of text the loss under causal routing, and the share of tokens that enters a routed block.
+def tested(
+    model: MoDForCausalLM, texts: Texts, tokenizer: PreTrainedTokenizerBase, bf16: bool, calibrates: bool
+) -> dict[str, Any]:
+    """By kind of text the loss under causal routing, and the share of tokens that enters a routed block; and answers.
 
-    Before each text the thresholds are set on the tuning text of its kind.
+    Args:
+        model: the model.
+        texts: what is tested on.
+        tokenizer: the model's.
+        bf16: whether products are in bf16.
+        calibrates: whether the thresholds are set before each text on the tuning text of its kind, and before the
+            answers on conversations; else they stay as they are.
     """
     told: dict[str, Any] = {"loss": {}, "entering": {}}
     for name, window in texts.windows.items():
-        if model.config.causal_routers:
+        if calibrates and model.config.causal_routers:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 calibrate(model, spread(texts.kinds[name], 32), texts.corpus.end_of_text)
         evaluation = evaluate(
@@ -197,7 +205,7 @@ def tested(model: MoDForCausalLM, texts: Texts, bf16: bool) -> dict[str, Any]:
     losses = told["loss"]
     told["perplexity"] = {name: exp(loss) for name, loss in losses.items() if name != "conversations"}
     told["conversation_loss"] = losses.get("conversations")
-    return told
+    return told | answers_right(model, tokenizer)
 
 
 def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -208,8 +216,12 @@ def answers_right(model: MoDForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
         for start in range(0, len(asked), 16)
         for one in answered(model.eval(), tokenizer, asked[start : start + 16], ANSWER)
     ]
-    right = sum(is_right(text, words) for text, (_, words) in zip(said, QUESTIONS, strict=True))
-    return {"answers_right": right, "questions": len(said), "answers": said}
+    return {"answers_right": count_right(said), "questions": len(said), "answers": said}
+
+
+def count_right(said: Sequence[str]) -> int:
+    """How many of the answers, one for each question, are right."""
+    return sum(is_right(text, words) for text, (_, words) in zip(said, QUESTIONS, strict=True))
 
 
 def without(dense: MoDForCausalLM, dropped: list[int]) -> MoDForCausalLM:

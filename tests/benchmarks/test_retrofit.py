@@ -9,20 +9,21 @@ from models import tiny
 from retrofit import SavedSeconds, summarise
 from retrofit_sides import KeptTeacher
 
-# Of the sides with maps.
-RANKS = {"ours-0.8": 128}
 
-
-def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str, Any]:
+def line(side: str, share: float | None, seed: int, wikitext: float, rank: int | None = None) -> dict[str, Any]:
+    right = ["Paris", *["I do not know."] * 59] if seed else ["I do not know."] * 60
+    left = {"loss": {"wikitext": 3.0 + seed, "conversations": 4.0}, "answers": right} if side == "ours" else None
     return {
         "side": side,
         "share": share,
         "seed": seed,
-        "map_rank": RANKS.get(f"{side}-{share}"),
+        "map_rank": rank,
         "perplexity": {"wikitext": wikitext},
-        "loss": {"wikitext": 1.0, "conversations": 2.0 + seed},
         "conversation_loss": 2.0 + seed,
-        "answers_right": 10 + seed,
+        # By rules of before.
+        "answers_right": 10,
+        "answers": right,
+        "as_left": left,
         "flops_ratio": 0.8,
         "decode_ratio": 0.81,
         "tuning_minutes": 20.0 + seed,
@@ -32,41 +33,49 @@ def line(side: str, share: float | None, seed: int, wikitext: float) -> dict[str
 
 def test_a_side_is_compared_seed_by_seed_with_others_of_its_share(tmp_path: Path) -> None:
     turns = [
-        ("dense", 0.3),
-        ("dense", 0.2),
-        ("dense", 0.2),
-        ("ours-0.8", 0.1),
-        ("ours-0.8", 0.2),
-        ("ours-0.8", 0.1),
-        ("vllm", 0.4),
+        ("dense", None, 0.3),
+        ("dense", None, 0.2),
+        ("dense", None, 0.2),
+        ("ours-0.8", 128, 0.1),
+        ("ours-0.8", 128, 0.2),
+        ("ours-0.8", 128, 0.1),
+        ("ours-0.8", 64, 0.4),
+        ("vllm", None, 0.4),
     ]
-    records = [{"side": side, "map_rank": RANKS.get(side), "rows": 1, "seconds": seconds} for side, seconds in turns]
-    # Of maps of another rank: another side by the same name.
-    records.append({"side": "ours-0.8", "map_rank": 64, "rows": 1, "seconds": 9.0})
+    records = [{"side": side, "map_rank": rank, "rows": 1, "seconds": seconds} for side, rank, seconds in turns]
     (tmp_path / "decoding.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = [
         line("tuned", None, 1, 20.0),
         line("tuned", None, 0, 10.0),
-        line("ours", 0.8, 1, 26.0),
-        line("ours", 0.8, 0, 12.0),
+        line("ours", 0.8, 1, 26.0, 128),
+        line("ours", 0.8, 0, 12.0, 128),
+        line("ours", 0.8, 0, 15.0, 64),
         line("dropped", 0.8, 1, 32.5),
         line("dropped", 0.65, 0, 30.0),
+        line("linear", 0.8, 0, 16.0, 64),
     ]
     summary = summarise(lines, {}, tmp_path)
     assert summary["vllm_decode_speedup"] == pytest.approx({1: 0.5})
     sides = summary["sides"]
-    ours = sides["ours-0.8"]
+    names = {"tuned", "ours-0.8-rank-128", "ours-0.8-rank-64", "dropped-0.8", "dropped-0.65", "linear-0.8-rank-64"}
+    assert sides.keys() == names
+    ours = sides["ours-0.8-rank-128"]
     assert ours["seeds"] == [0, 1]
     assert ours["perplexity"] == {"wikitext": 19.0}
     assert ours["perplexity_by_seed"] == {"wikitext": [12.0, 26.0]}
     assert ours["ratio_to_tuned_dense"] == pytest.approx({"wikitext": (1.2 + 1.3) / 2})
     # Of the one seed that both have, at the same share.
-    assert ours["ratio_to_dropped"] == pytest.approx({"wikitext": 0.8})
-    assert ours["ratio_to_linear"] is None
-    assert ours["seeds_in_common"] == {"tuned": [0, 1], "dropped": [1], "linear": []}
+    assert ours["ratio_to_others"]["dropped-0.8"] == pytest.approx({"wikitext": 0.8})
+    assert ours["ratio_to_others"]["linear-0.8-rank-64"] == pytest.approx({"wikitext": 0.75})
+    assert ours["seeds_in_common"] == {"tuned": [0, 1], "dropped-0.8": [1], "linear-0.8-rank-64": [0]}
+    assert sides["ours-0.8-rank-64"]["ratio_to_others"]["dropped-0.8"] is None
     assert ours["conversation_loss"] == 2.5
-    assert ours["answers_right"] == 10.5
+    assert ours["answers_right"] == 0.5
+    assert ours["as_left"] == {"seeds": 2, "loss": {"wikitext": 3.5, "conversations": 4.0}, "answers_right": 0.5}
+    assert sides["dropped-0.8"]["as_left"] is None
     assert ours["decode_speedup"] == pytest.approx({1: 2.0})
+    assert sides["ours-0.8-rank-64"]["decode_speedup"] == pytest.approx({1: 0.5})
+    assert sides["tuned"]["decode_speedup"] == {1: 1.0}
     assert (ours["tuning_minutes"], ours["tuning_threads"]) == ([20.0, 21.0], [2, 1])
     assert sides["tuned"]["ratio_to_tuned_dense"] == {"wikitext": 1.0}
     assert json.loads((tmp_path / "summary.json").read_text())["sides"].keys() == sides.keys()
