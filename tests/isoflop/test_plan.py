@@ -70,6 +70,28 @@ def test_the_definition_of_a_run_changes_with_what_decides_its_result(tmp_path: 
     assert definitions(training={"batch_size": 4, "save_every": 7, "eval_every": 9, "eval_sequences": 3}) == first
 
 
+def test_families_may_route_parts_of_a_block_and_have_a_bypass(tmp_path: Path) -> None:
+    mod = {"capacity": [0.25], "route_every": 2}
+    families = {
+        "baseline": {"routed": False},
+        "mod": mod,
+        "keys": {**mod, "routed_parts": ["block_keep_keys"]},
+        "mlp": {**mod, "routed_parts": ["mlp"]},
+        "bypass": {**mod, "bypass_rank": 2},
+    }
+    rates = dict.fromkeys(families, 1e-2)
+    sweep = {"budgets": [3e7], "families": [*families], "depths": [2]}
+    study = load_study(study_file(tmp_path, families=families, learning_rates=rates, sweeps=[sweep]))
+    planned = {item.run.family: item for item in plan(study, prepare(study.data))}
+    flops = {name: item.flops_per_token for name, item in planned.items()}
+    # A token that skips computes its key and value under "keys", all of attention under "mlp".
+    assert flops["mod"] < flops["keys"] < flops["mlp"] < flops["baseline"]
+    # The map of one block, computed for all: twice width times rank, a multiplication and an addition each.
+    assert flops["bypass"] - flops["mod"] == 2 * 2 * 16 * 2
+    assert planned["bypass"].parameters - planned["mod"].parameters == 2 * 16 * 2
+    assert len({item.definition for item in planned.values()}) == len(families)
+
+
 def test_the_seeds_that_show_a_difference_follow_from_the_deviation() -> None:
     # Tables of the test of two means, power 80 %, have 17 for an effect of one deviation and 64 for half of one.
     assert [seeds_to_resolve(deviation) for deviation in (0.005, 0.01, 0.001)] == [17, 64, 3]

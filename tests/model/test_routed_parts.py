@@ -14,7 +14,7 @@ from mixture_of_depths import MoDCache, MoDConfig, MoDForCausalLM
 from mixture_of_depths.model.cache import RoutedCacheLayer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     batch=st.integers(1, 3),
@@ -23,10 +23,15 @@ from mixture_of_depths.model.cache import RoutedCacheLayer
     routing=st.sampled_from(["top_k", "causal"]),
     parts=st.sampled_from(PARTS),
     bypass_rank=st.sampled_from([0, 4]),
+    activation=st.sampled_from(["sigmoid", "tanh", "straight_through", "none"]),
     causal_router=st.sampled_from(["predictor", "auxiliary_loss", "threshold"]),
     capacity=st.sampled_from([0.125, 0.5, 0.95, 1.0]),
     experts=st.sampled_from(
-        [{}, {"num_experts": 3, "num_experts_per_tok": 2, "num_noop_experts": 1, "expert_capacity": 0.8}]
+        [
+            {},
+            {"num_experts": 3, "num_experts_per_tok": 2, "num_noop_experts": 1, "expert_capacity": 0.8},
+            {"num_experts": 3, "expert_routing": "expert_choice", "expert_capacity": 0.7},
+        ]
     ),
     extras=st.booleans(),
 )
@@ -38,6 +43,7 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
     routing: Any,
     parts: Any,
     bypass_rank: int,
+    activation: str,
     causal_router: str,
     capacity: float,
     experts: dict[str, Any],
@@ -49,6 +55,7 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
         bypass_rank,
         capacity=[capacity, 0.5],
         causal_router=causal_router,
+        router_activation=activation,
         first_token_enters=extras,
         query_key_norm=extras,
         attention_bias=extras,

@@ -291,6 +291,11 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_measures(
 def test_the_model_of_the_old_kind_is_still_made_and_loaded(corpus: Corpus, tmp_path: Path, parts: Any) -> None:
     routing = replace(ROUTING, routed_parts=parts, bypass_rank=0, capacity=(0.25, 0.5))
     model, result = retrofit(dense_for(corpus), "dense", corpus, routing, TUNING, tmp_path / "out", console=QUIET)
+    if parts == "block":
+        # Neither field had a name when this was the only kind.
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (config.pop("routed_parts"), config.pop("bypass_rank")) == ("block", 0)
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     loaded = MoDForCausalLM.from_pretrained(tmp_path / "out")
     assert (loaded.config.routed_parts, loaded.config.bypass_rank) == (parts, 0)
     assert loaded.config.capacity == [0.25, 0.5] == result.capacity
@@ -385,7 +390,7 @@ def test_the_share_of_distillation_is_the_same_in_several_processes(
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source: it must be a dense model"),
+        ({"routed_layers": [1]}, {}, r"routed_layers=\[1\] of the source, which must be a dense model"),
         ({}, {"max_steps": None, "max_flops": 1e9}, "max_flops=1e\\+09 cannot be kept while the capacity falls"),
         ({}, {"max_steps": None}, "exactly one of max_steps and max_tokens; given: none"),
         ({}, {"max_tokens": 1e4}, "exactly one of max_steps and max_tokens; given: max_steps, max_tokens"),

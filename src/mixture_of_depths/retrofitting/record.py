@@ -40,7 +40,10 @@ class Measured:
         if has_measured(folder):
             before = read_json(self.place / FACTS)
             if not isinstance(before, dict):
-                raise ValueError(f"{self.place / FACTS} is damaged: it does not describe what was measured")
+                raise ValueError(
+                    f"{self.place / FACTS} is damaged: it does not describe what was measured; remove "
+                    f"{self.place}, to have all of it measured again"
+                )
             for name, value in json.loads(json.dumps(facts)).items():
                 if name == "text":
                     check_same_text(folder, before.get(name), value)
@@ -82,7 +85,9 @@ class Measured:
         try:
             return [block_importance(block) for block in read_json(path)]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: it does not say what skipping blocks costs") from error
+            raise ValueError(
+                f"{path} is damaged: it does not say what skipping blocks costs; remove it, to have that measured again"
+            ) from error
 
     def measure_rest(
         self, num_blocks: int, measuring: Callable[[Sequence[BlockImportance]], Iterable[BlockImportance]]

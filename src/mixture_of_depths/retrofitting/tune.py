@@ -248,12 +248,15 @@ def check_length(training: TrainOptions) -> None:
 def _check(dense: MoDForCausalLM, corpus: Corpus, options: RetrofitOptions, training: TrainOptions) -> None:
     """Refuses what cannot be done: nothing is measured for it."""
     if dense.config.routed_layers:
-        raise ValueError(f"routed_layers={dense.config.routed_layers} of the source: it must be a dense model")
+        raise ValueError(
+            f"routed_layers={dense.config.routed_layers} of the source, which must be a dense model; give the one "
+            "that it was made from"
+        )
     check_length(training)
     if training.calibrate and len(corpus.validation) < 2:
         raise ValueError(
-            "data holds out fewer than 2 sequences, and calibrating needs one of them; give more text, or raise "
-            "validation_fraction"
+            f"data holds out {len(corpus.validation)} sequences, and calibrating needs 2 or more; give more "
+            "text, or raise validation_fraction"
         )
     length = len(corpus.train[0]["input_ids"])
     dense.config.check_length(length)
