@@ -90,6 +90,17 @@ def test_the_numbers_in_the_page_are_the_traces() -> None:
     assert data["loss"][1] == pytest.approx(found.loss[1], rel=1e-5)
 
 
+def test_the_page_says_what_a_token_skips_and_takes_instead() -> None:
+    changes = {"routed_parts": ["block_keep_keys", "mlp"], "bypass_rank": 4, "router_activation": "straight_through"}
+    found = traced("the quick brown fox\n" * 8, **changes)
+    page = page_of(found)
+    assert "<td>the block but its key and value, or the block&#x27;s MLP; a map of rank 4 instead</td>" in page
+    assert "<h2>Causal logits</h2>" in page
+    data = json.loads(page.split('id="trace">')[1].split("</script>")[0])
+    assert data["routed_parts"] == changes["routed_parts"]
+    assert data["causal_logit"][0] == pytest.approx(found.causal_logit[0].tolist(), rel=1e-5)
+
+
 def test_a_model_without_routed_blocks_has_a_page_too() -> None:
     page = page_of(traced("plain text", routed_layers=[]))
     assert "".join(read(page).spans) == "plain text"
@@ -113,9 +124,12 @@ def opened(browser: Any, path: Path, width: int) -> tuple[Page, list[str], list[
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_text_and_the_numbers_of_a_token(browser: Any, tmp_path: Path, width: int) -> None:
-    found = traced(NASTY)
+@pytest.mark.parametrize(("width", "activation"), [(1280, "sigmoid"), (400, "straight_through")])
+def test_a_browser_shows_the_text_and_the_numbers_of_a_token(
+    browser: Any, tmp_path: Path, width: int, activation: str
+) -> None:
+    found = traced(NASTY, router_activation=activation)
+    word, values = ("weight", found.router_weight) if activation == "sigmoid" else ("logit", found.causal_logit)
     (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
     page, errors, requests = opened(browser, tmp_path / "report.html", width)
     assert page.evaluate("document.getElementById('text').textContent") == NASTY
@@ -125,8 +139,10 @@ def test_a_browser_shows_the_text_and_the_numbers_of_a_token(browser: Any, tmp_p
         assert f"token {i}: {json.dumps(found.pieces[i], ensure_ascii=False)}" in tip
         assert f"blocks used {found.blocks_used[i]} of 4" in tip
         for row, block in enumerate(found.routed_layers):
-            word = "entered" if found.entered[row, i] else "skipped"
-            assert f"block {block}: {word}, weight {found.router_weight[row, i]:.3f}" in tip
+            entered = "entered" if found.entered[row, i] else "skipped"
+            # The page keeps six digits.
+            shown = float(f"{values[row, i]:.6g}")
+            assert f"block {block}: {entered}, {word} {shown:.3f}" in tip
         assert f"entropy of the next {found.entropy[i]:.3f} nats" in tip
     # Nothing is wider than the window but what scrolls by itself.
     assert page.evaluate("document.documentElement.scrollWidth") <= width

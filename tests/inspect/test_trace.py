@@ -87,7 +87,19 @@ def test_json_and_parquet_hold_the_trace(tmp_path: Path) -> None:
         "routing": "top_k",
         "routed_layers": [1, 3],
         "capacity": [0.25, 0.25],
+        "routed_parts": ["block", "block"],
+        "bypass_rank": 0,
+        "router_activation": "sigmoid",
     }
+
+
+def test_where_all_weigh_one_the_causal_logit_tells_tokens_apart() -> None:
+    found = trace(model_with(router_activation="straight_through", causal_router="threshold"), TOKENIZER, TEXT)
+    assert (found.router_weight == 1).all()
+    name, values = found.told_apart_by
+    assert name == "causal logit"
+    assert np.array_equal(values > 0, found.entered)
+    assert trace(model_with(), TOKENIZER, TEXT).told_apart_by[0] == "router weight"
 
 
 def test_a_text_that_cannot_be_traced_is_refused() -> None:

@@ -146,17 +146,17 @@ def routing_map(trace: Trace) -> Figure:
     return figure
 
 
-def weight_histogram(trace: Trace) -> Figure:
-    """Router weights of the tokens that entered and of those that did not, all routed blocks together.
+def router_histogram(trace: Trace) -> Figure:
+    """What routers give the tokens that entered and those that did not, all routed blocks together.
 
     Tokens are counted in logarithms: those that entered are few.
     """
     figure, axes = _axes()
-    values = trace.router_weight
+    name, values = trace.told_apart_by
     bins = np.histogram_bin_edges(values, bins=60).tolist()
     axes.hist(values[~trace.entered], bins=bins, color=GREY, alpha=0.8, label="skipped")
     axes.hist(values[trace.entered], bins=bins, color=BLUE, alpha=0.8, label="entered")
-    axes.set_xlabel("router weight")
+    axes.set_xlabel(name)
     axes.set_ylabel("tokens")
     axes.set(yscale="log", ylim=(0.5, None))
     _legend(figure)
@@ -243,7 +243,8 @@ def drawn(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
     if trace.routed_layers or trace.experts_met is not None:
         figures |= {"routing-map": routing_map(trace)}
     if trace.routed_layers:
-        figures |= {"router-weights": weight_histogram(trace), "shares": shares(trace)}
+        name, _ = trace.told_apart_by
+        figures |= {f"{name.replace(' ', '-')}s": router_histogram(trace), "shares": shares(trace)}
     if trace.experts_met is not None:
         figures |= {"experts": experts_figure(trace)}
     if figures:

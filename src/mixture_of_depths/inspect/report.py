@@ -16,15 +16,22 @@ from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.text.corpus import Corpus
 
 CAPTIONS = {
-    "routing-map": "Depth against sequence. A column is a token; in a blue cell it went through the block, "
+    "routing-map": "Depth against sequence. A column is a token; in a blue cell it entered the block, "
     "in an orange one without meeting an expert.",
     "router-weights": "The factor of the block's result, of all tokens in all routed blocks, had they entered.",
+    "causal-logits": "What decides in sampling, of all tokens in all routed blocks: a token enters where it is "
+    "positive. The factor of the block's result is 1 for all that enter.",
     "shares": "How much of the text entered each routed block, beside the capacity that training chose with.",
     "causal-decisions": "In sampling each token decides by itself; where that differs from training's top-k choice.",
     "entropy": "Do tokens use more where the next token is harder to tell? Boxes hold the middle half. "
     "The interval takes tokens as independent, which neighbours are not: it is too narrow.",
     "kinds": "The same by kind of token; keywords are Python's.",
     "experts": "How many experts took a token in a block, of those that went through it; no-ops do not count.",
+}
+SKIPPED = {
+    "block": "the whole block",
+    "block_keep_keys": "the block but its key and value",
+    "mlp": "the block's MLP",
 }
 # From few blocks to many, light to dark: the order shows in grey, too.
 SHADES = ("#FFF7E0", "#FFE3A3", "#FDC078", "#F08A5D", "#C4516C", "#7A2E7A")
@@ -63,8 +70,10 @@ function describe(i) {
     `loss ${number(trace.loss[i])}, entropy of the next ${number(trace.entropy[i])} nats`];
   trace.routed_layers.forEach((block, row) => {
     const probability = trace.predictor_probability[row][i];
-    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, weight ` +
-      number(trace.router_weight[row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
+    const [word, values] = trace.router_activation === "straight_through" ? ["logit", trace.causal_logit]
+      : ["weight", trace.router_weight];
+    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, ${word} ` +
+      number(values[row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
   });
   if (trace.experts_met !== null)
     lines.push(`experts met in blocks 0 to ${trace.num_hidden_layers - 1}: ` +
@@ -173,6 +182,7 @@ def _facts(trace: Trace) -> dict[str, str]:
         "tokens": f"{len(trace.pieces):,}",
         "routing": routing,
         "blocks": f"{trace.num_hidden_layers}, of them routed {len(trace.routed_layers)}",
+        **_skipping(trace),
         figures.engagement_name(trace): f"{trace.engagement.mean():.2f} on average",
         "FLOPs": f"{trace.saved:.1%} less than if every token {most}",
         "loss": f"{np.nanmean(trace.loss):.3f} nats per token" if len(trace.pieces) > 1 else "-",
@@ -183,6 +193,13 @@ def _facts(trace: Trace) -> dict[str, str]:
             f"rank correlation {correlation.rho:+.3f}, 95 % interval {correlation.low:+.3f} to {correlation.high:+.3f}"
         )
     return facts
+
+
+def _skipping(trace: Trace) -> dict[str, str]:
+    """What a token skips where it does not enter, and what it takes instead."""
+    parts = [SKIPPED[part] for part in dict.fromkeys(trace.routed_parts)]
+    bypass = f"; a map of rank {trace.bypass_rank} instead" if trace.bypass_rank else ""
+    return {"skipped": ", or ".join(parts) + bypass} if parts else {}
 
 
 def _rounded(value: Any) -> Any:

@@ -33,9 +33,14 @@ class Trace:
         num_hidden_layers: number of blocks, routed or not.
         routed_layers: indices of the routed blocks.
         capacity: fraction of the tokens that is to enter each of them.
+        routed_parts: what of each of them a token skips.
+        bypass_rank: rank of the map that it takes instead; 0 for none.
+        router_activation: what makes a weight of the router's output.
         entered (np.ndarray): bool, of shape [R, T].
         router_weight (np.ndarray): the factor of the block's delta, if the token entered; float32, of shape [R, T].
-        enters_by_itself (np.ndarray): whom causal routing lets in; bool, of shape [R, T].
+        causal_logit (np.ndarray): positive where the causal router lets the token in; float32, of shape [R, T].
+        enters_by_itself (np.ndarray): whom causal routing lets in, a first token that always enters included; bool, of
+            shape [R, T].
         predictor_probability (np.ndarray): its probability of entering; not a number without a predictor; float32, of
             shape [R, T].
         experts_met (np.ndarray | None): how many experts took the token in each block: 0 where it did not enter, asked
@@ -57,8 +62,12 @@ class Trace:
     num_hidden_layers: int
     routed_layers: list[int]
     capacity: list[float]
+    routed_parts: list[str]
+    bypass_rank: int
+    router_activation: str
     entered: np.ndarray
     router_weight: np.ndarray
+    causal_logit: np.ndarray
     enters_by_itself: np.ndarray
     predictor_probability: np.ndarray
     experts_met: np.ndarray | None
@@ -73,6 +82,13 @@ class Trace:
     def inside(self) -> np.ndarray:
         """Which tokens went through each block, dense ones included; bool, of shape [L, T]."""
         return _inside(self.num_hidden_layers, self.routed_layers, self.entered)
+
+    @property
+    def told_apart_by(self) -> tuple[str, np.ndarray]:
+        """What tells a router's tokens apart, with its name: the weight, or where all weigh 1 the causal logit."""
+        if self.router_activation == "straight_through":
+            return "causal logit", self.causal_logit
+        return "router weight", self.router_weight
 
     @property
     def blocks_used(self) -> np.ndarray:
@@ -112,10 +128,11 @@ class Trace:
         """
         by_token = {"piece": self.pieces, "token_id": self.token_ids, "blocks_used": self.blocks_used}
         by_token |= {name: getattr(self, name) for name in ("entropy", "loss", "flops", "dense_flops")}
-        per_block = ("entered", "router_weight", "enters_by_itself", "predictor_probability")
+        per_block = ("entered", "router_weight", "causal_logit", "enters_by_itself", "predictor_probability")
         per_block += () if self.experts_met is None else ("experts_met",)
         columns = by_token | {name: list(getattr(self, name).T) for name in per_block}
-        facts = {"routing": self.routing, "routed_layers": self.routed_layers, "capacity": self.capacity}
+        names = ("routing", "routed_layers", "capacity", "routed_parts", "bypass_rank", "router_activation")
+        facts = {name: getattr(self, name) for name in names}
         table = pa.table(columns).replace_schema_metadata({"mixture_of_depths": json.dumps(facts)})
         parquet.write_table(table, path)
 
@@ -176,8 +193,12 @@ def trace_tokens(
         num_hidden_layers=config.num_hidden_layers,
         routed_layers=routed_layers,
         capacity=[config.capacity_fraction(i) for i in routed_layers],
+        routed_parts=[str(config.routed_part(i)) for i in routed_layers],
+        bypass_rank=config.bypass_rank,
+        router_activation=config.router_activation,
         entered=entered,
         router_weight=rows(gates, np.float32),
+        causal_logit=rows(causal, np.float32),
         enters_by_itself=rows([decided.enters_by_itself for _, decided in routed], bool),
         predictor_probability=rows(probability, np.float32),
         experts_met=None if all_alike else experts_met,

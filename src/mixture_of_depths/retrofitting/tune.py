@@ -148,7 +148,7 @@ class RetrofitResult:
         finished: False when it was stopped; it can be resumed.
         routed_layers: the blocks that are routed.
         capacity: of each of them, the fraction of the tokens that enters it.
-        others_entering: the same without the first token of every sequence, which enters always.
+        others_entering: the same without the first token, which enters always, in a sequence of one document.
         importance: what routing each block of the dense model costs; empty when the blocks were given.
         flops_share: FLOPs per token over the dense model's, at the length that is tuned on.
         decode_share: bytes read for a decoded token over the dense model's, after that many tokens.

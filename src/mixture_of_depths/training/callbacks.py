@@ -125,10 +125,11 @@ class Board(TensorBoardCallback):
                 self._draw(self.tb_writer, trace, state.global_step)
 
     def _draw(self, writer: SummaryWriter, trace: Trace, step: int) -> None:
-        for block, weights in zip(trace.routed_layers, trace.router_weight, strict=True):
+        name, by_block = trace.told_apart_by
+        for block, values in zip(trace.routed_layers, by_block, strict=True):
             # A run that diverges is stopped at its next step, by name.
-            if np.isfinite(weights).all():
-                writer.add_histogram(f"router_weight/{block}", weights, step)
+            if np.isfinite(values).all():
+                writer.add_histogram(f"{name.replace(' ', '_')}/{block}", values, step)
         # The deepest block on top, each a band of pixels.
         picture = np.repeat(trace.entered[::-1], 8, axis=0).astype(np.float32)
         writer.add_image("routing", picture, step, dataformats="HW")
