@@ -4,6 +4,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixture_of_depths.isoflop.fit import (
@@ -44,7 +45,25 @@ def test_the_optimum_of_an_exact_parabola_is_found() -> None:
     found = curve(parabola("mod", math.log(18), 4.0), "loss_causal")
     assert found.optimum == pytest.approx((18.0, 4.0))
     assert found.optimum is not None
-    assert found.optimum[1] < found.best[2]
+    assert found.optimum[1] < found.best.loss
+
+
+def test_a_size_weighs_as_many_times_as_it_has_seeds() -> None:
+    def found(count: int) -> float:
+        runs = parabola("mod", math.log(18), 4.0)
+        # One size is off, whose runs are repeated.
+        off = [record("mod", 5, runs[3]["evaluation"]["loss_causal"] + 0.04, seed) for seed in range(count)]
+        optimum = curve([*runs[:3], *off, runs[4]], "loss_causal").optimum
+        assert optimum is not None
+        return optimum[1]
+
+    sizes = np.log([2**depth for depth in range(2, 7)]) - math.log(18)
+    losses = 4 + sizes**2 + np.array([0, 0, 0, 0.04, 0])
+    for count in (1, 9):
+        repeated = np.repeat(np.arange(5), [1, 1, 1, count, 1])
+        bend, slope, height = np.polyfit(sizes[repeated], losses[repeated], 2)
+        assert found(count) == pytest.approx(height - slope**2 / (4 * bend))
+    assert found(1) < found(9)
 
 
 def test_a_curve_that_only_falls_has_no_optimum_inside() -> None:
@@ -52,10 +71,10 @@ def test_a_curve_that_only_falls_has_no_optimum_inside() -> None:
     assert curve(steep, "loss_causal").optimum is None
     found = curve([record("mod", depth, 5.0 - depth / 10) for depth in range(2, 7)], "loss_causal")
     assert found.optimum is None
-    assert found.best[2] == pytest.approx(4.4)
+    assert found.best.loss == pytest.approx(4.4)
     # A point is not held against a parabola's bottom.
     inside = curve(parabola("baseline", math.log(18), 4.0), "loss_causal")
-    assert optima(found, inside) == (found.best[2], inside.best[2])
+    assert optima(found, inside) == (found.best.loss, inside.best.loss)
     assert optima(inside, inside) == pytest.approx((4.0, 4.0))
     assert curve([record("mod", 2, 5.0)], "loss_causal").optimum is None
 
@@ -64,7 +83,7 @@ def test_the_smallest_model_as_good_is_the_cheapest_per_token() -> None:
     found = curve([record("mod", 2, 5.0), record("mod", 3, 4.0), record("mod", 4, 3.9)], "loss_causal")
     point = smallest_as_good(found, 4.2)
     assert point is not None
-    assert point[1] == 3.0
+    assert point.flops_per_token == 3.0
     assert smallest_as_good(found, 3.0) is None
 
 

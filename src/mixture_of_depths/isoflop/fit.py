@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import exp
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -16,20 +16,30 @@ Records = list[dict[str, Any]]
 LOSSES = ("loss_causal", "loss_top_k")
 
 
+class Point(NamedTuple):
+    """One size of a family at one budget: its parameters, forward FLOPs per token, mean loss over seeds, and seeds."""
+
+    parameters: float
+    flops_per_token: float
+    loss: float
+    seeds: int
+
+
 @dataclass(frozen=True)
 class Curve:
     """Held-out loss against size, for one family at one budget.
 
     Attributes:
-        points: per depth, (parameters, forward FLOPs per token, mean loss over seeds), smallest first.
+        points: one per depth, smallest first.
         best: the point with the smallest loss.
         optimum: (parameters, loss) at the bottom of the parabola fitted to the points around the best, in the logarithm
-            of the parameters. None when it would rest on little: fewer than four points, a best point at the edge, a
-            bottom outside the points or more than 1 % from the best of them, so that no parabola describes them.
+            of the parameters; a point weighs as many times as it has seeds. None when it would rest on little: fewer
+            than four points, a best point at the edge, a bottom outside the points or more than 1 % from the best of
+            them, so that no parabola describes them.
     """
 
-    points: list[tuple[float, float, float]]
-    best: tuple[float, float, float]
+    points: list[Point]
+    best: Point
     optimum: tuple[float, float] | None
 
 
@@ -37,7 +47,12 @@ def curve(records: Records, loss: str) -> Curve:
     """The curve through the records of one family and budget, by `loss_causal` or `loss_top_k`."""
     return curve_through(
         sorted(
-            (runs[0]["parameters"], runs[0]["flops_per_token"], fmean(run["evaluation"][loss] for run in runs))
+            Point(
+                runs[0]["parameters"],
+                runs[0]["flops_per_token"],
+                fmean(run["evaluation"][loss] for run in runs),
+                len(runs),
+            )
             for runs in by_size(records)
         )
     )
@@ -51,20 +66,22 @@ def by_size(records: Records) -> list[Records]:
     return list(depths.values())
 
 
-def curve_through(points: list[tuple[float, float, float]]) -> Curve:
-    """The curve through (parameters, forward FLOPs per token, loss), sorted."""
-    best = min(points, key=lambda point: point[2])
+def curve_through(points: list[Point]) -> Curve:
+    """The curve through points, the smallest first."""
+    best = min(points, key=lambda point: point.loss)
     at = points.index(best)
     around = points[max(0, at - 2) : at + 3]
-    if len({point[0] for point in around}) < 4 or at in (0, len(points) - 1):
+    if len({point.parameters for point in around}) < 4 or at in (0, len(points) - 1):
         return Curve(points, best, None)
-    size = np.log([point[0] for point in around])
+    size = np.log([point.parameters for point in around])
     middle = size.mean()
-    bend, slope, height = np.polyfit(size - middle, [point[2] for point in around], 2)
+    # Its weights multiply the residuals before they are squared.
+    weights = np.sqrt([point.seeds for point in around])
+    bend, slope, height = np.polyfit(size - middle, [point.loss for point in around], 2, w=weights)
     if bend <= 0 or not size[0] <= (bottom := middle - slope / (2 * bend)) <= size[-1]:
         return Curve(points, best, None)
     loss_there = float(height - slope**2 / (4 * bend))
-    if not 0.99 * best[2] <= loss_there <= 1.01 * best[2]:
+    if not 0.99 * best.loss <= loss_there <= 1.01 * best.loss:
         return Curve(points, best, None)
     return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
@@ -81,7 +98,7 @@ def optima(one: Curve, other: Curve) -> tuple[float, float]:
     """
     if one.optimum and other.optimum:
         return one.optimum[1], other.optimum[1]
-    return one.best[2], other.best[2]
+    return one.best.loss, other.best.loss
 
 
 def ratio(one: Curve, other: Curve) -> float:
@@ -114,14 +131,15 @@ def at_each_size(records: Records, others: Records, loss: str) -> list[dict[str,
     return told
 
 
-def smallest_as_good(mod: Curve, loss: float) -> tuple[float, float, float] | None:
+def smallest_as_good(mod: Curve, loss: float) -> Point | None:
     """The point with the fewest forward FLOPs whose loss is at most `loss`; None when there is none."""
-    return min((point for point in mod.points if point[2] <= loss), key=lambda point: point[1], default=None)
+    as_good = (point for point in mod.points if point.loss <= loss)
+    return min(as_good, key=lambda point: point.flops_per_token, default=None)
 
 
 def _loss_at(family_curve: Curve, parameters: float) -> float:
     """The loss of the size with that many parameters."""
-    return next(point[2] for point in family_curve.points if point[0] == parameters)
+    return next(point.loss for point in family_curve.points if point.parameters == parameters)
 
 
 def group(records: Records) -> dict[float, dict[str, Records]]:
@@ -174,7 +192,7 @@ def ratio_interval(
     ratios = [
         ratio(one, other)
         if by_parabolas and are_parabolas(one, other)
-        else _loss_at(one, our_curve.best[0]) / _loss_at(other, their_curve.best[0])
+        else _loss_at(one, our_curve.best.parameters) / _loss_at(other, their_curve.best.parameters)
         for one, other in zip(ours, theirs, strict=True)
     ]
     low, high = np.quantile(ratios, [0.025, 0.975])
@@ -215,10 +233,15 @@ def _drawn_curves(
         deviations = np.empty(drawn.shape)
         for seed, pool in by_seed.items():
             deviations[drawn == seed] = generator.choice(pool, int((drawn == seed).sum()))
-        shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"]))
+        shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"], len(runs)))
         means.append(fmean(run["evaluation"][loss] for run in runs) + scales * deviations.mean(axis=1))
     return [
-        curve_through(sorted((*shape, float(mean)) for shape, mean in zip(shapes, of_draw, strict=True)))
+        curve_through(
+            sorted(
+                Point(parameters, flops, float(mean), seeds)
+                for (parameters, flops, seeds), mean in zip(shapes, of_draw, strict=True)
+            )
+        )
         for of_draw in zip(*means, strict=True)
     ]
 
@@ -259,12 +282,12 @@ def comparisons(records: Records, baseline: str, mod: str) -> dict[str, Comparis
             continue
         curves = {name: {loss: curve(runs, loss) for loss in LOSSES} for name, runs in families.items()}
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
-        equal = smallest_as_good(ours, theirs.best[2])
+        equal = smallest_as_good(ours, theirs.best.loss)
         by_budget[budget_name(budget)] = Comparison(
             curves=curves,
-            baseline=run_of(families[baseline], theirs.best[0]),
-            mod=run_of(families[mod], ours.best[0]),
-            equal=None if equal is None else run_of(families[mod], equal[0]),
+            baseline=run_of(families[baseline], theirs.best.parameters),
+            mod=run_of(families[mod], ours.best.parameters),
+            equal=None if equal is None else run_of(families[mod], equal.parameters),
         )
     return by_budget
 
@@ -294,24 +317,26 @@ def summarise(
             "loss_ratio": mod_best_loss / baseline_best_loss,
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
             "loss_ratio_is_of": "parabolas" if are_parabolas(ours, theirs) else "points",
-            "loss_ratio_of_points": ours.best[2] / theirs.best[2],
+            "loss_ratio_of_points": ours.best.loss / theirs.best.loss,
             "loss_ratio_top_k": ratio(curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]),
-            "baseline_best_parameters": theirs.best[0],
-            "mod_best_parameters": ours.best[0],
-            "baseline_best_flops_per_token": theirs.best[1],
-            "mod_best_flops_per_token": ours.best[1],
+            "baseline_best_parameters": theirs.best.parameters,
+            "mod_best_parameters": ours.best.parameters,
+            "baseline_best_flops_per_token": theirs.best.flops_per_token,
+            "mod_best_flops_per_token": ours.best.flops_per_token,
             "equal_loss_mod_parameters": None if equal is None else equal["parameters"],
-            "equal_loss_mod_flops_ratio": None if equal is None else equal["flops_per_token"] / theirs.best[1],
+            "equal_loss_mod_flops_ratio": None
+            if equal is None
+            else equal["flops_per_token"] / theirs.best.flops_per_token,
             "equal_loss_sampling_speedup": on_models.get("sampling_speedup"),
             "equal_loss_sampling_speedup_bf16": on_models.get("sampling_speedup_bf16"),
             "train_wall_ratio": on_models.get("train_wall_ratio"),
-            "causal_gap": ours.best[2] / _loss_at(curves[mod]["loss_top_k"], ours.best[0]) - 1,
+            "causal_gap": ours.best.loss / _loss_at(curves[mod]["loss_top_k"], ours.best.parameters) - 1,
             "gain_from_later_tokens": on_models.get("gain_from_later_tokens"),
             "stochastic_loss_ratio": None if random is None else ratio(random["loss_causal"], theirs),
             "families": {
                 name: {
-                    "best_loss": by_loss["loss_causal"].best[2],
-                    "best_loss_top_k": by_loss["loss_top_k"].best[2],
+                    "best_loss": by_loss["loss_causal"].best.loss,
+                    "best_loss_top_k": by_loss["loss_top_k"].best.loss,
                     "ratio_to_baseline": ratio(by_loss["loss_causal"], theirs),
                     "ratio_interval": None
                     if name == baseline
@@ -323,8 +348,8 @@ def summarise(
                     "over_family_at_each_size": None
                     if name in (baseline, mod)
                     else at_each_size(families[name], families[mod], "loss_causal"),
-                    "flops_per_token": by_loss["loss_causal"].best[1],
-                    "parameters": by_loss["loss_causal"].best[0],
+                    "flops_per_token": by_loss["loss_causal"].best.flops_per_token,
+                    "parameters": by_loss["loss_causal"].best.parameters,
                     "optimum_parameters": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[0],
                     "optimum_loss": by_loss["loss_causal"].optimum and by_loss["loss_causal"].optimum[1],
                     "seed_deviation": seed_deviation(families[name], "loss_causal"),

@@ -75,7 +75,7 @@ def _panels(
 def _isoflop(panel: Axes, families: dict[str, Records], baseline: str, styles: Styles) -> None:
     for name, runs in families.items():
         fitted = curve(runs, "loss_causal")
-        panel.plot([p[0] for p in fitted.points], [p[2] for p in fitted.points], label=name, **styles[name])
+        panel.plot([p.parameters for p in fitted.points], [p.loss for p in fitted.points], label=name, **styles[name])
         if fitted.optimum:
             panel.plot(*fitted.optimum, "*", color=styles[name]["color"], markersize=12)
     panel.set_xscale("log")
@@ -92,7 +92,8 @@ def _relative(panel: Axes, families: dict[str, Records], baseline: str, styles: 
     best = curve(families[baseline], "loss_causal").best
     for name, runs in families.items():
         points = curve(runs, "loss_causal").points
-        panel.plot([p[1] / best[1] for p in points], [p[2] / best[2] for p in points], label=name, **styles[name])
+        flops = [point.flops_per_token / best.flops_per_token for point in points]
+        panel.plot(flops, [point.loss / best.loss for point in points], label=name, **styles[name])
     panel.axhline(1, color="grey", lw=0.8)
     panel.axvline(1, color="grey", lw=0.8)
     panel.set_xlabel("forward FLOPs per token over the best baseline's")
@@ -153,7 +154,7 @@ def _curves(records: Records, names: tuple[str, str], styles: Styles, out: Path)
         runs = families.get(name, [])
         if not runs:
             continue
-        size = curve(runs, "loss_causal").best[0]
+        size = curve(runs, "loss_causal").best.parameters
         run = run_of(runs, size)
         lines = read_records(out / "runs" / run["name"] / "metrics.jsonl")
         flops = {line["step"]: line["flops"] for line in lines if "flops" in line}
