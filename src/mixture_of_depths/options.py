@@ -27,6 +27,9 @@ ExpertRoutingType = Literal["token_choice", "expert_choice"]
 Precision = Literal["fp32", "bf16"]
 Packing = Literal["cut", "best_fit"]
 
+# Of `TrainOptions`: when a run is looked at and saved decides nothing of what it becomes.
+WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
+
 
 @dataclass(frozen=True)
 class DataOptions:

@@ -1,11 +1,14 @@
 """A run begins in a folder of its own, and goes on there only as the same run."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import QUIET, config_for
+import torch
+from runs import QUIET, config_for, records
+from safetensors.torch import load_file
 
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
@@ -48,6 +51,30 @@ def test_a_run_without_a_later_field_is_resumed_at_its_default(corpus: Corpus, t
     for change in ({"num_experts": 2}, {"capacity": (0.5,)}):
         with pytest.raises(ValueError, match=f"{next(iter(change))}=.* differs from"):
             train(config_for(corpus, **change), corpus, opts, tmp_path, resume=True, console=QUIET)
+
+
+def test_a_run_may_go_on_with_other_evaluations_and_checkpoints_and_becomes_the_same(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    def train_losses(folder: Path) -> list[float]:
+        return [line["loss"] for line in records(folder) if "loss" in line]
+
+    train(config_for(corpus), corpus, OPTIONS, tmp_path / "whole", console=QUIET)
+    folder = tmp_path / "parts"
+    train(config_for(corpus), corpus, OPTIONS, folder, console=QUIET)
+    # As a kill after the second step would leave it.
+    for path in (*folder.glob("checkpoint-[46]"), folder / "result.json", folder / "model.safetensors"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    changed = replace(OPTIONS, save_every=3, eval_every=1, eval_sequences=3)
+    _, resumed = train(config_for(corpus), corpus, changed, folder, resume=True, console=QUIET)
+    assert resumed.finished
+    looked_at = [line["step"] for line in records(folder) if "eval_loss" in line and line["step"] > 2]
+    assert looked_at == [3, 4, 5, 6]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    assert train_losses(folder) == train_losses(tmp_path / "whole")
+    ours, whole = (load_file(run / "model.safetensors") for run in (folder, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert json.loads((folder / "run.json").read_text())["train"]["save_every"] == 3
 
 
 def test_a_second_run_in_the_folder_is_refused(corpus: Corpus, tmp_path: Path) -> None:

@@ -41,15 +41,17 @@ class Stop(TrainerCallback):
 
 
 RANDOM: dict[str, Any] = {"router_type": "random"}
+KEYS: dict[str, Any] = {"routed_parts": ("block_keep_keys",), "bypass_rank": 4, "router_activation": "straight_through"}
 EXPERTS: dict[str, Any] = {"num_experts": 3, "num_noop_experts": 1, "expert_capacity": 0.7}
 
 
 @pytest.mark.parametrize(
     ("changes", "accumulation", "number"),
     [
-        ({}, 1, signal.SIGINT),
+        (KEYS, 1, signal.SIGINT),
         (RANDOM, 2, signal.SIGTERM),
         (EXPERTS, 1, signal.SIGTERM),
+        pytest.param({}, 1, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param({}, 2, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(RANDOM, 1, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(EXPERTS, 2, signal.SIGINT, marks=pytest.mark.slow),

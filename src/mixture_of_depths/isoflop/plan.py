@@ -21,7 +21,7 @@ from scipy.stats import t as student_t
 from mixture_of_depths.device import wait_for
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
-from mixture_of_depths.options import DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
+from mixture_of_depths.options import WATCHING_FIELDS, DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_options, model_config
@@ -29,8 +29,6 @@ from mixture_of_depths.training.settings import check_options, model_config
 # What the study itself sets.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 HORIZON_FIELDS = ("max_steps", "max_tokens", "max_flops", "seed", "learning_rate")
-# When a run is looked at and saved decides nothing.
-WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
 # The same in every study: models are compared as they were trained, on all of the held-out text.
 FIXED_FIELDS = ("calibrate",)
 

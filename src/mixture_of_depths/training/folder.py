@@ -11,12 +11,14 @@ import torch
 
 from mixture_of_depths.files import check_place, locked, read_json, write_aside
 from mixture_of_depths.model.configuration import MoDConfig
-from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.options import WATCHING_FIELDS, TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 
 LOCK = ".lock"
+# Of the options of a run that is resumed.
+MAY_CHANGE = (*WATCHING_FIELDS, "calibrate")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -66,8 +68,8 @@ def open_folder(
             )
         for part in ("model", "train", "tuning"):
             for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
-                # What transformers adds of its own accord may differ, and what comes after the training.
-                if name in ("transformers_version", "architectures", "dtype", "calibrate"):
+                # What transformers adds of its own accord may differ, and what decides nothing of the training.
+                if name in ("transformers_version", "architectures", "dtype", *MAY_CHANGE):
                     continue
                 old = earlier.get(part, {}).get(name, defaults[part].get(name))
                 check_unchanged(folder, name, old, described[part].get(name))
@@ -77,8 +79,9 @@ def open_folder(
                 f"out={folder} holds a finished run and no whole checkpoint of it, so that it would be trained again "
                 "from the beginning; use its model as it is, or name another folder"
             )
-        if earlier["train"].get("calibrate") != options.calibrate:
-            earlier["train"]["calibrate"] = options.calibrate
+        changed = {name: described["train"][name] for name in MAY_CHANGE}
+        if {name: earlier["train"].get(name) for name in MAY_CHANGE} != changed:
+            earlier["train"] |= changed
             write_aside(path, json.dumps(earlier, indent=2))
         return newest
     # It may have been taken since.
