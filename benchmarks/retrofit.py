@@ -38,7 +38,6 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -300,7 +299,8 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
     """Seconds of a step of every side of the first seed, in turns: bf16, 128 tokens after prompts of 128.
 
     Turns of a side are seconds apart, once all are compiled: the machine's speed drifts by more than what is compared.
-    Prompts are of the first text, and routers calibrated on its kind. What has a record is not measured again.
+    Prompts are of the first text, and routers calibrated on its kind. What has a record is not measured again, nor made
+    ready for it.
     """
     text, end = next(iter(texts.windows)), texts.corpus.end_of_text
     sides = {"dense": in_precision(dense, "bf16")}
@@ -315,31 +315,38 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
 
     path, names = arguments.out / "decoding.jsonl", ("side", "map_rank", "rows", "prompt", "turn")
     done = {tuple(record[name] for name in names) for record in read_records(path)}
+    every = [*sides, "vllm"] if arguments.vllm else [*sides]
+    ranks = {side: sides[side].config.bypass_rank or None if side in sides else None for side in every}
+    missing = [
+        (rows, number, turn, [side for side in every if (side, ranks[side], rows, number, turn) not in done])
+        for rows in ROWS
+        for number in range(len(prompts))
+        for turn in range(TURNS)
+    ]
+    missing = [left for left in missing if left[-1]]
+    vllm = Vllm(arguments.vllm, dense, arguments.runs) if any("vllm" in left for *_, left in missing) else None
 
-    def keep(side: str, step_seconds: Callable[[], float]) -> None:
-        rank = sides[side].config.bypass_rank or None if side in sides else None
-        key = (side, rank, rows, number, turn)
-        if key not in done:
-            record = {**dict(zip(names, key, strict=True)), "seconds": step_seconds(), **provenance(dense.device)}
+    def step_seconds(side: str, prompt: torch.Tensor, rows: int, options: SamplingOptions) -> float:
+        if side == "vllm":
+            assert vllm is not None
+            return vllm.seconds(prompt, rows)
+        return decode_seconds(sides[side], prompt.repeat(rows, 1), options)
+
+    warm: set[tuple[str, int]] = set()
+    for rows, number, turn, left in missing:
+        for side in left:
+            if (side, rows) not in warm:
+                step_seconds(side, prompts[0], rows, SamplingOptions(max_new_tokens=8))
+                warm.add((side, rows))
+        options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn))
+        # vLLM's threads stay awake for a while: it comes last.
+        in_turn = sorted((side for side in left if side != "vllm"), reverse=bool(turn % 2))
+        for side in [*in_turn, *(["vllm"] if "vllm" in left else [])]:
+            key = (side, ranks[side], rows, number, turn)
+            seconds = step_seconds(side, prompts[number], rows, options)
+            record = {**dict(zip(names, key, strict=True)), "seconds": seconds, **provenance(dense.device)}
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-    vllm = Vllm(arguments.vllm, dense, arguments.runs) if arguments.vllm else None
-    for rows in ROWS:
-        for model in sides.values():
-            decode_seconds(model, prompts[0].repeat(rows, 1), SamplingOptions(max_new_tokens=8))
-        if vllm is not None:
-            vllm.seconds(prompts[0], rows)
-        for number, prompt in enumerate(prompts):
-            for turn in range(TURNS):
-                options = SamplingOptions(
-                    max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn)
-                )
-                several = prompt.repeat(rows, 1)
-                for side in sorted(sides, reverse=bool(turn % 2)):
-                    keep(side, partial(decode_seconds, sides[side], several, options))
-                if vllm is not None:
-                    keep("vllm", partial(vllm.seconds, prompt, rows))
 
 
 VLLM = """
