@@ -430,7 +430,8 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
         folder = "dense" if side == "tuned" else side if share is None else f"{side}-{share}"
         seeds_in_common, ratios = {}, {}
         for other in by_side:
-            if other[0] == "tuned" or (other[0] in ("dropped", "linear") and other[1] == share):
+            is_rival = other[0] in ("dropped", "linear") and other[1] == share and other != (side, share, rank)
+            if other[0] == "tuned" or is_rival:
                 seeds_in_common[side_name(*other)], ratios[side_name(*other)] = compared(by_seed, by_side[other])
         as_left = [line["as_left"] for line in same if line.get("as_left") is not None]
         sides[side_name(side, share, rank)] = {
