@@ -48,6 +48,16 @@ def test_the_optimum_of_an_exact_parabola_is_found() -> None:
     assert found.optimum[1] < found.best.loss
 
 
+def test_a_parabola_that_misses_a_size_by_more_than_a_hundredth_is_none() -> None:
+    def runs(off: float) -> list[dict[str, Any]]:
+        found = parabola("mod", math.log(18), 4.0)
+        return [*found[:3], record("mod", 5, found[3]["evaluation"]["loss_causal"] + off), found[4]]
+
+    assert curve(runs(0.04), "loss_causal").optimum is not None
+    # Most of that is left between the size and the parabola; the bottom itself moves by less than a hundredth.
+    assert curve(runs(0.14), "loss_causal").optimum is None
+
+
 def test_a_size_weighs_as_many_times_as_it_has_seeds() -> None:
     def found(count: int) -> float:
         runs = parabola("mod", math.log(18), 4.0)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from mixture_of_depths.isoflop.plan import budget_name
 
 Records = list[dict[str, Any]]
 LOSSES = ("loss_causal", "loss_top_k")
+# By how much of the best loss a parabola may miss what it describes.
+TOLERANCE = 0.01
 
 
 class Point(NamedTuple):
@@ -33,9 +35,9 @@ class Curve:
         points: one per depth, smallest first.
         best: the point with the smallest loss.
         optimum: (parameters, loss) at the bottom of the parabola fitted to the points around the best, in the logarithm
-            of the parameters; a point weighs as many times as it has seeds. None when it would rest on little: fewer
-            than four points, a best point at the edge, a bottom outside the points or more than 1 % from the best of
-            them, so that no parabola describes them.
+            of the parameters; a point weighs as many times as it has seeds. None where it would rest on little: fewer
+            than four points, a best point at the edge, a bottom outside the points; or where it describes them badly:
+            its bottom, or any point, is off by more than `TOLERANCE` of the best loss.
     """
 
     points: list[Point]
@@ -66,7 +68,7 @@ def by_size(records: Records) -> list[Records]:
     return list(depths.values())
 
 
-def curve_through(points: list[Point]) -> Curve:
+def curve_through(points: list[Point], tolerance: float = TOLERANCE) -> Curve:
     """The curve through points, the smallest first."""
     best = min(points, key=lambda point: point.loss)
     at = points.index(best)
@@ -77,11 +79,13 @@ def curve_through(points: list[Point]) -> Curve:
     middle = size.mean()
     # Its weights multiply the residuals before they are squared.
     weights = np.sqrt([point.seeds for point in around])
-    bend, slope, height = np.polyfit(size - middle, [point.loss for point in around], 2, w=weights)
+    losses = np.array([point.loss for point in around])
+    bend, slope, height = parabola = np.polyfit(size - middle, losses, 2, w=weights)
     if bend <= 0 or not size[0] <= (bottom := middle - slope / (2 * bend)) <= size[-1]:
         return Curve(points, best, None)
     loss_there = float(height - slope**2 / (4 * bend))
-    if not 0.99 * best.loss <= loss_there <= 1.01 * best.loss:
+    off = max(abs(loss_there - best.loss), *abs(losses - np.polyval(parabola, size - middle)))
+    if off > tolerance * best.loss:
         return Curve(points, best, None)
     return Curve(points, best, (float(np.exp(bottom)), loss_there))
 
@@ -235,12 +239,15 @@ def _drawn_curves(
             deviations[drawn == seed] = generator.choice(pool, int((drawn == seed).sum()))
         shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"], len(runs)))
         means.append(fmean(run["evaluation"][loss] for run in runs) + scales * deviations.mean(axis=1))
+    # Whether parabolas describe the sizes, the runs themselves have decided; the noise that a draw adds is no sign
+    # against it.
     return [
         curve_through(
             sorted(
                 Point(parameters, flops, float(mean), seeds)
                 for (parameters, flops, seeds), mean in zip(shapes, of_draw, strict=True)
-            )
+            ),
+            tolerance=inf,
         )
         for of_draw in zip(*means, strict=True)
     ]
@@ -308,6 +315,7 @@ def summarise(
     for budget, compared in comparisons(records, baseline, mod).items():
         families, curves, equal = by_budget[budget], compared.curves, compared.equal
         ours, theirs = curves[mod]["loss_causal"], curves[baseline]["loss_causal"]
+        ours_top_k, theirs_top_k = curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]
         random = curves.get(stochastic)
         on_models = measured_on(compared, measured.get(budget, {}))
         mod_best_loss, baseline_best_loss = optima(ours, theirs)
@@ -318,7 +326,8 @@ def summarise(
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
             "loss_ratio_is_of": "parabolas" if are_parabolas(ours, theirs) else "points",
             "loss_ratio_of_points": ours.best.loss / theirs.best.loss,
-            "loss_ratio_top_k": ratio(curves[mod]["loss_top_k"], curves[baseline]["loss_top_k"]),
+            "loss_ratio_top_k": ratio(ours_top_k, theirs_top_k),
+            "loss_ratio_top_k_is_of": "parabolas" if are_parabolas(ours_top_k, theirs_top_k) else "points",
             "baseline_best_parameters": theirs.best.parameters,
             "mod_best_parameters": ours.best.parameters,
             "baseline_best_flops_per_token": theirs.best.flops_per_token,
