@@ -19,9 +19,11 @@ are tuned, that cost least to replace. `tuned` is the dense model with that tuni
 
 A side is a line in `--out`/pilot.jsonl once it is done, with all settings and numbers for the contents of what is
 read: loss and perplexity on the files of `--test`, on the built-in corpus' held-out part (`code`) and on held-out
-conversations; `answers_right`, of the questions of retrofit_questions.py; `as_left`, the same before the thresholds are
-set on text of each kind; FLOPs and bytes of a decoded token over the dense model's. A call stops after `--minutes` with
-what it has, and the same call goes on. What sides are chosen by is measured once, and kept in `--runs`.
+conversations; `answers_right`, of the questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the
+dense model's. Before each kind of text the thresholds are set on tuning text of its kind. `as_left` has the same figures
+with those that tuning left, which were set on half of what is held out of all kinds, half of the held-out conversations
+among it. A call stops after `--minutes` with what it has, and the same call goes on. What sides are chosen by is measured
+once, and kept in `--runs`.
 
     python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl;
                                                          it, too, goes on where it stopped
@@ -52,6 +54,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mixture_of_depths import (
+    MoDConfig,
     MoDForCausalLM,
     RetrofitOptions,
     SamplingOptions,
@@ -75,6 +78,8 @@ from mixture_of_depths.training.trainer import MoDTrainer
 WINDOW = 1024
 # Turns of every side after each prompt.
 TURNS = 4
+# What a record of decoding is of.
+TURN = ("side", "map_rank", "rows", "prompt", "turn")
 ROWS = (1, 8)
 # What makes a line another one, with the contents of what is read: files may have moved.
 SETTINGS = (
@@ -277,9 +282,11 @@ def run(arguments: argparse.Namespace) -> None:
         kept = arguments.runs / "teacher" / f"{inputs['source']}-{arguments.precision}"
         model, minutes = tuned(model, KeptTeacher(dense, kept), texts, arguments, arguments.runs / name)
     model.eval()
-    # The thresholds of a run, of all its kinds of text, come before those of each kind.
+    # Replaced blocks have routers, whose thresholds say nothing.
+    decides = bool(model.config.causal_routers) and arguments.side != "linear"
+    # Before the thresholds are set anew.
     test = partial(tested, model, texts, tokenizer, arguments.precision == "bf16")
-    as_left = test(calibrates=False) if minutes and model.config.causal_routers else None
+    as_left = test(calibrates=False) if minutes and decides else None
     record = {
         **own,
         **chosen,
@@ -299,32 +306,33 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
     """Seconds of a step of every side of the first seed, in turns: bf16, 128 tokens after prompts of 128.
 
     Turns of a side are seconds apart, once all are compiled: the machine's speed drifts by more than what is compared.
-    Prompts are of the first text, and routers calibrated on its kind. What has a record is not measured again, nor made
-    ready for it.
+    Prompts are of the first text, and routers calibrated on its kind. A turn in which every side has a record is not
+    measured again.
     """
+    folders = {folder.name.removesuffix("-0"): folder for folder in sorted(arguments.runs.glob("*-0"))}
+    folders = {
+        side: folder
+        for side, folder in folders.items()
+        # Tuning changes nothing of how much the dense model computes.
+        if side != "tuned" and (folder / "model.safetensors").exists()
+    }
+    ranks: dict[str, int | None] = {"dense": None}
+    ranks |= {side: MoDConfig.from_pretrained(folder).bypass_rank or None for side, folder in folders.items()}
+    ranks |= {"vllm": None} if arguments.vllm else {}
     text, end = next(iter(texts.windows)), texts.corpus.end_of_text
-    sides = {"dense": in_precision(dense, "bf16")}
-    for folder in sorted(arguments.runs.glob("*-0")):
-        if (folder / "model.safetensors").exists():
-            model = MoDForCausalLM.from_pretrained(folder)
-            if model.config.causal_routers:
-                calibrate(model, spread(texts.kinds[text], 32), end)
-            sides[folder.name.removesuffix("-0")] = in_precision(model, "bf16")
     prompted = batches(texts.windows[text], range(min(4, len(texts.windows[text]))), end, 1, dense.device)
     prompts = [batch["input_ids"][:, :128].contiguous() for batch in prompted]
-
-    path, names = arguments.out / "decoding.jsonl", ("side", "map_rank", "rows", "prompt", "turn")
-    done = {tuple(record[name] for name in names) for record in read_records(path)}
-    every = [*sides, "vllm"] if arguments.vllm else [*sides]
-    ranks = {side: sides[side].config.bypass_rank or None if side in sides else None for side in every}
-    missing = [
-        (rows, number, turn, [side for side in every if (side, ranks[side], rows, number, turn) not in done])
-        for rows in ROWS
-        for number in range(len(prompts))
-        for turn in range(TURNS)
-    ]
-    missing = [left for left in missing if left[-1]]
-    vllm = Vllm(arguments.vllm, dense, arguments.runs) if any("vllm" in left for *_, left in missing) else None
+    path = arguments.out / "decoding.jsonl"
+    missing = missing_turns(read_records(path), ranks, len(prompts))
+    if not missing:
+        return
+    sides = {"dense": in_precision(dense, "bf16")}
+    for side, folder in folders.items():
+        model = MoDForCausalLM.from_pretrained(folder)
+        if model.config.causal_routers:
+            calibrate(model, spread(texts.kinds[text], 32), end)
+        sides[side] = in_precision(model, "bf16")
+    vllm = Vllm(arguments.vllm, dense, arguments.runs) if arguments.vllm else None
 
     def step_seconds(side: str, prompt: torch.Tensor, rows: int, options: SamplingOptions) -> float:
         if side == "vllm":
@@ -332,21 +340,34 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
             return vllm.seconds(prompt, rows)
         return decode_seconds(sides[side], prompt.repeat(rows, 1), options)
 
-    warm: set[tuple[str, int]] = set()
-    for rows, number, turn, left in missing:
-        for side in left:
-            if (side, rows) not in warm:
-                step_seconds(side, prompts[0], rows, SamplingOptions(max_new_tokens=8))
-                warm.add((side, rows))
-        options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn))
+    warm: set[int] = set()
+    for rows, number, turn in missing:
         # vLLM's threads stay awake for a while: it comes last.
-        in_turn = sorted((side for side in left if side != "vllm"), reverse=bool(turn % 2))
-        for side in [*in_turn, *(["vllm"] if "vllm" in left else [])]:
-            key = (side, ranks[side], rows, number, turn)
+        in_turn = [*sorted(sides, reverse=bool(turn % 2)), *(["vllm"] if vllm else [])]
+        if rows not in warm:
+            for side in in_turn:
+                step_seconds(side, prompts[0], rows, SamplingOptions(max_new_tokens=8))
+            warm.add(rows)
+        options = SamplingOptions(max_new_tokens=128, temperature=1.0, top_k=0, seed=8 * (TURNS * number + turn))
+        for side in in_turn:
             seconds = step_seconds(side, prompts[number], rows, options)
-            record = {**dict(zip(names, key, strict=True)), "seconds": seconds, **provenance(dense.device)}
+            key = dict(zip(TURN, (side, ranks[side], rows, number, turn), strict=True))
             with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({**key, "seconds": seconds, **provenance(dense.device)}) + "\n")
+
+
+def missing_turns(
+    records: list[dict[str, Any]], ranks: dict[str, int | None], prompts: int
+) -> list[tuple[int, int, int]]:
+    """Rows, prompt and turn of what is to be measured: where one side lacks a record, all sides are measured again."""
+    done = {tuple(record[name] for name in TURN) for record in records}
+    return [
+        (rows, number, turn)
+        for rows in ROWS
+        for number in range(prompts)
+        for turn in range(TURNS)
+        if any((side, rank, rows, number, turn) not in done for side, rank in ranks.items())
+    ]
 
 
 VLLM = """
@@ -398,9 +419,11 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     by_side: dict[tuple[str, float | None, int | None], dict[int, dict[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: line["seed"]):
         by_side.setdefault((line["side"], line["share"], line["map_rank"]), {})[line["seed"]] = line
+    # Of a turn that was measured again the last.
+    newest = {tuple(turn[name] for name in TURN): turn["seconds"] for turn in read_records(out / "decoding.jsonl")}
     seconds: dict[tuple[str, int | None, int], list[float]] = {}
-    for turn in read_records(out / "decoding.jsonl"):
-        seconds.setdefault((turn["side"], turn["map_rank"], turn["rows"]), []).append(turn["seconds"])
+    for (side, rank, rows, *_), took in newest.items():
+        seconds.setdefault((side, rank, rows), []).append(took)
 
     def decode_speedup(folder: str, rank: int | None) -> dict[int, float]:
         """By rows, how many times as fast as the dense model, of the medians of all turns."""
@@ -433,7 +456,7 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
             is_rival = other[0] in ("dropped", "linear") and other[1] == share and other != (side, share, rank)
             if other[0] == "tuned" or is_rival:
                 seeds_in_common[side_name(*other)], ratios[side_name(*other)] = compared(by_seed, by_side[other])
-        as_left = [line["as_left"] for line in same if line.get("as_left") is not None]
+        as_left = {seed: line["as_left"] for seed, line in by_seed.items() if line.get("as_left") is not None}
         sides[side_name(side, share, rank)] = {
             "seeds": list(by_seed),
             "perplexity": {text: mean(line["perplexity"][text] for line in same) for text in one["perplexity"]},
@@ -442,22 +465,26 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
             # By name, of those at the same share.
             "ratio_to_others": {name: ratio for name, ratio in ratios.items() if name != "tuned"},
             "seeds_in_common": seeds_in_common,
+            "loss": {text: mean(line["loss"][text] for line in same) for text in one["loss"]},
             "conversation_loss": None
             if one["conversation_loss"] is None
             else mean(line["conversation_loss"] for line in same),
             # By the rules of today, whatever they were when a line was written.
             "answers_right": mean(count_right(line["answers"]) for line in same),
-            # With the thresholds that tuning left, where the figures above are of thresholds for each kind of text.
+            # With the thresholds that tuning left.
             "as_left": {
-                "seeds": len(as_left),
-                "loss": {text: mean(left["loss"][text] for left in as_left) for text in as_left[0]["loss"]},
-                "answers_right": mean(count_right(left["answers"]) for left in as_left),
+                "seeds": list(as_left),
+                **{
+                    name: {text: mean(left[name][text] for left in as_left.values()) for text in one["loss"]}
+                    for name in ("loss", "entering")
+                },
+                "answers_right": mean(count_right(left["answers"]) for left in as_left.values()),
             }
             if as_left
             else None,
             "flops_ratio": one["flops_ratio"],
             "decode_ratio": one["decode_ratio"],
-            # Tuning changes nothing of what the dense model computes.
+            # Tuning changes nothing of how much the dense model computes.
             "decode_speedup": decode_speedup(folder, rank),
             # By seed, with the cores that it had.
             "tuning_minutes": [line["tuning_minutes"] for line in same],

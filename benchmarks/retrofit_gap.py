@@ -39,6 +39,7 @@ from mixture_of_depths.provenance import provenance
 from mixture_of_depths.retrofitting.measure import at_capacity, routers_of, top_k_loss
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.tokenizer import load_tokenizer
+from mixture_of_depths.training.folder import MAY_CHANGE
 
 PARTS_OF_THE_RUN = 8
 
@@ -125,7 +126,8 @@ def check_side(side: Path, tuned: Path) -> dict[str, Any]:
             "side of ours"
         )
     ours, theirs = read_json(side / "run.json"), read_json(tuned / "run.json")
-    if (ours["train"], ours["text"]["key"]) != (theirs["train"], theirs["text"]["key"]):
+    ways = [{name: value for name, value in of["train"].items() if name not in MAY_CHANGE} for of in (ours, theirs)]
+    if ways[0] != ways[1] or ours["text"]["key"] != theirs["text"]["key"]:
         raise ValueError(
             f"side={side.name} was not tuned as {tuned.name} was: options or text differ in their run.json; tune one "
             "of them again"

@@ -188,8 +188,8 @@ def tested(
         texts: what is tested on.
         tokenizer: the model's.
         bf16: whether products are in bf16.
-        calibrates: whether the thresholds are set before each text on the tuning text of its kind, and before the
-            answers on conversations; else they stay as they are.
+        calibrates: whether the thresholds are set before each text on the tuning text of its kind, so that the answers
+            are given with those of the last; else they stay as they are.
     """
     told: dict[str, Any] = {"loss": {}, "entering": {}}
     for name, window in texts.windows.items():

@@ -79,7 +79,7 @@ def test_what_is_left_out_of_the_text_is_shown(
 ) -> None:
     lines = [json.dumps({"text": path.read_text()}) for path in sorted(text.glob("*.txt"))]
     (tmp_path / "some.jsonl").write_text("\n".join([*lines, '{"body": "x"}', "{"]))
-    shown = "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 1 without text or messages of use"
+    shown = "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 1 without text or usable messages"
     status, _, errors = run(monkeypatch, capsys, "evaluate", str(checkpoint), "--data", str(tmp_path / "some.jsonl"))
     assert (status, shown in errors) == (0, True)
     small = ["--data", str(tmp_path / "some.jsonl"), *data(text)[2:], *TINY, "--max-steps", "1"]

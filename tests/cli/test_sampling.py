@@ -148,7 +148,7 @@ def test_what_is_no_conversation_is_told_and_the_rest_is_answered(
     words = ("answer", str(model), "--data", str(questions), "--out", str(out), "--max-new-tokens", "2")
     status, _, errors = run(monkeypatch, capsys, *words)
     assert (status, len(out.read_text().splitlines())) == (0, 1)
-    assert "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 0 without text or messages of use" in errors
+    assert "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 0 without text or usable messages" in errors
     assert "left out for want of messages: 1" in errors
 
 

@@ -129,7 +129,7 @@ def test_a_browser_shows_the_text_and_the_numbers_of_a_token(
     browser: Any, tmp_path: Path, width: int, activation: str
 ) -> None:
     found = traced(NASTY, router_activation=activation)
-    word, values = ("weight", found.router_weight) if activation == "sigmoid" else ("logit", found.causal_logit)
+    word, values = found.told_apart_by
     (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
     page, errors, requests = opened(browser, tmp_path / "report.html", width)
     assert page.evaluate("document.getElementById('text').textContent") == NASTY

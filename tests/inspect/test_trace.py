@@ -94,11 +94,13 @@ def test_json_and_parquet_hold_the_trace(tmp_path: Path) -> None:
 
 
 def test_where_all_weigh_one_the_causal_logit_tells_tokens_apart() -> None:
-    found = trace(model_with(router_activation="straight_through", causal_router="threshold"), TOKENIZER, TEXT)
+    changes = {"router_activation": "straight_through", "causal_router": "threshold", "first_token_enters": True}
+    found = trace(model_with(**changes), TOKENIZER, TEXT)
     assert (found.router_weight == 1).all()
     name, values = found.told_apart_by
     assert name == "causal logit"
-    assert np.array_equal(values > 0, found.entered)
+    assert np.array_equal(values[:, 1:] > 0, found.entered[:, 1:])
+    assert found.entered[:, 0].all()
     assert trace(model_with(), TOKENIZER, TEXT).told_apart_by[0] == "router weight"
 
 

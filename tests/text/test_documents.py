@@ -112,7 +112,7 @@ def test_nulls_of_a_data_set_are_counted_as_those_of_files(tmp_path: Path) -> No
         ("a.jsonl", b'{"body": "x"}\n[1]', "text_column=text holds text in no line of .*a.jsonl; line 1 has: body"),
         ("a.jsonl", b"\n[1]", "text_column=text holds text in no line of .*a.jsonl; line 2 has: list"),
         ("a.jsonl", b'{"text": 5}', "text_column=text holds text in no line of .*a.jsonl; line 1 has: int"),
-        ("a.jsonl", b'{"text": null}', r"holds no text \(skipped: .*, 1 without text or messages of use\)"),
+        ("a.jsonl", b'{"text": null}', r"holds no text \(skipped: .*, 1 without text or usable messages\)"),
         ("a.txt.gz", b"no gzip", "a.txt.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-12], "a.txt.gz is not a whole gzip file"),
         ("a.txt.gz", b"", "a.txt.gz is not a whole gzip file"),

@@ -20,7 +20,7 @@ CAPTIONS = {
     "in an orange one without meeting an expert.",
     "router-weights": "The factor of the block's result, of all tokens in all routed blocks, had they entered.",
     "causal-logits": "What decides in sampling, of all tokens in all routed blocks: a token enters where it is "
-    "positive. The factor of the block's result is 1 for all that enter.",
+    "positive, and in some models a first token always. The factor of the block's result is 1 for all that enter.",
     "shares": "How much of the text entered each routed block, beside the capacity that training chose with.",
     "causal-decisions": "In sampling each token decides by itself; where that differs from training's top-k choice.",
     "entropy": "Do tokens use more where the next token is harder to tell? Boxes hold the middle half. "
@@ -70,10 +70,9 @@ function describe(i) {
     `loss ${number(trace.loss[i])}, entropy of the next ${number(trace.entropy[i])} nats`];
   trace.routed_layers.forEach((block, row) => {
     const probability = trace.predictor_probability[row][i];
-    const [word, values] = trace.router_activation === "straight_through" ? ["logit", trace.causal_logit]
-      : ["weight", trace.router_weight];
-    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, ${word} ` +
-      number(values[row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
+    const value = trace[trace.told_apart_by.replace(" ", "_")][row][i];
+    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, ` +
+      `${trace.told_apart_by} ${number(value)}` + (probability === null ? "" : `, predictor ${number(probability)}`));
   });
   if (trace.experts_met !== null)
     lines.push(`experts met in blocks 0 to ${trace.num_hidden_layers - 1}: ` +
@@ -128,7 +127,8 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
     )
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(trace).items())
     # Nothing in a script element is read as markup but its end.
-    data = json.dumps(_rounded({**trace.as_dict(), "blocks_used": trace.blocks_used.tolist()})).replace("<", "\\u003c")
+    more = {"blocks_used": trace.blocks_used.tolist(), "told_apart_by": trace.told_apart_by[0]}
+    data = json.dumps(_rounded({**trace.as_dict(), **more})).replace("<", "\\u003c")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

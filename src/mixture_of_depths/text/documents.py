@@ -47,7 +47,7 @@ class Skipped:
     def __str__(self) -> str:
         return (
             f"{self.not_utf8} not UTF-8, {self.empty} empty, {self.not_json} not JSON, {self.no_text} without text or "
-            "messages of use"
+            "usable messages"
         )
 
 

@@ -45,7 +45,7 @@ class Recorder(TrainerCallback):
         self.train_seconds = max((record.get("train_seconds", 0.0) for record in records), default=0.0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A run that goes on has those of before.
+        # The library takes the intervals of a resumed run from its checkpoint; this call's options count.
         state.compute_steps(args, state.max_steps)
         self.last_time, self.last_step = time.perf_counter(), state.global_step
         self.task = self.progress.add_task("step", total=state.max_steps, completed=state.global_step)

@@ -17,7 +17,7 @@ from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 
 LOCK = ".lock"
-# Of the options of a run that is resumed.
+# Options that decide nothing of the training: they look at it, or act on its result.
 MAY_CHANGE = (*WATCHING_FIELDS, "calibrate")
 
 
