@@ -20,10 +20,10 @@ are tuned, that cost least to replace. `tuned` is the dense model with that tuni
 A side is a line in `--out`/pilot.jsonl once it is done, with all settings and numbers for the contents of what is
 read: loss and perplexity on the files of `--test`, on the built-in corpus' held-out part (`code`) and on held-out
 conversations; `answers_right`, of the questions of retrofit_questions.py; FLOPs and bytes of a decoded token over the
-dense model's. Before each kind of text the thresholds are set on tuning text of its kind. `as_left` has the same figures
-with those that tuning left, which were set on half of what is held out of all kinds, half of the held-out conversations
-among it. A call stops after `--minutes` with what it has, and the same call goes on. What sides are chosen by is measured
-once, and kept in `--runs`.
+dense model's. Before each kind of text the thresholds are set on tuning text of its kind. `as_left` has the same
+figures with those that tuning left, which were set on half of what is held out of all kinds, half of the held-out
+conversations among it. A call stops after `--minutes` with what it has, and the same call goes on. What sides are
+chosen by is measured once, and kept in `--runs`.
 
     python benchmarks/retrofit.py SOURCE decode ...      speeds of all sides in `--runs`, in turns, in decoding.jsonl;
                                                          it, too, goes on where it stopped
