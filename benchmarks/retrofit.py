@@ -40,6 +40,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -309,12 +310,11 @@ def decoding(dense: MoDForCausalLM, texts: Texts, arguments: argparse.Namespace)
     Prompts are of the first text, and routers calibrated on its kind. A turn in which every side has a record is not
     measured again.
     """
-    folders = {folder.name.removesuffix("-0"): folder for folder in sorted(arguments.runs.glob("*-0"))}
     folders = {
-        side: folder
-        for side, folder in folders.items()
+        folder.name.removesuffix("-0"): folder
+        for folder in sorted(arguments.runs.glob("*-0"))
         # Tuning changes nothing of how much the dense model computes.
-        if side != "tuned" and (folder / "model.safetensors").exists()
+        if folder.name != "tuned-0" and (folder / "model.safetensors").exists()
     }
     ranks: dict[str, int | None] = {"dense": None}
     ranks |= {side: MoDConfig.from_pretrained(folder).bypass_rank or None for side, folder in folders.items()}
@@ -425,13 +425,16 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     for (side, rank, rows, *_), took in newest.items():
         seconds.setdefault((side, rank, rows), []).append(took)
 
-    def decode_speedup(folder: str, rank: int | None) -> dict[int, float]:
+    def decode_speedup(side: str, rank: int | None) -> dict[int, float]:
         """By rows, how many times as fast as the dense model, of the medians of all turns."""
         return {
-            rows: median(seconds["dense", None, rows]) / median(seconds[folder, rank, rows])
+            rows: median(seconds["dense", None, rows]) / median(seconds[side, rank, rows])
             for rows in ROWS
-            if (folder, rank, rows) in seconds and ("dense", None, rows) in seconds
+            if (side, rank, rows) in seconds and ("dense", None, rows) in seconds
         }
+
+    def means(figures: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+        return {text: mean(one[name][text] for one in figures) for text in figures[0][name]}
 
     def compared(
         same: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]
@@ -450,7 +453,8 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
     for (side, share, rank), by_seed in by_side.items():
         same = list(by_seed.values())
         one = same[-1]
-        folder = "dense" if side == "tuned" else side if share is None else f"{side}-{share}"
+        # Tuning changes nothing of how much the dense model computes.
+        timed_as = "dense" if side == "tuned" else side_name(side, share, None)
         seeds_in_common, ratios = {}, {}
         for other in by_side:
             is_rival = other[0] in ("dropped", "linear") and other[1] == share and other != (side, share, rank)
@@ -459,13 +463,13 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
         as_left = {seed: line["as_left"] for seed, line in by_seed.items() if line.get("as_left") is not None}
         sides[side_name(side, share, rank)] = {
             "seeds": list(by_seed),
-            "perplexity": {text: mean(line["perplexity"][text] for line in same) for text in one["perplexity"]},
+            "perplexity": means(same, "perplexity"),
             "perplexity_by_seed": {text: [line["perplexity"][text] for line in same] for text in one["perplexity"]},
             "ratio_to_tuned_dense": ratios.get("tuned"),
             # By name, of those at the same share.
             "ratio_to_others": {name: ratio for name, ratio in ratios.items() if name != "tuned"},
             "seeds_in_common": seeds_in_common,
-            "loss": {text: mean(line["loss"][text] for line in same) for text in one["loss"]},
+            "loss": means(same, "loss"),
             "conversation_loss": None
             if one["conversation_loss"] is None
             else mean(line["conversation_loss"] for line in same),
@@ -474,18 +478,14 @@ def summarise(lines: list[dict[str, Any]], shared: dict[str, Any], out: Path) ->
             # With the thresholds that tuning left.
             "as_left": {
                 "seeds": list(as_left),
-                **{
-                    name: {text: mean(left[name][text] for left in as_left.values()) for text in one["loss"]}
-                    for name in ("loss", "entering")
-                },
+                **{name: means(list(as_left.values()), name) for name in ("loss", "entering")},
                 "answers_right": mean(count_right(left["answers"]) for left in as_left.values()),
             }
             if as_left
             else None,
             "flops_ratio": one["flops_ratio"],
             "decode_ratio": one["decode_ratio"],
-            # Tuning changes nothing of how much the dense model computes.
-            "decode_speedup": decode_speedup(folder, rank),
+            "decode_speedup": decode_speedup(timed_as, rank),
             # By seed, with the cores that it had.
             "tuning_minutes": [line["tuning_minutes"] for line in same],
             "tuning_threads": [line["machine"]["threads"] for line in same],

@@ -27,10 +27,6 @@ ExpertRoutingType = Literal["token_choice", "expert_choice"]
 Precision = Literal["fp32", "bf16"]
 Packing = Literal["cut", "best_fit"]
 
-# Of `TrainOptions`: when a run is looked at and saved decides nothing of what it becomes. (Of several processes the
-# thresholds are averaged then, which moves them by rounding.)
-WATCHING_FIELDS = ("eval_every", "eval_sequences", "save_every")
-
 
 @dataclass(frozen=True)
 class DataOptions:

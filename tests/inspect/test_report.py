@@ -129,7 +129,8 @@ def test_a_browser_shows_the_text_and_the_numbers_of_a_token(
     browser: Any, tmp_path: Path, width: int, activation: str
 ) -> None:
     found = traced(NASTY, router_activation=activation)
-    word, values = found.told_apart_by
+    name = {"sigmoid": "router_weight", "straight_through": "causal_logit"}[activation]
+    word, values = name.replace("_", " "), getattr(found, name)
     (tmp_path / "report.html").write_text(page_of(found), encoding="utf-8")
     page, errors, requests = opened(browser, tmp_path / "report.html", width)
     assert page.evaluate("document.getElementById('text').textContent") == NASTY

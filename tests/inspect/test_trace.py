@@ -97,11 +97,10 @@ def test_where_all_weigh_one_the_causal_logit_tells_tokens_apart() -> None:
     changes = {"router_activation": "straight_through", "causal_router": "threshold", "first_token_enters": True}
     found = trace(model_with(**changes), TOKENIZER, TEXT)
     assert (found.router_weight == 1).all()
-    name, values = found.told_apart_by
-    assert name == "causal logit"
-    assert np.array_equal(values[:, 1:] > 0, found.entered[:, 1:])
+    assert found.told_apart_by == "causal_logit"
+    assert np.array_equal(found.causal_logit[:, 1:] > 0, found.entered[:, 1:])
     assert found.entered[:, 0].all()
-    assert trace(model_with(), TOKENIZER, TEXT).told_apart_by[0] == "router weight"
+    assert trace(model_with(), TOKENIZER, TEXT).told_apart_by == "router_weight"
 
 
 def test_a_text_that_cannot_be_traced_is_refused() -> None:

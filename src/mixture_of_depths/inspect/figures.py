@@ -152,11 +152,11 @@ def router_histogram(trace: Trace) -> Figure:
     Tokens are counted in logarithms: those that entered are few.
     """
     figure, axes = _axes()
-    name, values = trace.told_apart_by
+    values = getattr(trace, trace.told_apart_by)
     bins = np.histogram_bin_edges(values, bins=60).tolist()
     axes.hist(values[~trace.entered], bins=bins, color=GREY, alpha=0.8, label="skipped")
     axes.hist(values[trace.entered], bins=bins, color=BLUE, alpha=0.8, label="entered")
-    axes.set_xlabel(name)
+    axes.set_xlabel(trace.told_apart_by.replace("_", " "))
     axes.set_ylabel("tokens")
     axes.set(yscale="log", ylim=(0.5, None))
     _legend(figure)
@@ -243,8 +243,8 @@ def drawn(trace: Trace, top_k: Trace | None) -> dict[str, Figure]:
     if trace.routed_layers or trace.experts_met is not None:
         figures |= {"routing-map": routing_map(trace)}
     if trace.routed_layers:
-        name, _ = trace.told_apart_by
-        figures |= {f"{name.replace(' ', '-')}s": router_histogram(trace), "shares": shares(trace)}
+        name = f"{trace.told_apart_by.replace('_', '-')}s"
+        figures |= {name: router_histogram(trace), "shares": shares(trace)}
     if trace.experts_met is not None:
         figures |= {"experts": experts_figure(trace)}
     if figures:

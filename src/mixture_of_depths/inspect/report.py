@@ -70,9 +70,9 @@ function describe(i) {
     `loss ${number(trace.loss[i])}, entropy of the next ${number(trace.entropy[i])} nats`];
   trace.routed_layers.forEach((block, row) => {
     const probability = trace.predictor_probability[row][i];
-    const value = trace[trace.told_apart_by.replace(" ", "_")][row][i];
-    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, ` +
-      `${trace.told_apart_by} ${number(value)}` + (probability === null ? "" : `, predictor ${number(probability)}`));
+    const name = trace.told_apart_by;
+    lines.push(`block ${block}: ${trace.entered[row][i] ? "entered" : "skipped"}, ${name.replace("_", " ")} ` +
+      number(trace[name][row][i]) + (probability === null ? "" : `, predictor ${number(probability)}`));
   });
   if (trace.experts_met !== null)
     lines.push(`experts met in blocks 0 to ${trace.num_hidden_layers - 1}: ` +
@@ -127,7 +127,7 @@ def report(trace: Trace, drawn: dict[str, Figure], title: str = "Where the compu
     )
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(trace).items())
     # Nothing in a script element is read as markup but its end.
-    more = {"blocks_used": trace.blocks_used.tolist(), "told_apart_by": trace.told_apart_by[0]}
+    more = {"blocks_used": trace.blocks_used.tolist(), "told_apart_by": trace.told_apart_by}
     data = json.dumps(_rounded({**trace.as_dict(), **more})).replace("<", "\\u003c")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

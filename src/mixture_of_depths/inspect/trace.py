@@ -84,11 +84,9 @@ class Trace:
         return _inside(self.num_hidden_layers, self.routed_layers, self.entered)
 
     @property
-    def told_apart_by(self) -> tuple[str, np.ndarray]:
-        """What tells a router's tokens apart, with its name: the weight, or where all weigh 1 the causal logit."""
-        if self.router_activation == "straight_through":
-            return "causal logit", self.causal_logit
-        return "router weight", self.router_weight
+    def told_apart_by(self) -> str:
+        """The field that tells a router's tokens apart: the weight, or where all weigh 1 the causal logit."""
+        return "causal_logit" if self.router_activation == "straight_through" else "router_weight"
 
     @property
     def blocks_used(self) -> np.ndarray:

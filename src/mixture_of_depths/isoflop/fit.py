@@ -47,17 +47,13 @@ class Curve:
 
 def curve(records: Records, loss: str) -> Curve:
     """The curve through the records of one family and budget, by `loss_causal` or `loss_top_k`."""
-    return curve_through(
-        sorted(
-            Point(
-                runs[0]["parameters"],
-                runs[0]["flops_per_token"],
-                fmean(run["evaluation"][loss] for run in runs),
-                len(runs),
-            )
-            for runs in by_size(records)
-        )
-    )
+    return curve_through(sorted(_point(runs, loss) for runs in by_size(records)))
+
+
+def _point(runs: Records, loss: str) -> Point:
+    """The point of the runs of one size."""
+    mean = fmean(run["evaluation"][loss] for run in runs)
+    return Point(runs[0]["parameters"], runs[0]["flops_per_token"], mean, len(runs))
 
 
 def by_size(records: Records) -> list[Records]:
@@ -93,6 +89,11 @@ def curve_through(points: list[Point], tolerance: float = TOLERANCE) -> Curve:
 def are_parabolas(one: Curve, other: Curve) -> bool:
     """Whether two curves are compared by the bottoms of their parabolas, and not by their best points."""
     return one.optimum is not None and other.optimum is not None
+
+
+def ratio_is_of(one: Curve, other: Curve) -> str:
+    """What `ratio` is of."""
+    return "parabolas" if are_parabolas(one, other) else "points"
 
 
 def optima(one: Curve, other: Curve) -> tuple[float, float]:
@@ -231,22 +232,19 @@ def _drawn_curves(
     generator: np.random.Generator,
 ) -> list[Curve]:
     """The curve of every draw; `drawn_seeds` has a row for each, and `scales` a factor of its deviations."""
-    shapes, means = [], []
+    points, means = [], []
     for runs in by_size(records):
         drawn = drawn_seeds[:, : len(runs)]
         deviations = np.empty(drawn.shape)
         for seed, pool in by_seed.items():
             deviations[drawn == seed] = generator.choice(pool, int((drawn == seed).sum()))
-        shapes.append((runs[0]["parameters"], runs[0]["flops_per_token"], len(runs)))
-        means.append(fmean(run["evaluation"][loss] for run in runs) + scales * deviations.mean(axis=1))
+        points.append(_point(runs, loss))
+        means.append(points[-1].loss + scales * deviations.mean(axis=1))
     # Whether parabolas describe the sizes, the runs themselves have decided; the noise that a draw adds is no sign
     # against it.
     return [
         curve_through(
-            sorted(
-                Point(parameters, flops, float(mean), seeds)
-                for (parameters, flops, seeds), mean in zip(shapes, of_draw, strict=True)
-            ),
+            sorted(point._replace(loss=float(mean)) for point, mean in zip(points, of_draw, strict=True)),
             tolerance=inf,
         )
         for of_draw in zip(*means, strict=True)
@@ -324,10 +322,10 @@ def summarise(
             "mod_best_loss": mod_best_loss,
             "loss_ratio": mod_best_loss / baseline_best_loss,
             "loss_ratio_interval": ratio_interval(families[mod], families[baseline], "loss_causal"),
-            "loss_ratio_is_of": "parabolas" if are_parabolas(ours, theirs) else "points",
+            "loss_ratio_is_of": ratio_is_of(ours, theirs),
             "loss_ratio_of_points": ours.best.loss / theirs.best.loss,
             "loss_ratio_top_k": ratio(ours_top_k, theirs_top_k),
-            "loss_ratio_top_k_is_of": "parabolas" if are_parabolas(ours_top_k, theirs_top_k) else "points",
+            "loss_ratio_top_k_is_of": ratio_is_of(ours_top_k, theirs_top_k),
             "baseline_best_parameters": theirs.best.parameters,
             "mod_best_parameters": ours.best.parameters,
             "baseline_best_flops_per_token": theirs.best.flops_per_token,
@@ -350,7 +348,7 @@ def summarise(
                     "ratio_interval": None
                     if name == baseline
                     else ratio_interval(families[name], families[baseline], "loss_causal"),
-                    "ratio_is_of": "parabolas" if are_parabolas(by_loss["loss_causal"], theirs) else "points",
+                    "ratio_is_of": ratio_is_of(by_loss["loss_causal"], theirs),
                     "over_baseline_at_each_size": None
                     if name == baseline
                     else at_each_size(families[name], families[baseline], "loss_causal"),

@@ -21,8 +21,9 @@ from scipy.stats import t as student_t
 from mixture_of_depths.device import wait_for
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import forward_flops_per_token, model_parameters
-from mixture_of_depths.options import WATCHING_FIELDS, DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
+from mixture_of_depths.options import DataOptions, ModelOptions, NotNegative, Positive, TrainOptions
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.folder import MAY_CHANGE
 from mixture_of_depths.training.horizon import Horizon, horizon
 from mixture_of_depths.training.settings import check_options, model_config
 
@@ -279,11 +280,7 @@ def plan(study: Study, corpus: Corpus) -> list[PlannedRun]:
             length = horizon(run.training, config, study.data.sequence_length)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
-        training = {
-            name: value
-            for name, value in _changes(run.training).items()
-            if name not in (*WATCHING_FIELDS, *FIXED_FIELDS)
-        }
+        training = {name: value for name, value in _changes(run.training).items() if name not in MAY_CHANGE}
         described = {"model": _changes(run.model), "training": training, "text": corpus.key}
         planned.append(
             PlannedRun(

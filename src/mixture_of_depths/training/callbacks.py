@@ -127,11 +127,11 @@ class Board(TensorBoardCallback):
                 self._draw(self.tb_writer, trace, state.global_step)
 
     def _draw(self, writer: SummaryWriter, trace: Trace, step: int) -> None:
-        name, by_block = trace.told_apart_by
-        for block, values in zip(trace.routed_layers, by_block, strict=True):
+        name = trace.told_apart_by
+        for block, values in zip(trace.routed_layers, getattr(trace, name), strict=True):
             # A run that diverges is stopped at its next step, by name.
             if np.isfinite(values).all():
-                writer.add_histogram(f"{name.replace(' ', '_')}/{block}", values, step)
+                writer.add_histogram(f"{name}/{block}", values, step)
         # The deepest block on top, each a band of pixels.
         picture = np.repeat(trace.entered[::-1], 8, axis=0).astype(np.float32)
         writer.add_image("routing", picture, step, dataformats="HW")

@@ -11,14 +11,15 @@ import torch
 
 from mixture_of_depths.files import check_place, locked, read_json, write_aside
 from mixture_of_depths.model.configuration import MoDConfig
-from mixture_of_depths.options import WATCHING_FIELDS, TrainOptions
+from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 
 LOCK = ".lock"
-# Options that decide nothing of the training: they look at it, or act on its result.
-MAY_CHANGE = (*WATCHING_FIELDS, "calibrate")
+# Options that decide nothing of the training: they look at it, or act on its result. (Of several processes the
+# thresholds are averaged where it is looked at or saved, which moves them by rounding.)
+MAY_CHANGE = ("eval_every", "eval_sequences", "save_every", "calibrate")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
