@@ -1,6 +1,5 @@
 """What is measured survives a kill, and is held against what it depends on."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,11 @@ def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path)
     (measured.place / "fit.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"fit\.safetensors is damaged"):
         measured.fit()
-    for damage in ([{"loss": 0.1}], [0.1], {"loss": 0.1}):
-        (measured.place / "blocks.json").write_text(json.dumps(damage))
-        with pytest.raises(ValueError, match=r"blocks\.json is damaged"):
+    for damage in ('[{"loss": 0.1}]', "[0.1]", '{"loss": 0.1}', "{}", ""):
+        (measured.place / "blocks.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"blocks\.json is damaged: .*; remove it"):
             measured.importance()
-    (measured.place / "facts.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"facts\.json is damaged"):
-        Measured(tmp_path, {"source": "dense"})
+    for damage in ("[]", '{"source'):
+        (measured.place / "facts.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"facts\.json is damaged: .*; remove .*measured, to have all of it"):
+            Measured(tmp_path, {"source": "dense"})

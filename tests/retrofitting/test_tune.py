@@ -212,6 +212,20 @@ def test_a_stopped_retrofit_goes_on_as_if_nothing_had_happened(
         retrofit(dense, "dense", corpus, replace(routing, distillation=0.25), TUNING, tmp_path / "parts", True, QUIET)
 
 
+@pytest.mark.parametrize("removed", ["measured/blocks.json", "measured"])
+def test_what_was_measured_may_be_removed_and_is_measured_again_as_before(
+    corpus: Corpus, tmp_path: Path, removed: str
+) -> None:
+    dense, routing = dense_for(corpus), replace(ROUTING, routed_layers=None, flops_share=0.9, measure_sequences=2)
+    routing = replace(routing, capacity=(0.25,))
+    _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path, console=QUIET)
+    path = tmp_path / removed
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path, resume=True, console=QUIET)
+    assert again.importance == result.importance
+    assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
+
+
 def test_a_finished_retrofit_is_compared_in_the_precision_of_its_tuning_when_it_is_asked_for_again(
     corpus: Corpus, tmp_path: Path
 ) -> None:

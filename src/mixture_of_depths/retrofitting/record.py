@@ -24,6 +24,17 @@ def has_measured(folder: Path) -> bool:
     return (folder / MEASURED / FACTS).exists()
 
 
+def _read(path: Path, kind: type, remedy: str) -> Any:
+    """What a JSON file holds; raises ValueError, with a remedy, where that is of another kind."""
+    try:
+        kept = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if not isinstance(kept, kind):
+        raise ValueError(f"{path} is damaged: what it holds is no {kind.__name__}; {remedy}")
+    return kept
+
+
 class Measured:
     """What was fitted and measured for a run, and what is added to it.
 
@@ -38,12 +49,7 @@ class Measured:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.place = folder / MEASURED
         if has_measured(folder):
-            before = read_json(self.place / FACTS)
-            if not isinstance(before, dict):
-                raise ValueError(
-                    f"{self.place / FACTS} is damaged: it does not describe what was measured; remove "
-                    f"{self.place}, to have all of it measured again"
-                )
+            before = _read(self.place / FACTS, dict, f"remove {self.place}, to have all of it measured again")
             for name, value in json.loads(json.dumps(facts)).items():
                 if name == "text":
                     check_same_text(folder, before.get(name), value)
@@ -67,8 +73,11 @@ class Measured:
         """What was fitted, or is now."""
         fit = self.fit()
         if fit is None:
-            fit = fitting()
-            self.keep_fit(fit)
+            self.keep_fit(fitting())
+            # Read back: tensors of another layout in memory are multiplied with other rounding than those of a run
+            # that goes on.
+            fit = self.fit()
+            assert fit is not None
         return fit
 
     def keep_fit(self, fit: Fit) -> None:
@@ -82,12 +91,11 @@ class Measured:
         path = self.place / BLOCKS
         if not path.exists():
             return []
+        remedy = "remove it, to have that measured again"
         try:
-            return [block_importance(block) for block in read_json(path)]
+            return [block_importance(block) for block in _read(path, list, remedy)]
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged: it does not say what skipping blocks costs; remove it, to have that measured again"
-            ) from error
+            raise ValueError(f"{path} is damaged: it does not say what skipping blocks costs; {remedy}") from error
 
     def measure_rest(
         self, num_blocks: int, measuring: Callable[[Sequence[BlockImportance]], Iterable[BlockImportance]]

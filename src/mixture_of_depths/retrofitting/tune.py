@@ -55,7 +55,7 @@ from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
-from mixture_of_depths.training.folder import check_free, check_ready, only_run
+from mixture_of_depths.training.folder import check_free, check_ready, only_run, read_run
 from mixture_of_depths.training.horizon import given_length, horizon
 from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
@@ -186,7 +186,9 @@ def fitted_start(
 
 def check_retrofit_ready(folder: Path, resume: bool) -> None:
     """Raises ValueError for a folder in which no retrofit can begin, or go on, or another run is at work."""
-    if resume and has_measured(folder):
+    is_begun = (folder / "run.json").exists() and bool(read_run(folder).get("tuning"))
+    # What was measured may have been removed since, to be measured again.
+    if resume and (has_measured(folder) or is_begun):
         check_free(folder)
         return
     # A kill before the first facts were written leaves nothing to go on from.
@@ -293,7 +295,9 @@ def _retrofit(
     measured = Measured(folder, {**facts, "precision": training.precision, "text": corpus.key})
     resume = resume and (folder / "run.json").exists()
     has_checkpoint = resume and latest_checkpoint(folder) is not None
-    fit = None if has_checkpoint else _fitted(dense, corpus, options, measured, bf16, console)
+    is_measured = options.routed_layers is not None or len(measured.importance()) == dense.config.num_hidden_layers
+    # A checkpoint has the weights that were fitted; measuring needs them as they were at the start.
+    fit = None if has_checkpoint and is_measured else _fitted(dense, corpus, options, measured, bf16, console)
     if options.routed_layers is None:
         kind, text = routed_kind(dense.config, options), spread(corpus.train, options.measure_sequences)
         importance = measured.measure_rest(
