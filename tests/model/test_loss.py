@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from mixture_of_depths import MoDForCausalLM
 from mixture_of_depths.model import loss as loss_module
 from mixture_of_depths.model.loss import chunked_loss, distilled_loss
 
@@ -246,31 +247,57 @@ def padded_dataset() -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: values.tolist() for name, values in fields.items()})
 
 
+def trained_a_step(
+    model: MoDForCausalLM, rows: datasets.Dataset, parts: int, folder: Path
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and the weights after a step of the library's trainer with both rows, given in parts."""
+    trained = copy.deepcopy(model)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2 // parts,
+        gradient_accumulation_steps=parts,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=1e9,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    loss = Trainer(trained, arguments, train_dataset=rows).train().training_loss
+    return loss, trained.state_dict()
+
+
 def test_the_librarys_trainer_weighs_unequal_parts_of_a_batch_by_what_they_predict(tmp_path: Path) -> None:
     rows, model = padded_dataset(), tiny(routed_layers=[])
-    results = []
-    for parts in (1, 2):
-        trained = copy.deepcopy(model)
-        arguments = TrainingArguments(
-            str(tmp_path / str(parts)),
-            max_steps=1,
-            per_device_train_batch_size=2 // parts,
-            gradient_accumulation_steps=parts,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=1e9,
-            save_strategy="no",
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        loss = Trainer(trained, arguments, train_dataset=rows).train().training_loss
-        results.append((loss, trained.state_dict()))
-    (loss, weights), (of_parts, weights_of_parts) = results
+    loss, weights = trained_a_step(model, rows, 1, tmp_path / "1")
+    of_parts, weights_of_parts = trained_a_step(model, rows, 2, tmp_path / "2")
     assert of_parts == pytest.approx(loss, rel=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(weights_of_parts[name], weight, rtol=1e-9, atol=1e-9)
         assert not torch.equal(weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_librarys_trainer_learns_the_same_of_rows_padded_on_either_side_whose_first_label_is_padding(
+    tmp_path: Path, parts: int
+) -> None:
+    model, on_the_right = tiny(), padded_dataset()
+    on_the_left = on_the_right.map(moved_to_the_right)
+    loss, weights = trained_a_step(model, on_the_right, parts, tmp_path / "right")
+    loss_on_the_left, weights_on_the_left = trained_a_step(model, on_the_left, parts, tmp_path / "left")
+    assert loss_on_the_left == pytest.approx(loss, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_on_the_left[name], weight, rtol=1e-9, atol=1e-9)
+
+
+def moved_to_the_right(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row padded on the right as one padded on the left, without the label of its first token."""
+    length = sum(row["attention_mask"])
+    moved = {name: values[length:] + values[:length] for name, values in row.items()}
+    moved["labels"][-length] = -100
+    return moved
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "expert_capacity": 0.7}])
