@@ -43,7 +43,7 @@ def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path)
         (measured.place / "blocks.json").write_text(damage)
         with pytest.raises(ValueError, match=r"blocks\.json is damaged: .*; remove it"):
             measured.importance()
-    for damage in ("[]", '{"source'):
+    for damage in ("[]", '{"source', '{"a": 1}'):
         (measured.place / "facts.json").write_text(damage)
         with pytest.raises(ValueError, match=r"facts\.json is damaged: .*; remove .*measured, to have all of it"):
             Measured(tmp_path, {"source": "dense"})

@@ -49,12 +49,15 @@ class Measured:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.place = folder / MEASURED
         if has_measured(folder):
-            before = _read(self.place / FACTS, dict, f"remove {self.place}, to have all of it measured again")
+            remedy = f"remove {self.place}, to have all of it measured again"
+            before = _read(self.place / FACTS, dict, remedy)
+            if left_out := [name for name in facts if name not in before]:
+                raise ValueError(f"{self.place / FACTS} is damaged: it does not tell {left_out[0]}; {remedy}")
             for name, value in json.loads(json.dumps(facts)).items():
                 if name == "text":
-                    check_same_text(folder, before.get(name), value)
+                    check_same_text(folder, before[name], value)
                 else:
-                    check_unchanged(folder, name, before.get(name), value)
+                    check_unchanged(folder, name, before[name], value)
         else:
             self.place.mkdir(parents=True, exist_ok=True)
             write_aside(self.place / FACTS, json.dumps(facts, indent=2))
