@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -98,14 +99,32 @@ def at_capacity(router: Router, fraction: float) -> Iterator[None]:
         router.capacity = before
 
 
+@contextmanager
+def beginning_at(model: MoDForCausalLM, layer_idx: int) -> Iterator[None]:
+    """Within it, a model has no blocks before one of them, whose input it takes as `inputs_embeds`."""
+    layers = model.model.layers
+    model.model.layers = layers[layer_idx:]
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
 @torch.no_grad()
 def top_k_loss(model: MoDForCausalLM, text: Iterable[dict[str, Tensor]], bf16: bool) -> float:
     """The mean of the losses of batches under top-k routing, in nats per token; `bf16` under autocast."""
-    losses = []
-    for batch in text:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            losses.append(model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item())
-    return sum(losses) / len(losses)
+    return fmean(loss_and_states(model, batch, bf16, output_hidden_states=False)[0] for batch in text)
+
+
+def loss_and_states(
+    model: MoDForCausalLM, batch: dict[str, Tensor], bf16: bool, output_hidden_states: bool
+) -> tuple[float, tuple[Tensor, ...]]:
+    """A batch's loss under top-k routing, and, where they are wanted, the inputs of all blocks."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        outputs = model(
+            **batch, use_cache=False, routing="top_k", skip_logits=True, output_hidden_states=output_hidden_states
+        )
+    return outputs.lm_loss.item(), outputs.hidden_states or ()
 
 
 @torch.no_grad()
@@ -141,8 +160,13 @@ def measure_importance(
     else:
         missed_LC = missed_shares(dense, fit, sequences, end_of_text, bf16)
     text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
-    before = top_k_loss(model, text, bf16)
+    losses, states = zip(*(loss_and_states(model, batch, bf16, True) for batch in text), strict=True)
+    before = fmean(losses)
+    # In the blocks before the one that is measured nothing changes.
+    for batch in text:
+        del batch["input_ids"]
     for layer_idx in track(range(len(measured), count), "measuring blocks", console=console):
-        with at_capacity(routers[layer_idx], MEASURED_CAPACITY):
-            rise = top_k_loss(model, text, bf16) - before
-            yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
+        with at_capacity(routers[layer_idx], MEASURED_CAPACITY), beginning_at(model, layer_idx):
+            starts = [{**batch, "inputs_embeds": of[layer_idx]} for batch, of in zip(text, states, strict=True)]
+            rise = top_k_loss(model, starts, bf16) - before
+        yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
