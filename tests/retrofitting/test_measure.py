@@ -12,14 +12,18 @@ from mixture_of_depths.retrofitting.fit import fit_blocks
 from mixture_of_depths.retrofitting.measure import (
     MEASURED_CAPACITY,
     BlockImportance,
+    at_capacity,
     measure_importance,
     routed_from,
+    routers_of,
     set_fit,
+    top_k_loss,
 )
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
 
 KIND: dict[str, Any] = {"routed_parts": "block_keep_keys", "bypass_rank": 3}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "expert_capacity": 0.7}
 
 
 def some_sequences(dense: MoDForCausalLM, count: int = 6, length: int = 12) -> datasets.Dataset:
@@ -39,21 +43,29 @@ def test_at_capacity_one_the_retrofitted_model_is_the_dense_one(corpus: Corpus, 
     assert difference.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", [{}, KIND])
-def test_importance_is_what_the_loss_rises_by(corpus: Corpus, kind: Any) -> None:
-    dense = dense_for(corpus)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("experts", [{}, EXPERTS])
+@pytest.mark.parametrize("kind", [{}, KIND, {"router_type": "random"}])
+def test_importance_is_what_the_loss_rises_by(corpus: Corpus, kind: Any, experts: Any, bf16: bool) -> None:
+    dense = dense_for(corpus, **experts)
     sequences = some_sequences(dense)
-    fit = fit_blocks(dense, sequences, 0, kind.get("bypass_rank", 0))
-    found = list(measure_importance(dense, fit, kind, sequences, 0, console=QUIET))
-    assert len(found) == 4
-
-    given = next(batches(sequences, range(len(sequences)), 0, len(sequences), dense.device))
-    before = dense(**given, use_cache=False).lm_loss.item()
-    routed = routed_from(dense, routed_layers=[2], capacity=MEASURED_CAPACITY, **kind).eval()
-    set_fit(routed, fit)
-    loss = routed(**given, use_cache=False, routing="top_k").lm_loss.item()
-    assert found[2].loss == pytest.approx(loss - before, abs=1e-5)
-    assert list(measure_importance(dense, fit, kind, sequences, 0, measured=found[:3], console=QUIET)) == found[3:]
+    # The first sequence holds two documents.
+    end = sequences[0]["input_ids"][4]
+    fit = None if "router_type" in kind else fit_blocks(dense, sequences, end, kind.get("bypass_rank", 0))
+    found = list(measure_importance(dense, fit, kind, sequences, end, bf16, console=QUIET))
+    routed = routed_from(dense, routed_layers=list(range(4)), capacity=1.0, **kind).eval()
+    if fit is not None:
+        set_fit(routed, fit)
+    text = list(batches(sequences, range(len(sequences)), end, 1, dense.device))
+    before = top_k_loss(routed, text, bf16)
+    expected = []
+    for router in routers_of(routed).values():
+        with at_capacity(router, MEASURED_CAPACITY):
+            expected.append(top_k_loss(routed, text, bf16) - before)
+    assert [block.loss for block in found] == expected
+    assert before == pytest.approx(top_k_loss(dense, text, bf16), abs=2e-2 if bf16 else 1e-5)
+    again = measure_importance(dense, fit, kind, sequences, end, bf16, found[:3], QUIET)
+    assert list(again) == found[3:]
 
 
 def test_the_expected_loss_is_in_proportion_to_what_is_missed() -> None:

@@ -221,9 +221,20 @@ def test_what_was_measured_may_be_removed_and_is_measured_again_as_before(
     _, result = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path, console=QUIET)
     path = tmp_path / removed
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = {path.name for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"flops_share=0\.8 differs from 0\.9 of the run"):
+        retrofit(dense, "dense", corpus, replace(routing, flops_share=0.8), TUNING, tmp_path, True, QUIET)
+    assert {path.name for path in tmp_path.rglob("*")} == left
     _, again = retrofit(dense, "dense", corpus, routing, TUNING, tmp_path, resume=True, console=QUIET)
     assert again.importance == result.importance
     assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
+
+
+def test_a_run_that_was_tuned_otherwise_is_no_retrofit_to_resume(tmp_path: Path) -> None:
+    run = {"model": {}, "train": {}, "text": {"key": "", "options": {}}, "tuning": {"router": "MLP"}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="holds no retrofit to resume"):
+        check_retrofit_ready(tmp_path, resume=True)
 
 
 def test_a_finished_retrofit_is_compared_in_the_precision_of_its_tuning_when_it_is_asked_for_again(

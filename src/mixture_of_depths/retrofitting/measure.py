@@ -7,7 +7,6 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from mixture_of_depths.evaluation.calibration import entering_blocks
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
@@ -113,18 +113,11 @@ def beginning_at(model: MoDForCausalLM, layer_idx: int) -> Iterator[None]:
 @torch.no_grad()
 def top_k_loss(model: MoDForCausalLM, text: Iterable[dict[str, Tensor]], bf16: bool) -> float:
     """The mean of the losses of batches under top-k routing, in nats per token; `bf16` under autocast."""
-    return fmean(loss_and_states(model, batch, bf16, output_hidden_states=False)[0] for batch in text)
-
-
-def loss_and_states(
-    model: MoDForCausalLM, batch: dict[str, Tensor], bf16: bool, output_hidden_states: bool
-) -> tuple[float, tuple[Tensor, ...]]:
-    """A batch's loss under top-k routing, and, where they are wanted, the inputs of all blocks."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        outputs = model(
-            **batch, use_cache=False, routing="top_k", skip_logits=True, output_hidden_states=output_hidden_states
-        )
-    return outputs.lm_loss.item(), outputs.hidden_states or ()
+    losses = []
+    for batch in text:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            losses.append(model(**batch, use_cache=False, routing="top_k", skip_logits=True).lm_loss.item())
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
@@ -144,7 +137,7 @@ def measure_importance(
         dense: a model without routed blocks.
         fit: what was fitted to its blocks; None for random routers without maps.
         kind: fields of the configuration that say how blocks are routed, but not which, and at what capacity.
-        sequences: data set with the column `input_ids`.
+        sequences: data set with the column `input_ids`; the states of all its tokens are held at once.
         end_of_text: the token after which a new document begins.
         bf16: whether to compute under bf16 autocast.
         measured: what was measured before of the first blocks, which are left out.
@@ -160,13 +153,22 @@ def measure_importance(
     else:
         missed_LC = missed_shares(dense, fit, sequences, end_of_text, bf16)
     text = list(batches(sequences, range(len(sequences)), end_of_text, 1, dense.device))
-    losses, states = zip(*(loss_and_states(model, batch, bf16, True) for batch in text), strict=True)
-    before = fmean(losses)
-    # In the blocks before the one that is measured nothing changes.
-    for batch in text:
-        del batch["input_ids"]
-    for layer_idx in track(range(len(measured), count), "measuring blocks", console=console):
-        with at_capacity(routers[layer_idx], MEASURED_CAPACITY), beginning_at(model, layer_idx):
-            starts = [{**batch, "inputs_embeds": of[layer_idx]} for batch, of in zip(text, states, strict=True)]
-            rise = top_k_loss(model, starts, bf16) - before
-        yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
+    before = top_k_loss(model, text, bf16)
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+    # What the blocks before the one that is measured compute is the same each time: every block has its own input.
+    with autocast:
+        passing = [
+            entering_blocks(model, {name: batch[name] for name in ("input_ids", "position_ids")}, "top_k")
+            for batch in text
+        ]
+    for layer_idx, layer in enumerate(track(list(model.model.layers), "measuring blocks", console=console)):
+        if layer_idx >= len(measured):
+            inputs = (
+                {"inputs_embeds": hidden_1TD, "position_ids": batch["position_ids"], "labels": batch["labels"]}
+                for batch, (hidden_1TD, _) in zip(text, passing, strict=True)
+            )
+            with at_capacity(routers[layer_idx], MEASURED_CAPACITY), beginning_at(model, layer_idx):
+                rise = top_k_loss(model, inputs, bf16) - before
+            yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
+        with autocast:
+            passing = [(layer(hidden_1TD, **others)[0], others) for hidden_1TD, others in passing]

@@ -31,8 +31,17 @@ def _read(path: Path, kind: type, remedy: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
     if not isinstance(kept, kind):
-        raise ValueError(f"{path} is damaged: what it holds is no {kind.__name__}; {remedy}")
+        raise ValueError(f"{path} is damaged: it does not hold what was written; {remedy}")
     return kept
+
+
+def check_facts(folder: Path, before: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises ValueError where what a run is to go on with is not what it had before; both as in `Measured`."""
+    for name, value in json.loads(json.dumps(facts)).items():
+        if name == "text":
+            check_same_text(folder, before.get(name), value)
+        else:
+            check_unchanged(folder, name, before.get(name), value)
 
 
 class Measured:
@@ -51,13 +60,9 @@ class Measured:
         if has_measured(folder):
             remedy = f"remove {self.place}, to have all of it measured again"
             before = _read(self.place / FACTS, dict, remedy)
-            if left_out := [name for name in facts if name not in before]:
-                raise ValueError(f"{self.place / FACTS} is damaged: it does not tell {left_out[0]}; {remedy}")
-            for name, value in json.loads(json.dumps(facts)).items():
-                if name == "text":
-                    check_same_text(folder, before[name], value)
-                else:
-                    check_unchanged(folder, name, before[name], value)
+            if not before.keys() & facts.keys():
+                raise ValueError(f"{self.place / FACTS} is damaged: it tells nothing of {', '.join(facts)}; {remedy}")
+            check_facts(folder, before, facts)
         else:
             self.place.mkdir(parents=True, exist_ok=True)
             write_aside(self.place / FACTS, json.dumps(facts, indent=2))
@@ -77,8 +82,7 @@ class Measured:
         fit = self.fit()
         if fit is None:
             self.keep_fit(fitting())
-            # Read back: tensors of another layout in memory are multiplied with other rounding than those of a run
-            # that goes on.
+            # Read back, as a run that goes on does: where tensors lie in memory may change how products are rounded.
             fit = self.fit()
             assert fit is not None
         return fit

@@ -50,7 +50,7 @@ from mixture_of_depths.retrofitting.measure import (
     routers_of,
     set_fit,
 )
-from mixture_of_depths.retrofitting.record import MEASURED, Measured, has_measured
+from mixture_of_depths.retrofitting.record import MEASURED, Measured, check_facts, has_measured
 from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
@@ -186,9 +186,8 @@ def fitted_start(
 
 def check_retrofit_ready(folder: Path, resume: bool) -> None:
     """Raises ValueError for a folder in which no retrofit can begin, or go on, or another run is at work."""
-    is_begun = (folder / "run.json").exists() and bool(read_run(folder).get("tuning"))
     # What was measured may have been removed since, to be measured again.
-    if resume and (has_measured(folder) or is_begun):
+    if resume and (has_measured(folder) or _is_retrofit(folder)):
         check_free(folder)
         return
     # A kill before the first facts were written leaves nothing to go on from.
@@ -197,6 +196,11 @@ def check_retrofit_ready(folder: Path, resume: bool) -> None:
         raise ValueError(
             f"out={folder} holds no retrofit to resume; name the folder of one, or leave out resume=True (--resume)"
         )
+
+
+def _is_retrofit(folder: Path) -> bool:
+    """Whether a folder holds a retrofit whose tuning has begun."""
+    return (folder / "run.json").exists() and {"source", "capacity"} <= read_run(folder).get("tuning", {}).keys()
 
 
 def retrofit(
@@ -292,8 +296,14 @@ def _retrofit(
     # A run is of the rank that it was begun with, also where another version has another default.
     options = replace(options, bypass_rank=routed_kind(dense.config, options)["bypass_rank"])
     facts = {"source": source, **asdict(options)}
-    measured = Measured(folder, {**facts, "precision": training.precision, "text": corpus.key})
+    measured_by = {**facts, "precision": training.precision, "text": corpus.key}
     resume = resume and (folder / "run.json").exists()
+    if resume:
+        # Before anything is measured anew.
+        run = read_run(folder)
+        had = {"precision": run.get("train", {}).get("precision"), "text": run.get("text", {}).get("key")}
+        check_facts(folder, {**run.get("tuning", {}), **had}, measured_by)
+    measured = Measured(folder, measured_by)
     has_checkpoint = resume and latest_checkpoint(folder) is not None
     is_measured = options.routed_layers is not None or len(measured.importance()) == dense.config.num_hidden_layers
     # A checkpoint has the weights that were fitted; measuring needs them as they were at the start.
@@ -305,6 +315,8 @@ def _retrofit(
             lambda before: measure_importance(dense, fit, kind, text, corpus.end_of_text, bf16, before, console),
         )
         capacities = spread_budget(importance, dense.config, options, length)
+        if has_checkpoint:
+            fit = None
     else:
         importance, capacities = [], given_capacities(options)
     chosen = {block: f"{100 * capacity:.1f} %" for block, capacity in sorted(capacities.items())}
