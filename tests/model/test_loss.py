@@ -280,24 +280,32 @@ def test_the_librarys_trainer_weighs_unequal_parts_of_a_batch_by_what_they_predi
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_librarys_trainer_learns_the_same_of_rows_padded_on_either_side_whose_first_label_is_padding(
+def test_the_librarys_trainer_learns_the_same_of_rows_padded_on_the_left_without_the_label_of_their_first_token(
     tmp_path: Path, parts: int
 ) -> None:
     model, on_the_right = tiny(), padded_dataset()
-    on_the_left = on_the_right.map(moved_to_the_right)
+    on_the_left = on_the_right.map(padded_on_the_left)
     loss, weights = trained_a_step(model, on_the_right, parts, tmp_path / "right")
+    # It counts the label of the second row's first token, beside those of the 23 and the 7 predictions.
+    loss_counted, _ = trained_a_step(model, on_the_left, parts, tmp_path / "counted")
+    assert loss_counted == pytest.approx(loss * 30 / 31, rel=1e-6)
+    on_the_left = on_the_left.map(without_first_label)
     loss_on_the_left, weights_on_the_left = trained_a_step(model, on_the_left, parts, tmp_path / "left")
     assert loss_on_the_left == pytest.approx(loss, rel=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(weights_on_the_left[name], weight, rtol=1e-9, atol=1e-9)
 
 
-def moved_to_the_right(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """A row padded on the right as one padded on the left, without the label of its first token."""
+def padded_on_the_left(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row that was padded on the right."""
     length = sum(row["attention_mask"])
-    moved = {name: values[length:] + values[:length] for name, values in row.items()}
-    moved["labels"][-length] = -100
-    return moved
+    return {name: values[length:] + values[:length] for name, values in row.items()}
+
+
+def without_first_label(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row padded on the left, whose first token has the label of padding."""
+    first = row["attention_mask"].index(1)
+    return {**row, "labels": [*row["labels"][:first], -100, *row["labels"][first + 1 :]]}
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "expert_capacity": 0.7}])
