@@ -17,7 +17,7 @@ SIZES = {
     "4_000_000": "120_000",
     "1e12": "7e10",
     "sequence_length=512": "sequence_length=32",
-    "max_steps=100": "max_steps=4",
+    "max_steps=240": "max_steps=4",
 }
 
 
