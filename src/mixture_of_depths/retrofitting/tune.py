@@ -9,7 +9,7 @@ Routers start as a linear fit to how much a token misses that skips, and maps as
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -305,18 +305,19 @@ def _retrofit(
         check_facts(folder, {**run.get("tuning", {}), **had}, measured_by)
     measured = Measured(folder, measured_by)
     has_checkpoint = resume and latest_checkpoint(folder) is not None
-    is_measured = options.routed_layers is not None or len(measured.importance()) == dense.config.num_hidden_layers
-    # A checkpoint has the weights that were fitted; measuring needs them as they were at the start.
-    fit = None if has_checkpoint and is_measured else _fitted(dense, corpus, options, measured, bf16, console)
+    fitted = partial(_fitted, dense, corpus, options, measured, bf16, console)
+    # A checkpoint has the weights that were fitted.
+    fit = None if has_checkpoint else fitted()
     if options.routed_layers is None:
         kind, text = routed_kind(dense.config, options), spread(corpus.train, options.measure_sequences)
-        importance = measured.measure_rest(
-            dense.config.num_hidden_layers,
-            lambda before: measure_importance(dense, fit, kind, text, corpus.end_of_text, bf16, before, console),
-        )
+
+        def measuring(before: Sequence[BlockImportance]) -> Iterator[BlockImportance]:
+            # Measuring needs them as they were at the start.
+            start = fitted() if has_checkpoint else fit
+            return measure_importance(dense, start, kind, text, corpus.end_of_text, bf16, before, console)
+
+        importance = measured.measure_rest(dense.config.num_hidden_layers, measuring)
         capacities = spread_budget(importance, dense.config, options, length)
-        if has_checkpoint:
-            fit = None
     else:
         importance, capacities = [], given_capacities(options)
     chosen = {block: f"{100 * capacity:.1f} %" for block, capacity in sorted(capacities.items())}
