@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, N tokens of all batches, E experts, D hidden size.
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import datasets
@@ -181,8 +181,7 @@ def _shift_all(
 
     A block is only ever called as a whole: its weights may be spread over processes, and come together for that.
     """
-    passing = [entering_blocks(model, batch, "causal") for batch in batches_of_text]
-    for layer_idx, layer in enumerate(cast(list[DecoderLayer], list(model.model.layers))):
+    for layer_idx, (layer, passing) in enumerate(through_blocks(model, batches_of_text, "causal")):
         if causal_router is not None and layer.router is not None:
             logits, is_first = [], []
             for hidden_BTD, others in passing:
@@ -199,17 +198,38 @@ def _shift_all(
                 cast(ExpertMLP, layer.mlp).router,
                 ((_real(hidden_BTD, others), *layer(hidden_BTD, **others)[2:]) for hidden_BTD, others in passing),
             )
-        passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
 
 
-def entering_blocks(model: MoDForCausalLM, batch: dict[str, Tensor], routing: Routing) -> tuple[Tensor, dict[str, Any]]:
+def through_blocks(
+    model: MoDForCausalLM,
+    batches_of_text: Iterable[dict[str, Tensor]],
+    routing: Routing,
+    autocast: AbstractContextManager[object] | None = None,
+) -> Iterator[tuple[DecoderLayer, list[tuple[Tensor, dict[str, Any]]]]]:
+    """Every block, with the hidden states that each batch brings to it and what else it is given.
+
+    All batches pass a block when the next one is asked for, as it is then; under `autocast`, if there is one.
+    """
+    autocast = autocast or nullcontext()
+    with autocast:
+        passing = [_entering_blocks(model, batch, routing) for batch in batches_of_text]
+    for layer in cast(list[DecoderLayer], list(model.model.layers)):
+        yield layer, passing
+        with autocast:
+            passing = [(layer(hidden_BTD, **others)[0], others) for hidden_BTD, others in passing]
+
+
+def _entering_blocks(
+    model: MoDForCausalLM, batch: dict[str, Tensor], routing: Routing
+) -> tuple[Tensor, dict[str, Any]]:
     """The hidden states of a batch before the first block, and what else every block is given."""
     seen: list[tuple[Tensor, dict[str, Any]]] = []
     every = model.model.layers
     hook = every[0].register_forward_pre_hook(lambda _, args, others: seen.append((args[0], others)), with_kwargs=True)
     model.model.layers = every[:1]
     try:
-        model(**batch, use_cache=False, routing=routing, logits_to_keep=1)
+        tokens = {name: value for name, value in batch.items() if name != "labels"}
+        model(**tokens, use_cache=False, routing=routing, logits_to_keep=1)
     finally:
         model.model.layers = every
         hook.remove()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from mixture_of_depths.evaluation.calibration import entering_blocks
+from mixture_of_depths.evaluation.calibration import through_blocks
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Router
@@ -156,12 +156,8 @@ def measure_importance(
     before = top_k_loss(model, text, bf16)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
     # What the blocks before the one that is measured compute is the same each time: every block has its own input.
-    with autocast:
-        passing = [
-            entering_blocks(model, {name: batch[name] for name in ("input_ids", "position_ids")}, "top_k")
-            for batch in text
-        ]
-    for layer_idx, layer in enumerate(track(list(model.model.layers), "measuring blocks", console=console)):
+    blocks = track(through_blocks(model, text, "top_k", autocast), "measuring blocks", count, console=console)
+    for layer_idx, (_, passing) in enumerate(blocks):
         if layer_idx >= len(measured):
             inputs = (
                 {"inputs_embeds": hidden_1TD, "position_ids": batch["position_ids"], "labels": batch["labels"]}
@@ -170,5 +166,3 @@ def measure_importance(
             with at_capacity(routers[layer_idx], MEASURED_CAPACITY), beginning_at(model, layer_idx):
                 rise = top_k_loss(model, inputs, bf16) - before
             yield BlockImportance(rise, tuple(missed_LC[layer_idx].tolist()))
-        with autocast:
-            passing = [(layer(hidden_1TD, **others)[0], others) for hidden_1TD, others in passing]

@@ -8,12 +8,12 @@ where few skip, these alone would say too little of a map. First tokens of docum
 Shapes: T tokens of a sequence, N of them that count, D hidden size, R rank of the maps.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixture_of_depths.evaluation.calibration import entering_blocks
+from mixture_of_depths.evaluation.calibration import through_blocks
 from mixture_of_depths.model.modeling import DecoderLayer, MoDForCausalLM
 from mixture_of_depths.model.routing import Bypass
 from mixture_of_depths.retrofitting.fit import low_rank_map, precise, precise_device
@@ -38,16 +38,10 @@ def fit_to_skipping(model: MoDForCausalLM, sequences: Sequences, end_of_text: in
     model.eval()
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
     try:
-        with autocast:
-            passing = [
-                entering_blocks(model, {name: text[name] for name in ("input_ids", "position_ids")}, "top_k")
-                for text in batches(sequences, range(len(sequences)), end_of_text, 1, model.device)
-            ]
-        for layer in cast(list[DecoderLayer], list(model.model.layers)):
+        text = batches(sequences, range(len(sequences)), end_of_text, 1, model.device)
+        for layer, passing in through_blocks(model, text, "top_k", autocast):
             if layer.bypass is not None:
                 _fit_map(layer, layer.bypass, passing, autocast)
-            with autocast:
-                passing = [(layer(hidden_1TD, **others)[0], others) for hidden_1TD, others in passing]
     finally:
         model.train(was_training)
 
