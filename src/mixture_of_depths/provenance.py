@@ -1,5 +1,6 @@
 """Where a result comes from: commit, command, versions and machine, for every results file."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -43,6 +44,17 @@ def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
             "accelerator": None if device is None else accelerator_name(device),
         },
     }
+
+
+def weights_digest(model: "torch.nn.Module") -> str:
+    """A digest of a model's weights: of two models under one name it tells whether they are the same."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _program() -> str:

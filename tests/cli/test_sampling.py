@@ -9,6 +9,7 @@ import pytest
 import torch._inductor.config
 from command import run
 from models import make_checkpoint
+from safetensors.torch import load_file, save_file
 
 from mixture_of_depths.sampling.answers import only_answers
 
@@ -116,6 +117,15 @@ def test_answers_go_on_with_the_file_and_belong_to_its_questions(
     assert (status, "all 3 are answered" in errors) == (0, True)
     status, _, errors = run(monkeypatch, capsys, *words, "--seed", "5")
     assert (status, "with other options, in line 1" in errors) == (2, True)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, "was answered by another model or with other options" in errors, out.read_text()) == (
+        2,
+        True,
+        whole,
+    )
     questions.write_text(json.dumps({"messages": asked[:1]}))
     status, _, errors = run(monkeypatch, capsys, *words)
     assert (status, "answers 3 conversations of which data has 1" in errors) == (2, True)

@@ -230,6 +230,20 @@ def test_what_was_measured_may_be_removed_and_is_measured_again_as_before(
     assert replace(again, tuning_minutes=0) == replace(result, tuning_minutes=0)
 
 
+def test_a_retrofit_does_not_go_on_with_other_weights_under_the_name_of_its_source(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    dense = dense_for(corpus)
+    retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, console=QUIET)
+    with torch.no_grad():
+        dense.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="source=dense has other weights than when the run in"):
+        retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
+    shutil.rmtree(tmp_path / "measured")
+    with pytest.raises(ValueError, match="source=dense has other weights than when the run in"):
+        retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
+
+
 def test_a_run_that_was_tuned_otherwise_is_no_retrofit_to_resume(tmp_path: Path) -> None:
     run = {"model": {}, "train": {}, "text": {"key": "", "options": {}}, "tuning": {"router": "MLP"}}
     (tmp_path / "run.json").write_text(json.dumps(run))

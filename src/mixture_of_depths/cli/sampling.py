@@ -215,6 +215,7 @@ def answer(
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.options import DataOptions
+    from mixture_of_depths.provenance import weights_digest
     from mixture_of_depths.sampling.answers import answered, check_askable, keep_answers, kept_answers, only_answers
     from mixture_of_depths.text.conversations import Conversation
     from mixture_of_depths.text.documents import Skipped, read_all
@@ -236,13 +237,16 @@ def answer(
         print(f"left out for want of messages: {texts}", file=sys.stderr)
     facts = {"source": source, "precision": precision, **asdict(options)}
     with only_answers(out):
+        # Before a model is loaded for nothing.
+        kept_answers(out, asked, facts)
+        model, tokenizer = load_dense(source)
+        facts["source_weights"] = weights_digest(model)
         done = kept_answers(out, asked, facts)
         if len(done) == len(asked):
             print(f"all {len(asked)} are answered in {out}", file=sys.stderr)
             return
         if compile:
             require_compiler("compile", place)
-        model, tokenizer = load_dense(source)
         torch.nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
         check_askable(model, tokenizer, asked[len(done) :], options)
         for start in range(len(done), len(asked), batch_size):

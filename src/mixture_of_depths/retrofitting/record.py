@@ -40,6 +40,11 @@ def check_facts(folder: Path, before: dict[str, Any], facts: dict[str, Any]) -> 
     for name, value in json.loads(json.dumps(facts)).items():
         if name == "text":
             check_same_text(folder, before.get(name), value)
+        elif name == "source_weights" and before.get(name) != value:
+            raise ValueError(
+                f"source={facts['source']} has other weights than when the run in out={folder} began; give the "
+                "model as it was, or use another folder"
+            )
         else:
             check_unchanged(folder, name, before.get(name), value)
 

@@ -30,7 +30,7 @@ from mixture_of_depths.files import make_folder, write_aside
 from mixture_of_depths.model.loss import distilled_loss
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
-from mixture_of_depths.provenance import provenance
+from mixture_of_depths.provenance import provenance, weights_digest
 from mixture_of_depths.retrofitting.choose import (
     check_capacities,
     check_share,
@@ -117,7 +117,7 @@ class DistillationTrainer(MoDTrainer):
 
 
 def with_adapters(model: MoDForCausalLM, rank: int) -> LoraModel:
-    """Puts low-rank adapters on all projections, in place; everything but them and the routers is frozen."""
+    """Puts low-rank adapters on all projections, in place; everything else is frozen."""
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(names)})"
     return LoraModel(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), "default")
@@ -295,7 +295,7 @@ def _retrofit(
     length, bf16 = len(corpus.train[0]["input_ids"]), training.precision == "bf16"
     # A run is of the rank that it was begun with, also where another version has another default.
     options = replace(options, bypass_rank=routed_kind(dense.config, options)["bypass_rank"])
-    facts = {"source": source, **asdict(options)}
+    facts = {"source": source, "source_weights": weights_digest(dense), **asdict(options)}
     measured_by = {**facts, "precision": training.precision, "text": corpus.key}
     resume = resume and (folder / "run.json").exists()
     if resume:
