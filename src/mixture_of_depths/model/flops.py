@@ -310,7 +310,8 @@ def decode_bytes(
 
     The weights that tokens skip are read when any row of the batch does not, those of an expert when any row goes to
     it, and the cache for the rows that attend; rows are taken to decide independently, and experts to be as likely as
-    one another. Of the embedding one entry per row is read.
+    one another. Of the embedding one entry per row is read. Maps count as read always; the fast step reads them only
+    where a row skips, so that it reads a little less.
     """
     key_size = _projection_sizes(config)[1]
     weights = float(config.hidden_size * (config.vocab_size + batch_size + 1))
