@@ -65,6 +65,11 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
     )
     expected, expected_loss, *_ = reference_forward(model, input_ids, *lists, routing=routing)
     assert (output.logits - expected)[real].abs().max() < 1e-9
+    with torch.no_grad():
+        evaluated = model.eval()(
+            input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, routing=routing
+        )
+    assert (evaluated.logits - expected)[real].abs().max() < 1e-9
     weights = torch.randn_like(expected) * real[..., None]
     loss, reference_loss = (output.logits * weights).sum(), (expected * weights).sum()
     if routing == "top_k" and causal_router != "threshold":

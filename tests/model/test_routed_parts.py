@@ -70,6 +70,9 @@ def test_forward_and_gradients_equal_the_per_token_oracle(
     output = model(**given_tokens, labels=input_ids, use_cache=False, routing=routing)
     expected = reference_forward(model, input_ids, *lists, routing=routing)
     assert (output.logits - expected.logits)[real].abs().max() < 1e-9
+    with torch.no_grad():
+        evaluated = model.eval()(**given_tokens, use_cache=False, routing=routing)
+    assert (evaluated.logits - expected.logits)[real].abs().max() < 1e-9
     weights = torch.randn_like(expected.logits) * real[..., None]
     loss, reference_loss = (output.logits * weights).sum(), (expected.logits * weights).sum()
     if routing == "top_k":
