@@ -11,6 +11,7 @@ import torch
 from models import LLAMA, tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GgufConfig,
     GPT2Config,
@@ -113,8 +114,18 @@ def test_what_llama_does_not_have_is_not_exported(changes: dict[str, Any], messa
 def test_a_source_that_is_not_there_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"missing\.gguf is no file"):
         load_dense(str(tmp_path / "missing.gguf"))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read; copy it anew"):
         load_dense(str(tmp_path))
+
+
+def test_of_what_neither_disk_nor_hub_has_both_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*words: Any, **options: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ValueError, match="source=runs/mistyped is no folder here, and cannot be read from the hub"):
+        load_dense("runs/mistyped")
 
 
 def test_a_source_whose_weights_are_missing_or_pickled_is_refused(tmp_path: Path) -> None:

@@ -148,7 +148,11 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         model, loading_info = loaded
     except Exception as error:
         # What libraries raise about a damaged file has no common kind; the tokenizers' reader raises Exception itself.
-        raise ValueError(f"source={source} cannot be read; copy it anew, or give another: {error}") from error
+        if Path(source).exists():
+            problem = "cannot be read; copy it anew"
+        else:
+            problem = "is no folder here, and cannot be read from the hub; correct the name"
+        raise ValueError(f"source={source} {problem}, or give another: {error}") from error
     misfits = [f"missing {name}" for name in sorted(loading_info["missing_keys"])]
     mismatched = [*loading_info["mismatched_keys"]]
     if gguf:
