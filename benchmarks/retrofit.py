@@ -110,8 +110,7 @@ def tuned(
         save_every=max(1, min(50, arguments.max_steps // 4)),
         seed=arguments.seed,
     )
-    is_routed = any(router.proj.weight.requires_grad for router in routers_of(model).values() if not router.is_random)
-    is_routed |= any(router.is_random for router in routers_of(model).values())
+    is_routed = any(router.is_random or router.proj.weight.requires_grad for router in routers_of(model).values())
     schedule = CapacitySchedule(model, arguments.lowering_fraction) if is_routed else None
 
     def finish(tuned: MoDForCausalLM) -> MoDForCausalLM:

@@ -32,7 +32,7 @@ LENGTH = 512
 CALIBRATING = 8
 WINDOWS = {"wikitext": 12, "code": 8}
 KEPT = {"routed_parts": "block_keep_keys"}
-# By the row's name: number of blocks, the least costly by the measured importance, their capacity, and their kind.
+# By the row's name: number of blocks, those that cost least when routed in this way, their capacity, and their kind.
 UNIFORM: dict[str, tuple[int, float, dict[str, Any]]] = {
     "9 blocks at 18 %, keys dropped": (9, 0.18, {"routed_parts": "block", "bypass_rank": 0}),
     "9 blocks at 18 %, keys kept": (9, 0.18, {**KEPT, "bypass_rank": 0}),
@@ -131,15 +131,12 @@ def main() -> None:
         keep("8 blocks replaced by a map", model, **chosen)
     for row, (count, capacity, kind) in UNIFORM.items():
         if wanted(row, kind.get("bypass_rank", sides.rank)):
-            measured = sides.importance(RetrofitOptions(bypass_rank=rank))
+            kind_options = RetrofitOptions(**{"bypass_rank": rank, **kind})
+            measured = sides.importance(kind_options)
             order = sorted(range(len(measured)), key=lambda block: measured[block].expected_loss(capacity))
             capacities = dict.fromkeys(order[:count], capacity)
             fit = sides.fit(kind.get("bypass_rank", sides.rank))
-            keep(
-                row,
-                fitted_start(dense, fit, RetrofitOptions(**{"bypass_rank": rank, **kind}), capacities),
-                capacities=capacities,
-            )
+            keep(row, fitted_start(dense, fit, kind_options, capacities), capacities=capacities)
     for row, share in SPREAD.items():
         again = f"{row}, {METHOD}"
         if wanted(row) or wanted(again):

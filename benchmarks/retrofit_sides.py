@@ -363,8 +363,10 @@ class Sides:
 
     def importance(self, options: RetrofitOptions) -> list[BlockImportance]:
         """What routing each block costs."""
-        kind, fit, end = routed_kind(self.dense.config, options), self.fit(self.rank), self.texts.corpus.end_of_text
-        return self._measured(f"rank-{self.rank}").measure_rest(
+        kind, end = routed_kind(self.dense.config, options), self.texts.corpus.end_of_text
+        fit, parts = self.fit(kind["bypass_rank"]), kind["routed_parts"]
+        place = f"rank-{kind['bypass_rank']}" + ("" if parts == RetrofitOptions.routed_parts else f"-{parts}")
+        return self._measured(place).measure_rest(
             self.dense.config.num_hidden_layers,
             lambda before: measure_importance(self.dense, fit, kind, self.measuring, end, self.bf16, before),
         )
