@@ -35,6 +35,7 @@ from mixture_of_depths import (
 from mixture_of_depths.files import locked, read_json, write_aside
 from mixture_of_depths.model.modeling import MoDModelOutput
 from mixture_of_depths.options import RetrofitOptions
+from mixture_of_depths.provenance import weights_digest
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
 from mixture_of_depths.retrofitting.fit import (
     Fit,
@@ -337,6 +338,7 @@ class Sides:
     def _measured(self, name: str) -> Measured:
         facts = {
             "source": self.source,
+            "source_weights": weights_digest(self.dense),
             "text": self.texts.corpus.key,
             "fit": self.options.fit_sequences,
             "bf16": self.bf16,

@@ -53,7 +53,7 @@ def weights_digest(model: "torch.nn.Module") -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -46,7 +46,7 @@ def test_inspect_reads_a_file_as_training_does(
         (["--text", "a", "--trace", "trace.csv"], "must end in .json or .parquet"),
         (["--text", "a\udcff"], "is not UTF-8"),
         (["--text", "a " * 4000], "max_position_embeddings="),
-        (["--file", "absent.txt"], "absent.txt"),
+        (["--file", "absent.txt"], "file=absent.txt does not exist; name a file of text"),
     ],
 )
 def test_inspect_refuses_what_it_cannot_look_at(
@@ -60,3 +60,17 @@ def test_inspect_refuses_what_it_cannot_look_at(
     page = tmp_path / "page.html"
     status, _, errors = run(monkeypatch, capsys, "inspect", str(checkpoint), "--out", str(page), *arguments)
     assert (status, message in errors, page.exists()) == (2, True, False)
+
+
+def test_inspect_refuses_folders_as_files(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    words = ["inspect", str(checkpoint), "--text", "a", "--out", str(tmp_path / "page.html")]
+    for field, others in (("trace", ["--trace", str(folder)]), ("out", ["--out", str(folder)])):
+        status, _, errors = run(monkeypatch, capsys, *words, *others)
+        assert (status, f"{field}={folder} is a folder; name a file in it" in errors) == (2, True), errors
+    (tmp_path / "file").touch()
+    status, _, errors = run(monkeypatch, capsys, *words, "--out", str(tmp_path / "file" / "page.html"))
+    assert (status, f"out={tmp_path / 'file'}" in errors) == (2, True), errors

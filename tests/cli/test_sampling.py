@@ -136,7 +136,14 @@ def test_answers_go_on_with_the_file_and_belong_to_its_questions(
 
 @pytest.mark.parametrize(
     "content",
-    ["notes", '{"prompt": "x"}', "[1]", '{"messages": null}', '{"messages": [{"role": "user", "content": "the"}]}'],
+    [
+        "notes",
+        "first notes\nand second",
+        '{"prompt": "x"}',
+        "[1]",
+        '{"messages": null}',
+        '{"messages": [{"role": "user", "content": "the"}]}',
+    ],
 )
 def test_a_file_that_holds_no_answers_is_refused_and_left_as_it_is(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -160,6 +167,21 @@ def test_what_is_no_conversation_is_told_and_the_rest_is_answered(
     assert (status, len(out.read_text().splitlines())) == (0, 1)
     assert "skipped: 0 not UTF-8, 0 empty, 1 not JSON, 0 without text or usable messages" in errors
     assert "left out for want of messages: 1" in errors
+    assert "ask nothing" not in errors
+
+
+def test_conversations_that_ask_nothing_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, questions, out = tmp_path / "model", tmp_path / "questions.jsonl", tmp_path / "chats.jsonl"
+    make_checkpoint(model)
+    asked = {"role": "user", "content": "the quick"}
+    talks = [[asked], [asked, {"role": "assistant", "content": "fox"}], [{"role": "system", "content": "brown"}]]
+    questions.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    words = ("answer", str(model), "--data", str(questions), "--out", str(out), "--max-new-tokens", "2")
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, f"2 ask nothing, and stand in {out} as they were" in errors) == (0, True), errors
+    assert [json.loads(line)["messages"] for line in out.read_text().splitlines()][1:] == talks[1:]
 
 
 def test_answers_go_on_where_a_text_holds_what_ends_a_line_elsewhere(

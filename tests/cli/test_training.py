@@ -158,5 +158,6 @@ def test_a_folder_that_is_in_use_or_full_is_refused_before_text_and_model_are_re
         status, _, errors = run(monkeypatch, capsys, *words, "--out", str(out))
         assert (status, f"out={out} is not empty" in errors) == (2, True), errors
     with only_run(out):
-        status, _, errors = run(monkeypatch, capsys, *commands[0], "--out", str(out), "--resume")
-        assert (status, f"out={out} is in use by another run" in errors) == (2, True), errors
+        for words in (*commands, [*commands[0], "--resume"]):
+            status, _, errors = run(monkeypatch, capsys, *words, "--out", str(out))
+            assert (status, f"out={out} is in use by another run" in errors) == (2, True), errors

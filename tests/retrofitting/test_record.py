@@ -28,9 +28,11 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
 
 
 def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path) -> None:
-    measured = Measured(tmp_path, {"source": "dense"})
-    with pytest.raises(ValueError, match="source=other differs from dense of the run"):
-        Measured(tmp_path, {"source": "other"})
+    dense = {"source": "dense", "source_weights": "5c1f"}
+    measured = Measured(tmp_path, dense)
+    Measured(tmp_path, {**dense, "source": "./dense"})
+    with pytest.raises(ValueError, match="source=other has other weights than dense had when the run in"):
+        Measured(tmp_path, {"source": "other", "source_weights": "d03a"})
     text = Measured(tmp_path / "of a text", {"text": "2e82"})
     with pytest.raises(
         ValueError, match=r"^the text, its tokenizer or sequence_length differs from that of the run in"
@@ -46,4 +48,4 @@ def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path)
     for damage in ("[]", '{"source', '{"a": 1}'):
         (measured.place / "facts.json").write_text(damage)
         with pytest.raises(ValueError, match=r"facts\.json is damaged: .*; remove .*measured, to have all of it"):
-            Measured(tmp_path, {"source": "dense"})
+            Measured(tmp_path, dense)

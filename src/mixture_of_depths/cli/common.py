@@ -76,7 +76,8 @@ def read_config(checkpoint: Path) -> "MoDConfig":
         raise ValueError(f"checkpoint={checkpoint} cannot be read; copy it anew, or give another: {error}") from error
     if not isinstance(config, MoDConfig):
         raise ValueError(
-            f"checkpoint={checkpoint} cannot be read: it is a {config.model_type} model, not mixture_of_depths"
+            f"checkpoint={checkpoint} is a {config.model_type} model, not mixture_of_depths; make one of it with "
+            "mod retrofit"
         )
     return config
 

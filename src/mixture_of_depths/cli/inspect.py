@@ -35,6 +35,7 @@ def inspect(
     import torch
 
     from mixture_of_depths.device import chosen_device
+    from mixture_of_depths.files import check_place, make_folder
     from mixture_of_depths.inspect.figures import drawn, save
     from mixture_of_depths.inspect.report import report
     from mixture_of_depths.inspect.trace import trace as run
@@ -46,12 +47,18 @@ def inspect(
         raise ValueError("give exactly one of text and file (--text, --file)")
     if trace is not None and trace.suffix not in (".json", ".parquet"):
         raise ValueError(f"trace={trace} must end in .json or .parquet")
-    written = [path for path in (out, trace) if path is not None]
-    if file is not None and file.resolve() in [path.resolve() for path in written]:
-        raise ValueError(f"file={file} would be written over; name another file for out and trace")
-    if file is not None and file.is_dir():
-        raise ValueError(f"file={file} is a folder; name a file of text in it")
+    written = {name: path for name, path in (("out", out), ("trace", trace)) if path is not None}
+    for name, path in written.items():
+        if file is not None and file.resolve() == path.resolve():
+            raise ValueError(f"file={file} would be written over; name another file for {name}")
+        if path.is_dir():
+            raise ValueError(f"{name}={path} is a folder; name a file in it")
+        check_place(path.parent, name)
     if file is not None:
+        if not file.exists():
+            raise ValueError(f"file={file} does not exist; name a file of text")
+        if file.is_dir():
+            raise ValueError(f"file={file} is a folder; name a file of text in it")
         try:
             # As training reads it: with its own ends of lines, without a mark of the encoding.
             text = file.read_bytes().decode("utf-8-sig")
@@ -62,8 +69,8 @@ def inspect(
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         traced = run(model, tokenizer, text, routing)
         top_k = under_top_k(model, tokenizer, traced)
-    for path in written:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for name, path in written.items():
+        make_folder(path.parent, name)
     images = drawn(traced, top_k)
     page = report(traced, images, f"{checkpoint.name}: where the compute goes")
     out.write_text(page, encoding="utf-8")

@@ -235,13 +235,13 @@ def answer(
     tell_skipped(skipped)
     if texts := len(documents) - len(asked):
         print(f"left out for want of messages: {texts}", file=sys.stderr)
-    facts = {"source": source, "precision": precision, **asdict(options)}
+    settings = {"precision": precision, **asdict(options)}
     with only_answers(out):
         # Before a model is loaded for nothing.
-        kept_answers(out, asked, facts)
+        kept_answers(out, asked, settings)
         model, tokenizer = load_dense(source)
-        facts["source_weights"] = weights_digest(model)
-        done = kept_answers(out, asked, facts)
+        settings["source_weights"] = weights_digest(model)
+        done = kept_answers(out, asked, settings)
         if len(done) == len(asked):
             print(f"all {len(asked)} are answered in {out}", file=sys.stderr)
             return
@@ -253,8 +253,10 @@ def answer(
             rows = asked[start : start + batch_size]
             seeds = range(options.seed + start, options.seed + start + len(rows))
             done += answered(model, tokenizer, rows, options, seeds, compile)
-            keep_answers(out, done, facts)
+            keep_answers(out, done, {"source": source, **settings})
             print(f"{len(done)} of {len(asked)} answered", file=sys.stderr, flush=True)
+    if without := sum(one.messages == messages for one, messages in zip(done, asked, strict=True)):
+        print(f"{without} ask nothing, and stand in {out} as they were", file=sys.stderr)
     if cut := sum(one.cut for one in done):
         limit = f"max_new_tokens={options.max_new_tokens}"
         print(f'{cut} answers broke off at {limit}, as "cut" says in their records; raise it', file=sys.stderr)

@@ -42,10 +42,11 @@ def check_facts(folder: Path, before: dict[str, Any], facts: dict[str, Any]) -> 
             check_same_text(folder, before.get(name), value)
         elif name == "source_weights" and before.get(name) != value:
             raise ValueError(
-                f"source={facts['source']} has other weights than when the run in out={folder} began; give the "
-                "model as it was, or use another folder"
+                f"source={facts['source']} has other weights than {before.get('source')} had when the run in "
+                f"out={folder} began; give that model, or use another folder"
             )
-        else:
+        # The same weights may be given by another name.
+        elif name != "source":
             check_unchanged(folder, name, before.get(name), value)
 
 
@@ -54,7 +55,8 @@ class Measured:
 
     Args:
         folder: the run's folder.
-        facts: what it depends on; the text, by the key of its preparation, under "text".
+        facts: what it depends on; of these the model, by its name and a digest of its weights, under "source" and
+            "source_weights", and the text, by the key of its preparation, under "text".
 
     Raises:
         ValueError: when the folder holds what depends on other facts, or is damaged.

@@ -55,7 +55,7 @@ from mixture_of_depths.retrofitting.skipping import fit_to_skipping
 from mixture_of_depths.text.batches import kinds, spread
 from mixture_of_depths.text.corpus import Corpus, Source
 from mixture_of_depths.training.checkpoint import latest_checkpoint
-from mixture_of_depths.training.folder import check_free, check_ready, only_run, read_run
+from mixture_of_depths.training.folder import check_free, check_ready, check_training, only_run, read_run
 from mixture_of_depths.training.horizon import given_length, horizon
 from mixture_of_depths.training.run import Tuning, split_held_out, train
 from mixture_of_depths.training.settings import check_options
@@ -303,6 +303,9 @@ def _retrofit(
         run = read_run(folder)
         had = {"precision": run.get("train", {}).get("precision"), "text": run.get("text", {}).get("key")}
         check_facts(folder, {**run.get("tuning", {}), **had}, measured_by)
+        check_training(folder, run, training)
+        # Under which name the same weights were given decides nothing.
+        facts["source"] = run["tuning"]["source"]
     measured = Measured(folder, measured_by)
     has_checkpoint = resume and latest_checkpoint(folder) is not None
     fitted = partial(_fitted, dense, corpus, options, measured, bf16, console)

@@ -120,12 +120,20 @@ def keep_answers(path: Path, conversations: Sequence[Answered], facts: dict[str,
 def kept_answers(path: Path, asked: Sequence[list[Message]], facts: dict[str, Any]) -> list[Answered]:
     """What an earlier call has answered of the conversations that are asked, the first of them; none without a file.
 
+    Args:
+        path: the file.
+        asked: all conversations that are asked.
+        facts: what they were answered by, or a part of it.
+
     Raises:
         ValueError: when the file holds anything else, or was answered by other facts, or for other conversations.
     """
     if path.is_dir():
         raise ValueError(f"out={path} is a folder; name a file")
-    records = read_records(path)
+    try:
+        records = read_records(path)
+    except ValueError as error:
+        raise ValueError(f"out={path} is no file of answers; name another file: {error}") from error
     lines = path.read_text(encoding="utf-8").split("\n")[len(records) :] if path.exists() else []
     # Of what follows, the beginning of a record is what a kill may leave.
     if any(line and not line.startswith('{"messages": ') for line in lines):

@@ -60,20 +60,9 @@ def open_folder(
     if resume:
         earlier = read_run(folder)
         check_same_text(folder, earlier["text"]["key"], corpus.key, f", which had {earlier['text']['options']}")
-        # A field that the run's version of this package did not have stood at its default.
-        defaults = {"model": MoDConfig().to_diff_dict(), "train": asdict(TrainOptions()), "tuning": {}}
-        for name in sorted(earlier.get("train", {}).keys() - described["train"].keys()):
-            raise ValueError(
-                f"out={folder} holds a run of another version of this package, with {name}={earlier['train'][name]}, "
-                "which this one does not know; go on with that version, or use another folder"
-            )
-        for part in ("model", "train", "tuning"):
-            for name in sorted(described[part].keys() | earlier.get(part, {}).keys()):
-                # What transformers adds of its own accord may differ, and what decides nothing of the training.
-                if name in ("transformers_version", "architectures", "dtype", *MAY_CHANGE):
-                    continue
-                old = earlier.get(part, {}).get(name, defaults[part].get(name))
-                check_unchanged(folder, name, old, described[part].get(name))
+        check_training(folder, earlier, options)
+        _check_part(folder, earlier.get("model", {}), described["model"], MoDConfig().to_diff_dict())
+        _check_part(folder, earlier.get("tuning", {}), described["tuning"], {})
         newest = latest_checkpoint(folder)
         if newest is None and (folder / "result.json").exists():
             raise ValueError(
@@ -104,8 +93,9 @@ def check_folder(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> 
 
 def check_ready(folder: Path, resume: bool, prepared: tuple[str, ...] = ()) -> None:
     """As `check_folder`, and for a folder in which another run is at work: before anything is read for a new one."""
-    check_folder(folder, resume, prepared)
+    check_place(folder, "out")
     check_free(folder)
+    check_folder(folder, resume, prepared)
 
 
 def check_free(folder: Path) -> None:
@@ -122,6 +112,26 @@ def check_same_text(folder: Path, old_key: object, new_key: object, had: str = "
             f"the text, its tokenizer or sequence_length differs from that of the run in out={folder}{had}; resume "
             "with the same or use another folder"
         )
+
+
+def check_training(folder: Path, run: dict[str, Any], options: TrainOptions) -> None:
+    """Raises ValueError when a run is to go on with other options of training; `run` is its description."""
+    earlier, described = run.get("train", {}), json.loads(json.dumps(asdict(options)))
+    for name in sorted(earlier.keys() - described.keys()):
+        raise ValueError(
+            f"out={folder} holds a run of another version of this package, with {name}={earlier[name]}, which this one "
+            "does not know; go on with that version, or use another folder"
+        )
+    _check_part(folder, earlier, described, asdict(TrainOptions()))
+
+
+def _check_part(folder: Path, earlier: dict[str, Any], described: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """As `check_unchanged`, of one part of a run's description."""
+    for name in sorted(described.keys() | earlier.keys()):
+        # What transformers adds of its own accord may differ, and what decides nothing of the training.
+        if name not in ("transformers_version", "architectures", "dtype", *MAY_CHANGE):
+            # A field that the run's version of this package did not have stood at its default.
+            check_unchanged(folder, name, earlier.get(name, defaults.get(name)), described.get(name))
 
 
 def check_unchanged(folder: Path, name: str, old: object, new: object) -> None:
