@@ -25,6 +25,7 @@ CausalRouter = Literal["predictor", "auxiliary_loss", "threshold"]
 RoutedPart = Literal["block", "block_keep_keys", "mlp"]
 ExpertRoutingType = Literal["token_choice", "expert_choice"]
 Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "muon"]
 Packing = Literal["cut", "best_fit"]
 
 
@@ -136,6 +137,8 @@ class TrainOptions:
     """Sequences per optimiser step, of all processes together."""
     gradient_accumulation_steps: Positive = 1
     """Number of parts each process computes its share of a batch in; must divide it."""
+    optimizer: OptimizerName = "adamw"
+    """What steps are taken: AdamW's; or, of the blocks' matrices, Muon's, which learn faster per step."""
     learning_rate: Annotated[float, Gt(0)] = 2e-3
     """Highest learning rate, after the warm-up; it then falls along a cosine to a tenth."""
     warmup_fraction: Below1 = 0.05

@@ -46,15 +46,15 @@ EXPERTS: dict[str, Any] = {"num_experts": 3, "num_noop_experts": 1, "expert_capa
 
 
 @pytest.mark.parametrize(
-    ("changes", "accumulation", "number"),
+    ("changes", "accumulation", "number", "optimizer"),
     [
-        (KEYS, 1, signal.SIGINT),
-        (RANDOM, 2, signal.SIGTERM),
-        (EXPERTS, 1, signal.SIGTERM),
-        pytest.param({}, 1, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param({}, 2, signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(RANDOM, 1, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(EXPERTS, 2, signal.SIGINT, marks=pytest.mark.slow),
+        (KEYS, 1, signal.SIGINT, "adamw"),
+        (RANDOM, 2, signal.SIGTERM, "adamw"),
+        (EXPERTS, 1, signal.SIGTERM, "muon"),
+        pytest.param({}, 1, signal.SIGINT, "adamw", marks=pytest.mark.slow),
+        pytest.param({}, 2, signal.SIGTERM, "adamw", marks=pytest.mark.slow),
+        pytest.param(RANDOM, 1, signal.SIGINT, "adamw", marks=pytest.mark.slow),
+        pytest.param(EXPERTS, 2, signal.SIGINT, "adamw", marks=pytest.mark.slow),
     ],
 )
 def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
@@ -64,11 +64,14 @@ def test_resuming_gives_bit_for_bit_the_run_that_was_not_interrupted(
     changes: dict[str, Any],
     accumulation: int,
     number: signal.Signals,
+    optimizer: Any,
 ) -> None:
     # An epoch has 4 * n sequences, so that step 7 lies in the middle of the second epoch.
     few = replace(corpus, train=corpus.train.select(range(18)))
     config = config_for(corpus, **changes)
-    opts = TrainOptions(max_steps=13, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=5)
+    opts = TrainOptions(
+        max_steps=13, batch_size=4, gradient_accumulation_steps=accumulation, eval_every=5, optimizer=optimizer
+    )
     _, whole = train(config, few, opts, tmp_path / "whole", console=QUIET)
 
     original, before = run_module.StopOnSignal, signal.getsignal(number)

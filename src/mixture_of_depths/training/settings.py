@@ -104,6 +104,8 @@ def check_options(options: TrainOptions, corpus: Corpus) -> None:
             f"gradient_accumulation_steps={options.gradient_accumulation_steps} must divide batch_size="
             f"{options.batch_size}{shared}"
         )
+    if options.optimizer == "muon" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError("optimizer=muon needs whole matrices, and FSDP cuts them; give optimizer=adamw")
     if len(corpus.train) < options.batch_size:
         raise ValueError(
             f"batch_size={options.batch_size} is more than the {len(corpus.train)} sequences of training text; "

@@ -39,6 +39,7 @@ from mixture_of_depths.training.checkpoint import (
     save_generators,
     save_optimizer,
 )
+from mixture_of_depths.training.muon import Muon, muon_groups
 
 
 class DivergenceError(ValueError):
@@ -172,6 +173,15 @@ class MoDTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices of the language model; routers, predictors, norms and biases do not decay."""
         return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The library's own AdamW, or `Muon`."""
+        if self.run_options.optimizer == "adamw":
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        of = cast(nn.Module, self.model if model is None else model)
+        groups = muon_groups(of, self.get_decay_parameter_names(of), self.args.weight_decay)
+        self.optimizer = Muon(groups, self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2))
+        return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hands the figures to the callbacks; one that cannot write them ends all processes.
