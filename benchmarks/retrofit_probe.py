@@ -13,7 +13,7 @@ import argparse
 import json
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from retrofit import existing, test_file
@@ -130,13 +130,13 @@ def main() -> None:
         model, chosen = sides.start("linear", 0.8)
         keep("8 blocks replaced by a map", model, **chosen)
     for row, (count, capacity, kind) in UNIFORM.items():
-        if wanted(row, kind.get("bypass_rank", sides.rank)):
-            kind_options = RetrofitOptions(**{"bypass_rank": rank, **kind})
+        kind_options = RetrofitOptions(**{"bypass_rank": sides.rank, **kind})
+        map_rank = cast(int, kind_options.bypass_rank)
+        if wanted(row, map_rank):
             measured = sides.importance(kind_options)
             order = sorted(range(len(measured)), key=lambda block: measured[block].expected_loss(capacity))
             capacities = dict.fromkeys(order[:count], capacity)
-            fit = sides.fit(kind.get("bypass_rank", sides.rank))
-            keep(row, fitted_start(dense, fit, kind_options, capacities), capacities=capacities)
+            keep(row, fitted_start(dense, sides.fit(map_rank), kind_options, capacities), capacities=capacities)
     for row, share in SPREAD.items():
         again = f"{row}, {METHOD}"
         if wanted(row) or wanted(again):

@@ -35,7 +35,7 @@ from mixture_of_depths import (
 from mixture_of_depths.files import locked, read_json, write_aside
 from mixture_of_depths.model.modeling import MoDModelOutput
 from mixture_of_depths.options import RetrofitOptions
-from mixture_of_depths.provenance import weights_digest
+from mixture_of_depths.provenance import model_digest
 from mixture_of_depths.retrofitting.choose import routed_fields, routed_kind, spread_budget
 from mixture_of_depths.retrofitting.fit import (
     Fit,
@@ -331,14 +331,14 @@ class Sides:
         self, dense: MoDForCausalLM, source: str, texts: Texts, folder: Path, options: RetrofitOptions, bf16: bool
     ) -> None:
         self.dense, self.texts, self.folder, self.options = dense, texts, folder, options
-        self.source, self.bf16 = source, bf16
+        self.source, self.digest, self.bf16 = source, model_digest(dense), bf16
         self.length = len(texts.corpus.train[0]["input_ids"])
         self.measuring = spread(texts.corpus.train, options.measure_sequences)
 
     def _measured(self, name: str) -> Measured:
         facts = {
             "source": self.source,
-            "source_weights": weights_digest(self.dense),
+            "source_digest": self.digest,
             "text": self.texts.corpus.key,
             "fit": self.options.fit_sequences,
             "bf16": self.bf16,

@@ -1,6 +1,6 @@
 """Makes a pretrained model skip until a token costs 80 % of its FLOPs, and tunes it to do so.
 
-The source is a folder, a GGUF file or a name of the hub. SmolLM2-135M-Instruct takes an hour and 4.5 GB on one core.
+The source is a folder, a GGUF file or a name of the hub. SmolLM2-135M-Instruct takes an hour and 4.6 GB on one core.
 
 python examples/retrofit.py HuggingFaceTB/SmolLM2-135M-Instruct my-texts.jsonl runs/retrofit
 """

@@ -138,7 +138,7 @@ class TrainOptions:
     gradient_accumulation_steps: Positive = 1
     """Number of parts each process computes its share of a batch in; must divide it."""
     optimizer: OptimizerName = "adamw"
-    """What steps are taken: AdamW's; or, of the blocks' matrices, Muon's, which learn faster per step."""
+    """What steps are taken: AdamW's; or, of the blocks' matrices, Muon's, which cost more."""
     learning_rate: Annotated[float, Gt(0)] = 2e-3
     """Highest learning rate, after the warm-up; it then falls along a cosine to a tenth."""
     warmup_fraction: Below1 = 0.05

@@ -1,6 +1,7 @@
 """Where a result comes from: commit, command, versions and machine, for every results file."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,9 @@ from mixture_of_depths import __version__
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+LIBRARY_FIELDS = ("transformers_version", "architectures", "dtype", "_name_or_path")
 
 
 def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
@@ -46,14 +50,19 @@ def provenance(device: "torch.device | None" = None) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: "torch.nn.Module") -> str:
-    """A digest of a model's weights: of two models under one name it tells whether they are the same."""
+def model_digest(model: "PreTrainedModel", *others: str) -> str:
+    """A digest of a model's configuration, weights and thresholds, and of other texts that decide what it does.
+
+    Of two models under one name it tells whether they are the same.
+    """
     import torch
 
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    # What the library adds of its own accord says nothing of the model.
+    fields = {name: value for name, value in model.config.to_diff_dict().items() if name not in LIBRARY_FIELDS}
+    digest = hashlib.sha256(json.dumps([fields, others], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

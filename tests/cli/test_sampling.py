@@ -116,16 +116,20 @@ def test_answers_go_on_with_the_file_and_belong_to_its_questions(
     status, _, errors = run(monkeypatch, capsys, *words)
     assert (status, "all 3 are answered" in errors) == (0, True)
     status, _, errors = run(monkeypatch, capsys, *words, "--seed", "5")
-    assert (status, "with other options, in line 1" in errors) == (2, True)
+    assert (status, "with other options, or does not say, in line 1" in errors) == (2, True)
+    # The model as it was calibrated, and with another template.
     weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"][0, 0] += 1
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    calibrated = {**weights, "model.layers.1.router.threshold": weights["model.layers.1.router.threshold"] + 1}
+    save_file(calibrated, model / "model.safetensors", {"format": "pt"})
     status, _, errors = run(monkeypatch, capsys, *words)
-    assert (status, "was answered by another model or with other options" in errors, out.read_text()) == (
-        2,
-        True,
-        whole,
-    )
+    assert (status, "was answered by another model or with" in errors, out.read_text()) == (2, True, whole), errors
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template + " ")
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert (status, "was answered by another model or with" in errors, out.read_text()) == (2, True, whole), errors
+    (model / "chat_template.jinja").write_text(template)
     questions.write_text(json.dumps({"messages": asked[:1]}))
     status, _, errors = run(monkeypatch, capsys, *words)
     assert (status, "answers 3 conversations of which data has 1" in errors) == (2, True)

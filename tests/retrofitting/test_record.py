@@ -28,11 +28,14 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
 
 
 def test_what_depends_on_something_else_or_is_damaged_is_refused(tmp_path: Path) -> None:
-    dense = {"source": "dense", "source_weights": "5c1f"}
+    dense = {"source": "dense", "source_digest": "5c1f"}
     measured = Measured(tmp_path, dense)
     Measured(tmp_path, {**dense, "source": "./dense"})
-    with pytest.raises(ValueError, match="source=other has other weights than dense had when the run in"):
-        Measured(tmp_path, {"source": "other", "source_weights": "d03a"})
+    with pytest.raises(ValueError, match="source=other is another model than dense was when the run in"):
+        Measured(tmp_path, {"source": "other", "source_digest": "d03a"})
+    old = Measured(tmp_path / "old", {"source": "dense"})
+    with pytest.raises(ValueError, match="was begun by an earlier version, which did not write down which model"):
+        Measured(old.place.parent, dense)
     text = Measured(tmp_path / "of a text", {"text": "2e82"})
     with pytest.raises(
         ValueError, match=r"^the text, its tokenizer or sequence_length differs from that of the run in"

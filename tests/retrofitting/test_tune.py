@@ -239,10 +239,10 @@ def test_a_retrofit_does_not_go_on_with_other_weights_under_the_name_of_its_sour
     retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, console=QUIET)
     with torch.no_grad():
         dense.lm_head.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="source=dense has other weights than dense had when the run"):
+    with pytest.raises(ValueError, match="source=dense is another model than dense was when the run"):
         retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
     shutil.rmtree(tmp_path / "measured")
-    with pytest.raises(ValueError, match="source=dense has other weights than dense had when the run"):
+    with pytest.raises(ValueError, match="source=dense is another model than dense was when the run"):
         retrofit(dense, "dense", corpus, ROUTING, TUNING, tmp_path, resume=True, console=QUIET)
 
 

@@ -65,6 +65,18 @@ def test_the_matrices_of_blocks_take_orthogonal_steps_and_all_others_those_of_ad
         assert step == pytest.approx(RMS if name in blocks else 1.0, rel=0.2), name
 
 
+def test_an_expert_without_a_gradient_takes_no_step() -> None:
+    experts = torch.nn.Parameter(torch.randn(2, 8, 6))
+    muon = Muon([{"params": [experts], "weight_decay": 0.0, "is_orthogonal": True}], 0.1, (0.9, 0.95))
+    experts.grad = torch.randn_like(experts)
+    muon.step()
+    before = experts.detach().clone()
+    experts.grad[1] = 0
+    muon.step()
+    assert not torch.equal(experts[0], before[0])
+    assert torch.equal(experts[1], before[1])
+
+
 def test_a_run_learns_with_it_and_fsdp_is_refused(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,7 +215,7 @@ def answer(
     from mixture_of_depths.device import chosen_device
     from mixture_of_depths.model.convert import load_dense
     from mixture_of_depths.options import DataOptions
-    from mixture_of_depths.provenance import weights_digest
+    from mixture_of_depths.provenance import model_digest
     from mixture_of_depths.sampling.answers import answered, check_askable, keep_answers, kept_answers, only_answers
     from mixture_of_depths.text.conversations import Conversation
     from mixture_of_depths.text.documents import Skipped, read_all
@@ -240,7 +240,8 @@ def answer(
         # Before a model is loaded for nothing.
         kept_answers(out, asked, settings)
         model, tokenizer = load_dense(source)
-        settings["source_weights"] = weights_digest(model)
+        # The template decides, too, what the model is asked.
+        settings["source_digest"] = model_digest(model, str(tokenizer.chat_template))
         done = kept_answers(out, asked, settings)
         if len(done) == len(asked):
             print(f"all {len(asked)} are answered in {out}", file=sys.stderr)

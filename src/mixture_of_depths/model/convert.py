@@ -151,7 +151,7 @@ def load_dense(source: str) -> tuple[MoDForCausalLM, PreTrainedTokenizerBase]:
         if Path(source).exists():
             problem = "cannot be read; copy it anew"
         else:
-            problem = "is no folder here, and cannot be read from the hub; correct the name"
+            problem = "is no folder here, and cannot be read from the hub; check the name and the connection"
         raise ValueError(f"source={source} {problem}, or give another: {error}") from error
     misfits = [f"missing {name}" for name in sorted(loading_info["missing_keys"])]
     mismatched = [*loading_info["mismatched_keys"]]

@@ -40,14 +40,25 @@ def check_facts(folder: Path, before: dict[str, Any], facts: dict[str, Any]) -> 
     for name, value in json.loads(json.dumps(facts)).items():
         if name == "text":
             check_same_text(folder, before.get(name), value)
-        elif name == "source_weights" and before.get(name) != value:
-            raise ValueError(
-                f"source={facts['source']} has other weights than {before.get('source')} had when the run in "
-                f"out={folder} began; give that model, or use another folder"
-            )
-        # The same weights may be given by another name.
+        elif name == "source_digest":
+            _check_same_source(folder, before, facts)
+        # The same model may be given by another name.
         elif name != "source":
             check_unchanged(folder, name, before.get(name), value)
+
+
+def _check_same_source(folder: Path, before: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises ValueError for another model than before, or where it is not known."""
+    if "source_digest" not in before:
+        raise ValueError(
+            f"out={folder} was begun by an earlier version, which did not write down which model "
+            f"source={before.get('source')} was; begin anew in another folder"
+        )
+    if before["source_digest"] != facts["source_digest"]:
+        raise ValueError(
+            f"source={facts['source']} is another model than {before.get('source')} was when the run in out={folder} "
+            "began; give that one, or use another folder"
+        )
 
 
 class Measured:
@@ -55,8 +66,8 @@ class Measured:
 
     Args:
         folder: the run's folder.
-        facts: what it depends on; of these the model, by its name and a digest of its weights, under "source" and
-            "source_weights", and the text, by the key of its preparation, under "text".
+        facts: what it depends on; of these the model, by its name and its digest, under "source" and
+            "source_digest", and the text, by the key of its preparation, under "text".
 
     Raises:
         ValueError: when the folder holds what depends on other facts, or is damaged.

@@ -30,7 +30,7 @@ from mixture_of_depths.files import make_folder, write_aside
 from mixture_of_depths.model.loss import distilled_loss
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import RetrofitOptions, TrainOptions
-from mixture_of_depths.provenance import provenance, weights_digest
+from mixture_of_depths.provenance import model_digest, provenance
 from mixture_of_depths.retrofitting.choose import (
     check_capacities,
     check_share,
@@ -295,7 +295,7 @@ def _retrofit(
     length, bf16 = len(corpus.train[0]["input_ids"]), training.precision == "bf16"
     # A run is of the rank that it was begun with, also where another version has another default.
     options = replace(options, bypass_rank=routed_kind(dense.config, options)["bypass_rank"])
-    facts = {"source": source, "source_weights": weights_digest(dense), **asdict(options)}
+    facts = {"source": source, "source_digest": model_digest(dense), **asdict(options)}
     measured_by = {**facts, "precision": training.precision, "text": corpus.key}
     resume = resume and (folder / "run.json").exists()
     if resume:

@@ -139,12 +139,17 @@ def kept_answers(path: Path, asked: Sequence[list[Message]], facts: dict[str, An
     if any(line and not line.startswith('{"messages": ') for line in lines):
         raise ValueError(f"out={path} is no file of answers, from line {len(records) + 1} on; name another file")
     for number, record in enumerate(records, start=1):
-        is_answer = isinstance(record, dict) and "answered_by" in record and conversation_of(record.get("messages"))
+        is_answer = (
+            isinstance(record, dict)
+            and isinstance(record.get("answered_by"), dict)
+            and conversation_of(record.get("messages"))
+        )
         if not is_answer:
             raise ValueError(f"out={path} is no file of answers, in line {number}; name another file")
         if not json.loads(json.dumps(facts)).items() <= record["answered_by"].items():
             raise ValueError(
-                f"out={path} was answered by another model or with other options, in line {number}; name another file"
+                f"out={path} was answered by another model or with other options, or does not say, in line {number}; "
+                "name another file"
             )
     if len(records) > len(asked):
         raise ValueError(

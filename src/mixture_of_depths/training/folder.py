@@ -12,7 +12,7 @@ import torch
 from mixture_of_depths.files import check_place, locked, read_json, write_aside
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.options import TrainOptions
-from mixture_of_depths.provenance import provenance
+from mixture_of_depths.provenance import LIBRARY_FIELDS, provenance
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.checkpoint import latest_checkpoint
 
@@ -129,7 +129,7 @@ def _check_part(folder: Path, earlier: dict[str, Any], described: dict[str, Any]
     """As `check_unchanged`, of one part of a run's description."""
     for name in sorted(described.keys() | earlier.keys()):
         # What transformers adds of its own accord may differ, and what decides nothing of the training.
-        if name not in ("transformers_version", "architectures", "dtype", *MAY_CHANGE):
+        if name not in (*LIBRARY_FIELDS, *MAY_CHANGE):
             # A field that the run's version of this package did not have stood at its default.
             check_unchanged(folder, name, earlier.get(name, defaults.get(name)), described.get(name))
 

@@ -4,8 +4,10 @@ The momentum of a matrix's gradients is brought near to the orthogonal matrix th
 iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Scaled to a root mean square of 0.2 the step
 is about as large as one of AdamW (Liu et al. 2025, arXiv:2502.16982), so that both have one learning rate and decay.
 
-It is AdamW's own class with further groups, as the trainer knows one optimiser. `torch.optim.Muon` iterates in bf16,
-which takes 20 times as long on a processor without units for it; this one does in the precision of the gradients.
+It is AdamW's own class with further groups, as the trainer knows one optimiser. `torch.optim.Muon` iterates in bf16
+everywhere, which is slow on processors without units for it: here only GPUs do.
+
+Shapes: matrices of shape [..., M, N], those of experts one beside the other.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,7 @@ class Muon(AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of all weights that have a gradient."""
         groups = self.param_groups
+        # AdamW's own step; hooks on steps run in it once more.
         self.param_groups = [group for group in groups if not group["is_orthogonal"]]
         try:
             loss = super().step(closure)
@@ -59,6 +62,8 @@ class Muon(AdamW):
         # Nesterov's.
         update_MN = orthogonal(grad_MN.lerp(momentum_MN, MOMENTUM))
         weight_MN.mul_(1 - learning_rate * weight_decay)
+        # A step has one size, whatever the gradient's: an expert that no token reached takes none.
+        update_MN *= grad_MN.ne(0).any(dim=(-2, -1), keepdim=True)
         weight_MN.add_(update_MN, alpha=-learning_rate * RMS * max(weight_MN.shape[-2:]) ** 0.5)
 
 
@@ -66,24 +71,31 @@ def orthogonal(matrix_MN: Tensor) -> Tensor:
     """Nearly the closest orthogonal matrix: singular values between 0.7 and 1.2, but for those that were near to 0."""
     is_tall = matrix_MN.shape[-2] > matrix_MN.shape[-1]
     x_MN = matrix_MN.mT if is_tall else matrix_MN
+    x_MN = x_MN.bfloat16() if x_MN.is_cuda else x_MN
     x_MN = x_MN / x_MN.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram_MM = x_MN @ x_MN.mT
         x_MN = a * x_MN + (b * gram_MM + c * gram_MM @ gram_MM) @ x_MN
-    return x_MN.mT if is_tall else x_MN
+    return (x_MN.mT if is_tall else x_MN).to(matrix_MN)
 
 
 def muon_groups(model: nn.Module, decaying: list[str], weight_decay: float) -> list[dict[str, Any]]:
     """The groups of a model's weights: of those that decay the blocks' matrices, the others, and those that do not."""
     blocks: list[Tensor] = []
     others: list[Tensor] = []
-    constant: list[Tensor] = []
+    not_decaying: list[Tensor] = []
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            (constant if name not in decaying else blocks if ".layers." in name else others).append(weight)
+        if not weight.requires_grad:
+            continue
+        if name not in decaying:
+            not_decaying.append(weight)
+        elif ".layers." in name:
+            blocks.append(weight)
+        else:
+            others.append(weight)
     return [
         {"params": blocks, "weight_decay": weight_decay, "is_orthogonal": True},
         {"params": others, "weight_decay": weight_decay, "is_orthogonal": False},
-        {"params": constant, "weight_decay": 0.0, "is_orthogonal": False},
+        {"params": not_decaying, "weight_decay": 0.0, "is_orthogonal": False},
     ]

@@ -177,7 +177,7 @@ class MoDTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The library's own AdamW, or `Muon`."""
         if self.run_options.optimizer == "adamw":
-            return super().create_optimizer() if model is None else super().create_optimizer(model)
+            return super().create_optimizer(model)
         of = cast(nn.Module, self.model if model is None else model)
         groups = muon_groups(of, self.get_decay_parameter_names(of), self.args.weight_decay)
         self.optimizer = Muon(groups, self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2))
