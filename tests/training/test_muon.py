@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from runs import QUIET, config_for
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_depths import Corpus, MoDForCausalLM, TrainOptions, train
-from mixture_of_depths.training.muon import RMS, Muon, muon_groups, orthogonal
-from mixture_of_depths.training.trainer import MoDTrainer
+from mixture_of_depths.training.horizon import horizon
+from mixture_of_depths.training.muon import RMS, Muon, muon_flops, muon_groups, orthogonal
 
 SHAPES = [(24, 24), (24, 40), (40, 24)]
 
@@ -44,9 +45,8 @@ def test_a_matrix_keeps_its_directions_and_has_singular_values_near_to_one(shape
 
 def test_the_matrices_of_blocks_take_orthogonal_steps_and_all_others_those_of_adamw(corpus: Corpus) -> None:
     model = MoDForCausalLM(config_for(corpus, num_experts=2, bypass_rank=4))
-    decaying = MoDTrainer.get_decay_parameter_names(None, model)  # pyright: ignore[reportArgumentType]
     names = {id(weight): name for name, weight in model.named_parameters()}
-    groups = muon_groups(model, decaying, 0.3)
+    groups = muon_groups(model, 0.3)
     blocks, others, constant = ({names[id(weight)] for weight in group["params"]} for group in groups)
     assert blocks | others | constant == set(names.values())
     assert others == {"model.embed_tokens.weight", "lm_head.weight"}
@@ -63,6 +63,18 @@ def test_the_matrices_of_blocks_take_orthogonal_steps_and_all_others_those_of_ad
         step = (weight - before[name]).square().mean().sqrt().item() / 0.1
         # The first step of AdamW is 1 in all places.
         assert step == pytest.approx(RMS if name in blocks else 1.0, rel=0.2), name
+
+
+def test_the_flops_of_a_step_are_those_that_a_counter_sees(corpus: Corpus) -> None:
+    config = config_for(corpus, num_experts=2, bypass_rank=4)
+    with FlopCounterMode(display=False) as counter:
+        for group in muon_groups(MoDForCausalLM(config), 0.0):
+            for weight in group["params"] if group["is_orthogonal"] else ():
+                orthogonal(weight)
+    assert muon_flops(config) == counter.get_total_flops()
+    options = TrainOptions(max_steps=3, batch_size=4)
+    muon, adamw = (horizon(replace(options, optimizer=name), config, 16).flops for name in ("muon", "adamw"))
+    assert muon == adamw + 3 * muon_flops(config)
 
 
 def test_an_expert_without_a_gradient_takes_no_step() -> None:

@@ -8,6 +8,7 @@ from mixture_of_depths.fields import validate_fields
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.flops import training_flops_per_token
 from mixture_of_depths.options import TrainOptions
+from mixture_of_depths.training.muon import muon_flops
 
 # The schedule of the learning rate counts in 32 bits.
 MOST_STEPS = 2**31 - 1
@@ -49,6 +50,8 @@ def horizon(options: TrainOptions, config: MoDConfig, sequence_length: int) -> H
     name, value = given_length(options)
     tokens_per_step = options.batch_size * sequence_length
     flops_per_step = training_flops_per_token(config, sequence_length) * tokens_per_step
+    if options.optimizer == "muon":
+        flops_per_step += muon_flops(config)
     per_step = {"max_steps": 1, "max_tokens": tokens_per_step, "max_flops": flops_per_step}[name]
     steps = math.floor(value / per_step)
     if steps > MOST_STEPS:

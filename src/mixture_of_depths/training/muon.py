@@ -10,12 +10,16 @@ everywhere, which is slow on processors without units for it: here only GPUs do.
 Shapes: matrices of shape [..., M, N], those of experts one beside the other.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+
+from mixture_of_depths.model.configuration import MoDConfig
+from mixture_of_depths.model.modeling import MoDForCausalLM
 
 MOMENTUM = 0.95
 # Of the odd polynomial of degree 5 that is iterated: it lifts small singular values fast, and leaves all near to 1.
@@ -80,7 +84,28 @@ def orthogonal(matrix_MN: Tensor) -> Tensor:
     return (x_MN.mT if is_tall else x_MN).to(matrix_MN)
 
 
-def muon_groups(model: nn.Module, decaying: list[str], weight_decay: float) -> list[dict[str, Any]]:
+def muon_flops(config: MoDConfig) -> int:
+    """FLOPs of a step's iterations: each is two products of [M, M] with [M, N] and one of [M, M] with itself, M <= N."""
+    with torch.device("meta"):
+        model = MoDForCausalLM(config)
+    flops = 0
+    for name, weight in model.named_parameters():
+        if _is_in_a_block(name) and decays(name, weight):
+            (small, large), count = sorted(weight.shape[-2:]), math.prod(weight.shape[:-2])
+            flops += ITERATIONS * count * (4 * small**2 * large + 2 * small**3)
+    return flops
+
+
+def decays(name: str, weight: Tensor) -> bool:
+    """Whether a weight is a matrix of the language model; routers, predictors, norms and biases are not."""
+    return weight.ndim >= 2 and ".router." not in name
+
+
+def _is_in_a_block(name: str) -> bool:
+    return ".layers." in name
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The groups of a model's weights: of those that decay the blocks' matrices, the others, and those that do not."""
     blocks: list[Tensor] = []
     others: list[Tensor] = []
@@ -88,9 +113,9 @@ def muon_groups(model: nn.Module, decaying: list[str], weight_decay: float) -> l
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
-        if name not in decaying:
+        if not decays(name, weight):
             not_decaying.append(weight)
-        elif ".layers." in name:
+        elif _is_in_a_block(name):
             blocks.append(weight)
         else:
             others.append(weight)

@@ -29,7 +29,7 @@ from mixture_of_depths.evaluation.text import held_out_of, without_calibrating
 from mixture_of_depths.files import make_folder, write_aside
 from mixture_of_depths.inspect.curves import training_curve
 from mixture_of_depths.model.configuration import MoDConfig
-from mixture_of_depths.model.flops import model_parameters, training_flops_per_token
+from mixture_of_depths.model.flops import model_parameters
 from mixture_of_depths.model.modeling import MoDForCausalLM
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.provenance import provenance
@@ -182,7 +182,7 @@ def _train(
     tuning = tuning or Tuning(MoDForCausalLM(copy.deepcopy(config)), {})
     model = tuning.model
     tokens_per_step = options.batch_size * sequence_length
-    recorder = Recorder(folder, training_flops_per_token(config, sequence_length), tokens_per_step, console)
+    recorder = Recorder(folder, length.flops / length.tokens, tokens_per_step, console)
     steps = start[1] if start else 0
     with failing_together():
         if is_main():

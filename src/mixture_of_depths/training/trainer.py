@@ -39,7 +39,7 @@ from mixture_of_depths.training.checkpoint import (
     save_generators,
     save_optimizer,
 )
-from mixture_of_depths.training.muon import Muon, muon_groups
+from mixture_of_depths.training.muon import Muon, decays, muon_groups
 
 
 class DivergenceError(ValueError):
@@ -165,21 +165,21 @@ class MoDTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Training FLOPs of a batch, counted analytically."""
+        """Training FLOPs of a batch, counted analytically, but for the optimiser's."""
         assert isinstance(self.model, MoDForCausalLM)
         tokens, length = inputs["input_ids"].numel(), inputs["input_ids"].shape[1]
         return round(training_flops_per_token(self.model.config, length) * tokens)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices of the language model; routers, predictors, norms and biases do not decay."""
-        return [name for name, weight in model.named_parameters() if weight.ndim >= 2 and ".router." not in name]
+        return [name for name, weight in model.named_parameters() if decays(name, weight)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The library's own AdamW, or `Muon`."""
         if self.run_options.optimizer == "adamw":
             return super().create_optimizer(model)
         of = cast(nn.Module, self.model if model is None else model)
-        groups = muon_groups(of, self.get_decay_parameter_names(of), self.args.weight_decay)
+        groups = muon_groups(of, self.args.weight_decay)
         self.optimizer = Muon(groups, self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer
 
