@@ -85,7 +85,7 @@ def orthogonal(matrix_MN: Tensor) -> Tensor:
 
 
 def muon_flops(config: MoDConfig) -> int:
-    """FLOPs of a step's iterations: each is two products of [M, M] with [M, N] and one of [M, M] with itself, M <= N."""
+    """FLOPs of a step's iterations: in each two products of M x M with M x N, M <= N, and one of M x M with itself."""
     with torch.device("meta"):
         model = MoDForCausalLM(config)
     flops = 0
