@@ -16,7 +16,11 @@ from command import run
         ("model.safetensors", lambda raw: raw.replace(b"mlp.up_proj", b"mlp.xx_proj"), "does not fit its config.json"),
         ("config.json", lambda raw: raw.replace(b'"hidden_size": 16', b'"hidden_size": 32'), "checkpoint="),
         ("config.json", lambda raw: raw.replace(b'"capacity": 0.125', b'"capacity": 7.0'), "capacity=7.0"),
-        ("config.json", lambda raw: raw.replace(b"mixture_of_depths", b"llama"), "it is a llama model"),
+        (
+            "config.json",
+            lambda raw: raw.replace(b"mixture_of_depths", b"llama"),
+            "is a llama model, not mixture_of_depths; make one of it with mod retrofit",
+        ),
         ("config.json", lambda raw: raw[:-20], "cannot be read"),
         ("tokenizer.json", lambda raw: raw[:-20], "tokenizer="),
     ],

@@ -268,7 +268,7 @@ def test_serve_by_vllm_refuses_what_vllm_decides_and_says_how_to_get_it(
         ([str(checkpoint), "--api-key", "good", "--api-key=-secret"], "as number 2, begins with -"),
         ([str(tmp_path / "absent")], "absent does not exist"),
         ([str(checkpoint / "config.json")], "config.json is a file; name the folder"),
-        ([str(tmp_path / "llama")], "it is a llama model"),
+        ([str(tmp_path / "llama")], "is a llama model, not mixture_of_depths; make one of it with mod retrofit"),
         ([str(tmp_path / "experts")], "num_experts=2"),
         ([str(checkpoint), "--port", str(port)], f"port={port} of host=127.0.0.1 cannot be listened on"),
     ):
