@@ -88,21 +88,17 @@ def muon_flops(config: MoDConfig) -> int:
     """FLOPs of a step's iterations: in each two products of M x M with M x N, M <= N, and one of M x M with itself."""
     with torch.device("meta"):
         model = MoDForCausalLM(config)
+    matrices, *_ = muon_groups(model, weight_decay=0.0)
     flops = 0
-    for name, weight in model.named_parameters():
-        if _is_in_a_block(name) and decays(name, weight):
-            (small, large), count = sorted(weight.shape[-2:]), math.prod(weight.shape[:-2])
-            flops += ITERATIONS * count * (4 * small**2 * large + 2 * small**3)
+    for weight in matrices["params"]:
+        (small, large), count = sorted(weight.shape[-2:]), math.prod(weight.shape[:-2])
+        flops += ITERATIONS * count * (4 * small**2 * large + 2 * small**3)
     return flops
 
 
 def decays(name: str, weight: Tensor) -> bool:
     """Whether a weight is a matrix of the language model; routers, predictors, norms and biases are not."""
     return weight.ndim >= 2 and ".router." not in name
-
-
-def _is_in_a_block(name: str) -> bool:
-    return ".layers." in name
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -115,7 +111,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             continue
         if not decays(name, weight):
             not_decaying.append(weight)
-        elif _is_in_a_block(name):
+        elif ".layers." in name:
             blocks.append(weight)
         else:
             others.append(weight)
