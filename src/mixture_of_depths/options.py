@@ -75,6 +75,9 @@ class ModelOptions:
     """Width of the MLP; by default 8/3 of the hidden size."""
     query_key_norm: bool = False
     """Whether queries and keys are normalised, head by head."""
+    rope_theta: float = 10_000.0
+    """Base of RoPE's wavelengths, of which the longest is 2 pi times it; models of short sequences learn to copy sooner
+    with a lower one."""
     tie_word_embeddings: bool = False
     """Whether the head shares its weights with the embedding."""
     initializer_range: float = 0.02

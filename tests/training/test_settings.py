@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from mixture_of_depths import MoDConfig, ModelOptions, model_config, model_parameters
 from mixture_of_depths.distributed import processes
+from mixture_of_depths.model.attention import rotary_factors
 from mixture_of_depths.options import TrainOptions
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.horizon import Horizon
@@ -51,6 +52,20 @@ def test_impossible_training_options_are_refused(
 def test_a_run_routes_the_parts_that_its_options_name(options: dict[str, Any], expected: Any, corpus: Corpus) -> None:
     config = model_config(ModelOptions(**options), corpus.tokenizer, 32)
     assert (config.routed_parts, config.bypass_rank, config.query_key_norm) == expected
+
+
+@pytest.mark.parametrize(("options", "base"), [({}, 10_000), ({"rope_theta": 100}, 100)])
+def test_a_run_rotates_by_the_base_that_its_options_name(options: dict[str, Any], base: float, corpus: Corpus) -> None:
+    cos_BTh, _ = rotary_factors(
+        model_config(ModelOptions(**options), corpus.tokenizer, 32), torch.tensor([[1]]), torch.float32
+    )
+    angles_h = base ** -(torch.arange(0, 64, 2) / 64)
+    torch.testing.assert_close(cos_BTh[0, 0], torch.cat([angles_h, angles_h]).cos())
+
+
+def test_a_base_of_rotations_is_positive(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="rope_theta=0"):
+        model_config(ModelOptions(rope_theta=0), corpus.tokenizer, 32)
 
 
 def test_a_run_is_trained_by_the_threshold_where_its_options_say_so(corpus: Corpus) -> None:

@@ -52,6 +52,7 @@ def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | Non
         num_attention_heads=options.num_attention_heads,
         num_key_value_heads=options.num_key_value_heads,
         query_key_norm=options.query_key_norm,
+        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
         tie_word_embeddings=options.tie_word_embeddings,
         initializer_range=options.initializer_range,
         max_position_embeddings=max(2048, sequence_length),
