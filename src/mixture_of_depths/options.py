@@ -76,8 +76,8 @@ class ModelOptions:
     query_key_norm: bool = False
     """Whether queries and keys are normalised, head by head."""
     rope_theta: float = 10_000.0
-    """Base of RoPE's wavelengths, of which the longest is 2 pi times it; models of short sequences learn to copy sooner
-    with a lower one."""
+    """Base of RoPE's wavelengths, of which the longest is nearly 2 pi times it; models of short sequences learn to copy
+    sooner with a lower one."""
     tie_word_embeddings: bool = False
     """Whether the head shares its weights with the embedding."""
     initializer_range: float = 0.02
