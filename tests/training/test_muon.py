@@ -19,7 +19,7 @@ def test_steps_are_those_of_pytorch_up_to_its_rounding_to_bf16() -> None:
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in SHAPES]
     ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
-    muon = Muon([{"params": ours, "weight_decay": 0.1, "is_orthogonal": True}], 1e-2, (0.9, 0.95))
+    muon = Muon([{"params": ours, "weight_decay": 0.1, "is_orthogonal": True, "stacked": 1}], 1e-2, (0.9, 0.95))
     reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for weight, other in zip(ours, theirs, strict=True):
@@ -47,11 +47,12 @@ def test_the_matrices_of_blocks_take_orthogonal_steps_and_all_others_those_of_ad
     model = MoDForCausalLM(config_for(corpus, num_experts=2, bypass_rank=4))
     names = {id(weight): name for name, weight in model.named_parameters()}
     groups = muon_groups(model, 0.3)
-    blocks, others, constant = ({names[id(weight)] for weight in group["params"]} for group in groups)
-    assert blocks | others | constant == set(names.values())
+    blocks, pairs, others, constant = ({names[id(weight)] for weight in group["params"]} for group in groups)
+    assert blocks | pairs | others | constant == set(names.values())
+    assert pairs == {name for name in names.values() if "gate_up" in name}
     assert others == {"model.embed_tokens.weight", "lm_head.weight"}
     assert all("router" in name or "norm" in name for name in constant)
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.3, 0.0]
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     optimizer = Muon(groups, 0.1, (0.9, 0.95))
     for group in groups:
@@ -62,7 +63,7 @@ def test_the_matrices_of_blocks_take_orthogonal_steps_and_all_others_those_of_ad
     for name, weight in model.named_parameters():
         step = (weight - before[name]).square().mean().sqrt().item() / 0.1
         # The first step of AdamW is 1 in all places.
-        assert step == pytest.approx(RMS if name in blocks else 1.0, rel=0.2), name
+        assert step == pytest.approx(RMS if name in blocks | pairs else 1.0, rel=0.2), name
 
 
 def test_the_flops_of_a_step_are_those_that_a_counter_sees(corpus: Corpus) -> None:
@@ -70,16 +71,31 @@ def test_the_flops_of_a_step_are_those_that_a_counter_sees(corpus: Corpus) -> No
     with FlopCounterMode(display=False) as counter:
         for group in muon_groups(MoDForCausalLM(config), 0.0):
             for weight in group["params"] if group["is_orthogonal"] else ():
-                orthogonal(weight)
+                orthogonal(weight.unflatten(-2, (group["stacked"], -1)))
     assert muon_flops(config) == counter.get_total_flops()
     options = TrainOptions(max_steps=3, batch_size=4)
     muon, adamw = (horizon(replace(options, optimizer=name), config, 16).flops for name in ("muon", "adamw"))
     assert muon == adamw + 3 * muon_flops(config)
 
 
+def test_matrices_stacked_in_one_weight_take_the_steps_of_each_alone() -> None:
+    starts = torch.randn(2, 3, 8, 6)
+    stacked = torch.nn.Parameter(starts.flatten(1, 2))
+    alone = [torch.nn.Parameter(start.clone()) for start in starts.flatten(0, 1)]
+    pair = Muon([{"params": [stacked], "weight_decay": 0.1, "is_orthogonal": True, "stacked": 3}], 0.1, (0.9, 0.95))
+    single = Muon([{"params": alone, "weight_decay": 0.1, "is_orthogonal": True, "stacked": 1}], 0.1, (0.9, 0.95))
+    for _ in range(3):
+        stacked.grad = torch.randn_like(stacked)
+        for weight, grad in zip(alone, stacked.grad.unflatten(1, (3, -1)).flatten(0, 1), strict=True):
+            weight.grad = grad.clone()
+        pair.step()
+        single.step()
+    torch.testing.assert_close(stacked, torch.stack(list(alone)).view(2, 24, 6))
+
+
 def test_an_expert_without_a_gradient_takes_no_step() -> None:
     experts = torch.nn.Parameter(torch.randn(2, 8, 6))
-    muon = Muon([{"params": [experts], "weight_decay": 0.0, "is_orthogonal": True}], 0.1, (0.9, 0.95))
+    muon = Muon([{"params": [experts], "weight_decay": 0.0, "is_orthogonal": True, "stacked": 1}], 0.1, (0.9, 0.95))
     experts.grad = torch.randn_like(experts)
     muon.step()
     before = experts.detach().clone()

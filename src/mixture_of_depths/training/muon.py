@@ -7,7 +7,7 @@ is about as large as one of AdamW (Liu et al. 2025, arXiv:2502.16982), so that b
 It is AdamW's own class with further groups, as the trainer knows one optimiser. `torch.optim.Muon` iterates in bf16
 everywhere, which is slow on processors without units for it: here only GPUs do.
 
-Shapes: matrices of shape [..., M, N], those of experts one beside the other.
+Shapes: matrices of shape [..., M, N], those of experts one beside the other; S stacked in one weight, [..., S * M, N].
 """
 
 import math
@@ -29,10 +29,11 @@ RMS = 0.2
 
 
 class Muon(AdamW):
-    """AdamW, and Muon for groups with `is_orthogonal`, of matrices of shape [..., M, N].
+    """AdamW, and Muon for groups with `is_orthogonal`, of weights of shape [..., S * M, N].
 
     Args:
-        groups: weights, with `weight_decay` and `is_orthogonal`.
+        groups: weights, with `weight_decay`, `is_orthogonal` and, where that is true, `stacked`: the number S of
+            matrices in each weight.
         learning_rate: of all groups.
         betas: of AdamW.
     """
@@ -54,21 +55,24 @@ class Muon(AdamW):
             if group["is_orthogonal"]:
                 for weight in cast(list[Tensor], group["params"]):
                     if weight.grad is not None:
-                        self._step(weight, weight.grad, group["lr"], group["weight_decay"])
+                        self._step(weight, weight.grad, group)
         return loss
 
-    def _step(self, weight_MN: Tensor, grad_MN: Tensor, learning_rate: float, weight_decay: float) -> None:
-        state = self.state[weight_MN]
+    def _step(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
         if "momentum" not in state:
             # AdamW looks for its count in the state of every weight when that is loaded.
-            state.update(step=torch.zeros(()), momentum=torch.zeros_like(grad_MN))
-        momentum_MN = state["momentum"].lerp_(grad_MN, 1 - MOMENTUM)
+            state.update(step=torch.zeros(()), momentum=torch.zeros_like(grad))
+        state["momentum"].lerp_(grad, 1 - MOMENTUM)
+        weight_MN, grad_MN, momentum_MN = (
+            tensor.unflatten(-2, (group["stacked"], -1)) for tensor in (weight, grad, state["momentum"])
+        )
         # Nesterov's.
         update_MN = orthogonal(grad_MN.lerp(momentum_MN, MOMENTUM))
-        weight_MN.mul_(1 - learning_rate * weight_decay)
+        weight_MN.mul_(1 - group["lr"] * group["weight_decay"])
         # A step has one size, whatever the gradient's: an expert that no token reached takes none.
         update_MN *= grad_MN.ne(0).any(dim=(-2, -1), keepdim=True)
-        weight_MN.add_(update_MN, alpha=-learning_rate * RMS * max(weight_MN.shape[-2:]) ** 0.5)
+        weight_MN.add_(update_MN, alpha=-group["lr"] * RMS * max(weight_MN.shape[-2:]) ** 0.5)
 
 
 def orthogonal(matrix_MN: Tensor) -> Tensor:
@@ -88,11 +92,12 @@ def muon_flops(config: MoDConfig) -> int:
     """FLOPs of a step's iterations: in each two products of M x M with M x N, M <= N, and one of M x M with itself."""
     with torch.device("meta"):
         model = MoDForCausalLM(config)
-    matrices, *_ = muon_groups(model, weight_decay=0.0)
     flops = 0
-    for weight in matrices["params"]:
-        (small, large), count = sorted(weight.shape[-2:]), math.prod(weight.shape[:-2])
-        flops += ITERATIONS * count * (4 * small**2 * large + 2 * small**3)
+    for group in muon_groups(model, weight_decay=0.0):
+        for weight in group["params"] if group["is_orthogonal"] else ():
+            *many, rows, columns = weight.unflatten(-2, (group["stacked"], -1)).shape
+            small, large = sorted((rows, columns))
+            flops += ITERATIONS * math.prod(many) * (4 * small**2 * large + 2 * small**3)
     return flops
 
 
@@ -102,8 +107,9 @@ def decays(name: str, weight: Tensor) -> bool:
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of a model's weights: of those that decay the blocks' matrices, the others, and those that do not."""
+    """The groups of a model's weights: the blocks' matrices, pairs of them, what else decays, and what does not."""
     blocks: list[Tensor] = []
+    pairs: list[Tensor] = []
     others: list[Tensor] = []
     not_decaying: list[Tensor] = []
     for name, weight in model.named_parameters():
@@ -111,12 +117,15 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             continue
         if not decays(name, weight):
             not_decaying.append(weight)
-        elif ".layers." in name:
-            blocks.append(weight)
-        else:
+        elif ".layers." not in name:
             others.append(weight)
+        elif name.endswith(".gate_up_proj.weight"):
+            pairs.append(weight)
+        else:
+            blocks.append(weight)
     return [
-        {"params": blocks, "weight_decay": weight_decay, "is_orthogonal": True},
+        {"params": blocks, "weight_decay": weight_decay, "is_orthogonal": True, "stacked": 1},
+        {"params": pairs, "weight_decay": weight_decay, "is_orthogonal": True, "stacked": 2},
         {"params": others, "weight_decay": weight_decay, "is_orthogonal": False},
         {"params": not_decaying, "weight_decay": 0.0, "is_orthogonal": False},
     ]
