@@ -63,16 +63,15 @@ class Muon(AdamW):
         if "momentum" not in state:
             # AdamW looks for its count in the state of every weight when that is loaded.
             state.update(step=torch.zeros(()), momentum=torch.zeros_like(grad))
-        state["momentum"].lerp_(grad, 1 - MOMENTUM)
-        weight_MN, grad_MN, momentum_MN = (
-            tensor.unflatten(-2, (group["stacked"], -1)) for tensor in (weight, grad, state["momentum"])
-        )
-        # Nesterov's.
-        update_MN = orthogonal(grad_MN.lerp(momentum_MN, MOMENTUM))
-        weight_MN.mul_(1 - group["lr"] * group["weight_decay"])
-        # A step has one size, whatever the gradient's: an expert that no token reached takes none.
-        update_MN *= grad_MN.ne(0).any(dim=(-2, -1), keepdim=True)
-        weight_MN.add_(update_MN, alpha=-group["lr"] * RMS * max(weight_MN.shape[-2:]) ** 0.5)
+        momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
+        matrices = (tensor.chunk(group["stacked"], dim=-2) for tensor in (weight, grad, momentum))
+        for weight_MN, grad_MN, momentum_MN in zip(*matrices, strict=True):
+            # Nesterov's.
+            update_MN = orthogonal(grad_MN.lerp(momentum_MN, MOMENTUM))
+            weight_MN.mul_(1 - group["lr"] * group["weight_decay"])
+            # A step has one size, whatever the gradient's: an expert that no token reached takes none.
+            update_MN *= grad_MN.ne(0).any(dim=(-2, -1), keepdim=True)
+            weight_MN.add_(update_MN, alpha=-group["lr"] * RMS * max(weight_MN.shape[-2:]) ** 0.5)
 
 
 def orthogonal(matrix_MN: Tensor) -> Tensor:
@@ -95,9 +94,9 @@ def muon_flops(config: MoDConfig) -> int:
     flops = 0
     for group in muon_groups(model, weight_decay=0.0):
         for weight in group["params"] if group["is_orthogonal"] else ():
-            *many, rows, columns = weight.unflatten(-2, (group["stacked"], -1)).shape
-            small, large = sorted((rows, columns))
-            flops += ITERATIONS * math.prod(many) * (4 * small**2 * large + 2 * small**3)
+            for matrix in weight.chunk(group["stacked"], dim=-2):
+                (small, large), count = sorted(matrix.shape[-2:]), math.prod(matrix.shape[:-2])
+                flops += ITERATIONS * count * (4 * small**2 * large + 2 * small**3)
     return flops
 
 
