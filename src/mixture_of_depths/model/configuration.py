@@ -56,7 +56,8 @@ class MoDConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of the RMSNorms.
         rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}` or one of transformers' scaled variants.
         attention_bias: whether the query, key, value and output projections have a bias.
-        query_key_norm: whether queries and keys are RMS-normalised per head before RoPE.
+        query_key_norm: whether queries and keys are RMS-normalised per head before RoPE. The norms' initial weights let
+            a query score 16 with a key of its own direction, whatever the head's width.
         tie_word_embeddings: whether the head shares its weights with the embedding.
         initializer_range: standard deviation of the initial weights.
         use_cache: whether a causal forward pass outside training returns a key-value cache by default.

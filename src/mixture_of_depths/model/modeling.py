@@ -27,7 +27,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from mixture_of_depths.files import follow_umask
-from mixture_of_depths.model.attention import Attention, Placement, rotary_factors, visible
+from mixture_of_depths.model.attention import Attention, HeadNorm, Placement, rotary_factors, visible
 from mixture_of_depths.model.cache import EMPTY, MoDCache, RoutedCacheLayer
 from mixture_of_depths.model.configuration import MoDConfig
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, ExpertRouting, GroupedLinear
@@ -278,6 +278,8 @@ class MoDPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Predictor):
             init.ones_(module.router_scale)
+        if isinstance(module, HeadNorm):
+            init.constant_(module.weight, module.initial_weight())
         if isinstance(module, Router) and not module.is_random:
             init.zeros_(module.threshold)
         if isinstance(module, ZeroLinear):
