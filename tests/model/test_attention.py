@@ -1,9 +1,10 @@
-"""Attention of heads that share keys."""
+"""Attention of heads that share keys, and the norms of queries and keys."""
 
 from typing import Any
 
 import pytest
 import torch
+from models import tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -55,3 +56,13 @@ def test_on_cuda_the_kernel_is_given_shared_keys_in_half_precision_without_a_mas
         mask = torch.empty(2, 1, 5, 5, dtype=torch.bool, device="cuda") if is_masked else None
         attend(query, key, value, mask, is_causal=not is_masked)
     assert given == [(2, True) if dtype == torch.bfloat16 and not is_masked else (6, False)]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_before_training_a_normalised_query_scores_16_with_a_key_of_its_own_direction(heads: int) -> None:
+    attention = (
+        tiny(query_key_norm=True, num_attention_heads=heads, num_key_value_heads=heads).model.layers[0].self_attn
+    )
+    state = torch.randn(attention.head_dim, dtype=torch.float64)
+    score = attention.q_norm(state) @ attention.k_norm(3 * state) / attention.head_dim**0.5
+    assert score.item() == pytest.approx(16, rel=1e-4)
