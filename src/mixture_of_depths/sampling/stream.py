@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_depths.compiler import require_compiler
-from mixture_of_depths.model.attention import Attention
+from mixture_of_depths.model.attention import Attention, HeadNorm
 from mixture_of_depths.model.cache import MoDCache
 from mixture_of_depths.model.experts import ExpertMLP, ExpertRouter, GroupedLinear
 from mixture_of_depths.model.modeling import MLP, DecoderLayer, MoDForCausalLM, MoDModel
@@ -176,7 +176,7 @@ def is_graph(model: MoDForCausalLM) -> bool:
 # All that a model is made of, as far as the fast step knows it.
 KNOWN_LAYERS = {
     *(nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList, nn.RMSNorm),
-    *(MoDModel, DecoderLayer, Attention, MLP, Bypass, ZeroLinear, Router, Predictor, PreciseLinear),
+    *(MoDModel, DecoderLayer, Attention, HeadNorm, MLP, Bypass, ZeroLinear, Router, Predictor, PreciseLinear),
     *(ExpertMLP, ExpertRouter, GroupedLinear, Int8Linear, Int8GroupedLinear),
 }
 
