@@ -302,7 +302,7 @@ def _changes(options: ModelOptions | TrainOptions) -> dict[str, Any]:
 
 
 def flops_per_second(device: torch.device) -> float:
-    """What training on a device is likely to reach: a quarter of its speed in a large float32 product.
+    """What training on a device is likely to reach: half of its speed in a large float32 product.
 
     Small models spend much of a step outside of products; a rough guide for planning, not a measurement of training.
     """
@@ -312,4 +312,4 @@ def flops_per_second(device: torch.device) -> float:
     start = time.perf_counter()
     torch.mm(values, values)
     wait_for(device)
-    return 2 * 2048**3 / (time.perf_counter() - start) / 4
+    return 2 * 2048**3 / (time.perf_counter() - start) / 2
