@@ -10,12 +10,14 @@ from rich.console import Console
 from runs import CPU
 from studies import study_file
 
-from mixture_of_depths import MoDConfig, MoDForCausalLM
+from mixture_of_depths import MoDConfig, MoDForCausalLM, TrainOptions
 from mixture_of_depths.files import read_records
-from mixture_of_depths.isoflop.measure import gain_from_later_tokens, measure
+from mixture_of_depths.isoflop.measure import gain_from_later_tokens, measure, seconds_per_step
 from mixture_of_depths.isoflop.plan import load_study, plan
 from mixture_of_depths.isoflop.run import RECORDS, run_here
+from mixture_of_depths.options import OptimizerName
 from mixture_of_depths.text.corpus import Corpus, prepare
+from mixture_of_depths.training.muon import Muon
 
 END_OF_TEXT = 0
 
@@ -69,6 +71,19 @@ def test_a_study_without_its_models_cannot_be_measured(tmp_path: Path) -> None:
     (out / "runs" / "mod-3e07-depth2-seed0" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no trained model of mod-3e07-depth2-seed0"):
         next(measure(records, "baseline", "mod", corpus, out, {}, CPU))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_step_that_is_timed_is_that_of_the_runs(optimizer: OptimizerName, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped = set[int]()
+    monkeypatch.setattr(Muon, "_step", lambda _, weight, *rest: stepped.add(weight.numel()))
+    batch = {"input_ids": torch.randint(1, 50, (2, 24))}
+    batch["labels"] = batch["input_ids"]
+    options = TrainOptions(max_steps=1, optimizer=optimizer)
+    seconds = seconds_per_step({"mod": model().float()}, batch, options, repeats=1)
+    assert seconds["mod"] > 0
+    # The matrices of attention and of the MLP.
+    assert stepped == ({16 * 16, 16 * 32} if optimizer == "muon" else set())
 
 
 @pytest.mark.slow

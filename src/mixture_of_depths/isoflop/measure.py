@@ -20,6 +20,7 @@ from mixture_of_depths.options import Precision, SamplingOptions, TrainOptions
 from mixture_of_depths.sampling.bench import decode_seconds, in_precision
 from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
+from mixture_of_depths.training.muon import Muon, muon_groups
 from mixture_of_depths.training.run import compile_blocks
 
 # And what the names of figures end in.
@@ -100,15 +101,15 @@ def seconds_per_step(
 ) -> dict[str, float]:
     """Time of a training step of several models, which take turns: for each the median, the first ones left out.
 
-    A step is forward and backward pass, clipping and AdamW. The models are trained by it.
+    A step is forward and backward pass, clipping and the optimiser's step. The models are trained by it.
 
     Args:
         models: the models, on one device.
         batch: what the model is called with, on that device.
-        options: precision and compilation.
+        options: optimiser, its rate and decay, precision and compilation.
         repeats: number of turns.
     """
-    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    optimizers = {name: _optimizer(model, options) for name, model in models.items()}
     for model in models.values():
         model.train()
         if options.compile:
@@ -127,6 +128,12 @@ def seconds_per_step(
             wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: median(values[3:]) for name, values in seconds.items()}
+
+
+def _optimizer(model: MoDForCausalLM, options: TrainOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), options.learning_rate, fused=True)
+    return Muon(muon_groups(model, options.weight_decay), options.learning_rate, betas=(0.9, 0.95))
 
 
 def measure(
