@@ -43,6 +43,23 @@ def test_a_run_of_two_sweeps_is_made_once(tmp_path: Path) -> None:
     assert len(runs(load_study(study_file(tmp_path, sweeps=[sweep, {**sweep, "seeds": [0, 1]}])))) == 2
 
 
+def test_a_sweep_may_have_a_batch_of_its_own(tmp_path: Path) -> None:
+    sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
+    larger = {**sweep, "budgets": [6e7], "batch_size": 8}
+    study = load_study(study_file(tmp_path, sweeps=[sweep, larger], training={"batch_size": 4}))
+    assert [run.training.batch_size for run in runs(study)] == [4, 8]
+    # Twice the budget, in steps that cost twice as much.
+    assert len({item.length.steps for item in plan(study, prepare(study.data))}) == 1
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
+    for other in ({"batch_size": 8}, {"budgets": [3e7 * (1 + 1e-9)]}):
+        study = load_study(study_file(tmp_path, sweeps=[sweep, {**sweep, **other}]))
+        with pytest.raises(ValueError, match="two runs are called mod-3e07-depth2-seed0: round budgets"):
+            runs(study)
+
+
 def test_wider_models_start_from_smaller_weights(tmp_path: Path) -> None:
     ladder = {"width_per_block": 8, "width_offset": 0, "head_dim": 8, "initializer_scale": 0.5}
     sweep = {"budgets": [3e9], "families": ["mod"], "depths": [2, 8]}
@@ -128,6 +145,7 @@ SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
         ({"learning_rates": {"baseline": 1e-2, "mod": 1e-2, "mud": 1e-2}}, "learning_rates: mud is none"),
         ({"training": {"calibrate": True}}, "calibrate is the same in every study"),
         ({"training": {"batch_size": "many"}}, "training.batch_size='many'"),
+        ({"sweeps": [{**SWEEP, "batch_size": 0}]}, "sweeps.0.batch_size=0"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

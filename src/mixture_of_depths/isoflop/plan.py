@@ -76,6 +76,8 @@ class Sweep:
     """Sizes, by number of blocks."""
     seeds: Annotated[tuple[NotNegative, ...], Len(1)] = (0,)
     """Seeds of initialisation and data order."""
+    batch_size: Positive | None = None
+    """Sequences per step, as larger budgets allow; by default that of `training`."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def runs(study: Study) -> list[Run]:
     """Every run of a study, once, cheapest budgets first."""
     runs_by_name: dict[str, Run] = {}
     for sweep in study.sweeps:
+        trained = replace(study.training, batch_size=sweep.batch_size or study.training.batch_size)
         for budget in sweep.budgets:
             for family in sweep.families:
                 for depth in sweep.depths:
@@ -221,12 +224,13 @@ def runs(study: Study) -> list[Run]:
                         size = study.ladder.size(depth)
                         rate = study.learning_rates[family] * (study.learning_rate_width / size["hidden_size"]) ** 0.5
                         changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
-                        training = replace(
-                            study.training, max_flops=budget, seed=seed, learning_rate=rate, calibrate=False
-                        )
+                        training = replace(trained, max_flops=budget, seed=seed, learning_rate=rate, calibrate=False)
                         run = Run(family, depth, budget, seed, changes, training)
                         if runs_by_name.setdefault(run.name, run) != run:
-                            raise ValueError(f"two runs are called {run.name}: budgets differ too little; round them")
+                            raise ValueError(
+                                f"two runs are called {run.name}: round budgets that differ too little, and give all "
+                                "its sweeps one batch_size"
+                            )
     return sorted(runs_by_name.values(), key=lambda run: (run.budget, run.seed, run.family, run.depth))
 
 
