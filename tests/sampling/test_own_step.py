@@ -10,7 +10,7 @@ import torch
 from models import greedy, left_padded, tiny
 from steps import CASES, TWO, logits_of_both, model_of, spoil_routed_parts
 
-from mixture_of_depths import quantize
+from mixture_of_depths import MoDForCausalLM, quantize
 from mixture_of_depths.options import SamplingOptions
 from mixture_of_depths.sampling import own_step
 from mixture_of_depths.sampling import stream as stream_module
@@ -34,22 +34,32 @@ def _always_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_and_decisions_are_those_of_the_eager_step(batch: int, changes: dict[str, Any], threads: int) -> None:
     model, before = model_of(**changes), torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.manual_seed(0)
     try:
         of_step, of_eager, entered = logits_of_both(OwnStep, model, batch, 6, 20, {1: 1} if batch > 1 else None)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(of_step, of_eager, atol=TOLERANCE, rtol=0)
+    # With the same tokens: as far as both may be from a float64 model on opposite sides, by the test below.
+    torch.manual_seed(0)
+    bound = 5 * errors(model, batch, 20)[1] + 1e-4
+    torch.testing.assert_close(of_step, of_eager, atol=bound, rtol=0)
     assert bool(entered[:, model.config.routed_layers].any())
     assert not bool(entered[:, model.config.routed_layers].all())
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(("batch", "changes"), CASES)
 def test_logits_are_as_near_to_those_of_a_float64_model_as_the_eager_steps(batch: int, changes: dict[str, Any]) -> None:
-    model, (input_ids, mask) = model_of(**changes), left_padded(batch, 6)
+    error, error_of_eager = errors(model_of(**changes), batch, 12)
+    assert error <= 4 * error_of_eager + 1e-4
+
+
+@torch.no_grad()
+def errors(model: MoDForCausalLM, batch: int, new: int) -> tuple[float, float]:
+    """The largest difference of the step's logits from those of a float64 model, and that of the eager step's."""
+    input_ids, mask = left_padded(batch, 6)
     exact = copy.deepcopy(model).double()
-    tokens_BT = torch.randint(0, 31, (batch, 12))
-    step, (_, state) = OwnStep(model, input_ids, mask, 12), prefill(model, input_ids, mask, 12)
+    tokens_BT = torch.stack([torch.randint(0, 31, (batch,)) for _ in range(new)], dim=1)
+    step, (_, state) = OwnStep(model, input_ids, mask, new), prefill(model, input_ids, mask, new)
     of_step, of_eager = [], []
     for token_B in tokens_BT.unbind(dim=1):
         grow(state)
@@ -57,8 +67,8 @@ def test_logits_are_as_near_to_those_of_a_float64_model_as_the_eager_steps(batch
         of_step.append(step(token_B, None).clone())
     whole = torch.cat([input_ids, tokens_BT], dim=1), torch.cat([mask, torch.ones_like(tokens_BT)], dim=1)
     wanted = exact(*whole, use_cache=False, routing="causal").logits[:, 6:]
-    error, error_of_eager = ((torch.stack(each, dim=1) - wanted).abs().max() for each in (of_step, of_eager))
-    assert error <= 4 * error_of_eager + 1e-4
+    error, error_of_eager = ((torch.stack(each, dim=1) - wanted).abs().max().item() for each in (of_step, of_eager))
+    return error, error_of_eager
 
 
 @pytest.mark.parametrize("batch", [1, 5])
