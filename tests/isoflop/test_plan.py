@@ -52,6 +52,20 @@ def test_a_sweep_may_have_a_batch_of_its_own(tmp_path: Path) -> None:
     assert len({item.length.steps for item in plan(study, prepare(study.data))}) == 1
 
 
+def test_what_all_families_share_is_said_once(tmp_path: Path) -> None:
+    mod = {"capacity": [0.25], "rope_theta": 70.0}
+    families = {"baseline": {"routed": False}, "mod": mod, "half": {**mod, "capacity": [0.5]}}
+    rates = dict.fromkeys(families, 1e-2)
+    sweep = {"budgets": [3e7], "families": [*families], "depths": [2]}
+    shared = {"query_key_norm": True, "rope_theta": 50.0}
+    study = load_study(study_file(tmp_path, families=families, learning_rates=rates, sweeps=[sweep], model=shared))
+    each = {name: {**shared, **changes} for name, changes in families.items()}
+    repeated = load_study(study_file(tmp_path, families=each, learning_rates=rates, sweeps=[sweep]))
+    corpus = prepare(study.data)
+    assert plan(study, corpus) == plan(repeated, corpus)
+    assert capacities(study, "mod") == {"mod": 0.25, "half": 0.5}
+
+
 def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     sweep = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
     for other in ({"batch_size": 8}, {"budgets": [3e7 * (1 + 1e-9)]}):
@@ -137,6 +151,9 @@ SWEEP = {"budgets": [3e7], "families": ["mod"], "depths": [2]}
         ({"sweeps": [{**SWEEP, "families": ["dense"]}]}, "dense is none of the families"),
         ({"families": {"baseline": {"routed": False}, "mod": {"capacities": [1]}}}, "capacities is no field"),
         ({"families": {"baseline": {}, "mod": {"hidden_size": 64}}}, "hidden_size comes from the ladder"),
+        ({"model": {"capacities": [1]}}, "model: capacities is no field"),
+        ({"model": {"hidden_size": 64}}, "model: hidden_size comes from the ladder"),
+        ({"model": [3]}, r"model=\[3\]"),
         ({"learning_rates": {"baseline": 1e-2}}, "learning_rates needs a rate above 0 for mod"),
         ({"baseline": "dense"}, "baseline=dense is none"),
         ({"training": {"max_steps": 3}}, "max_steps comes from the study"),

@@ -22,6 +22,7 @@ from mixture_of_depths.text.batches import batches
 from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.training.muon import Muon, muon_groups
 from mixture_of_depths.training.run import compile_blocks
+from mixture_of_depths.training.settings import BETAS
 
 # And what the names of figures end in.
 PRECISIONS: dict[Precision, str] = {"fp32": "", "bf16": "_bf16"}
@@ -132,8 +133,8 @@ def seconds_per_step(
 
 def _optimizer(model: MoDForCausalLM, options: TrainOptions) -> torch.optim.Optimizer:
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), options.learning_rate, fused=True)
-    return Muon(muon_groups(model, options.weight_decay), options.learning_rate, betas=(0.9, 0.95))
+        return torch.optim.AdamW(model.parameters(), options.learning_rate, BETAS, fused=True)
+    return Muon(muon_groups(model, options.weight_decay), options.learning_rate, BETAS)
 
 
 def measure(

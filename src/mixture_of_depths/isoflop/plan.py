@@ -99,10 +99,16 @@ class Study:
     tell two families apart."""
     ladder: Ladder = field(default_factory=Ladder)
     """How a depth becomes a size."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changes of `ModelOptions` that all families share; their own go before."""
     data: DataOptions = field(default_factory=DataOptions)
     """Text and tokens."""
     training: TrainOptions = field(default_factory=TrainOptions)
     """How every run is trained; its length, seed and learning rate come from the study."""
+
+    def changes(self, family: str) -> dict[str, Any]:
+        """What a family changes of `ModelOptions`, but for the size."""
+        return {**self.model, **self.families[family]}
 
 
 def budget_name(budget: float) -> str:
@@ -170,8 +176,8 @@ def load_study(path: Path) -> Study:
         _known(sweep, Sweep, f"{path}: sweeps[{number}]")
     try:
         study = TypeAdapter(Study).validate_python(raw_study)
-        for name, changes in study.families.items():
-            _known(changes, ModelOptions, f"{path}: families.{name}")
+        for place, changes in _model_changes(study):
+            _known(changes, ModelOptions, f"{path}: {place}")
             TypeAdapter(ModelOptions).validate_python(changes)
     except ValidationError as error:
         first = error.errors()[0]
@@ -190,13 +196,19 @@ def _known(mapping: Any, kind: type, place: str) -> None:
             raise ValueError(f"study={place}: {name} is no field; there are {', '.join(names)}")
 
 
+def _model_changes(study: Study) -> list[tuple[str, dict[str, Any]]]:
+    """Every place of a study file that changes `ModelOptions`, and the changes."""
+    return [("model", study.model), *((f"families.{name}", changes) for name, changes in study.families.items())]
+
+
 def _check(study: Study, path: Path) -> None:
-    for name, changes in study.families.items():
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise ValueError(f"study={path}: families: {name!r} must be made of letters, digits, '.', '_' and '-'")
+    for place, changes in _model_changes(study):
         for part in (*SIZE_FIELDS, *(["initializer_range"] if study.ladder.initializer_scale is not None else [])):
             if part in changes:
-                raise ValueError(f"study={path}: families.{name}: {part} comes from the ladder; leave it out")
+                raise ValueError(f"study={path}: {place}: {part} comes from the ladder; leave it out")
+    for name in study.families:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ValueError(f"study={path}: families: {name!r} must be made of letters, digits, '.', '_' and '-'")
         if name not in study.learning_rates:
             raise ValueError(f"study={path}: learning_rates needs a rate above 0 for {name}")
     if study.baseline not in study.families:
@@ -223,7 +235,7 @@ def runs(study: Study) -> list[Run]:
                     for seed in sweep.seeds:
                         size = study.ladder.size(depth)
                         rate = study.learning_rates[family] * (study.learning_rate_width / size["hidden_size"]) ** 0.5
-                        changes = TypeAdapter(ModelOptions).validate_python({**study.families[family], **size})
+                        changes = TypeAdapter(ModelOptions).validate_python({**study.changes(family), **size})
                         training = replace(trained, max_flops=budget, seed=seed, learning_rate=rate, calibrate=False)
                         run = Run(family, depth, budget, seed, changes, training)
                         if runs_by_name.setdefault(run.name, run) != run:
@@ -261,11 +273,11 @@ def capacities(study: Study, mod: str) -> dict[str, float]:
     """The capacity of every family that differs from `mod` in nothing else, `mod` itself included."""
 
     def rest(name: str) -> dict[str, Any]:
-        return {field: value for field, value in study.families[name].items() if field != "capacity"}
+        return {field: value for field, value in study.changes(name).items() if field != "capacity"}
 
     default = ModelOptions().capacity
     by_family = {
-        name: study.families[name].get("capacity", default) for name in study.families if rest(name) == rest(mod)
+        name: study.changes(name).get("capacity", default) for name in study.families if rest(name) == rest(mod)
     }
     return {name: capacity[0] for name, capacity in by_family.items() if len(capacity) == 1}
 

@@ -23,6 +23,9 @@ from mixture_of_depths.text.corpus import Corpus
 from mixture_of_depths.text.tokenizer import end_of_text, entries
 from mixture_of_depths.training.horizon import Horizon
 
+# Of AdamW.
+BETAS = (0.9, 0.95)
+
 
 def model_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> MoDConfig:
     """The configuration that the options describe, for a tokenizer and sequences of `sequence_length` tokens.
@@ -159,7 +162,8 @@ def trainer_arguments(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=round(options.warmup_fraction * length.steps),
         weight_decay=options.weight_decay,
-        adam_beta2=0.95,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
         max_grad_norm=options.max_grad_norm,
         bf16=options.precision == "bf16",
         use_cpu=device.type == "cpu",
